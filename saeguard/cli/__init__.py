@@ -1,0 +1,41 @@
+"""The `saeguard` command: one verb a module, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import typer
+
+VERBS = {
+    "check": "Check policy files, with file, line and column of every mistake.",
+    "test": "Run the tests that lie beside the policies.",
+    "policy": "Check, test, and print the schema of policy files.",
+}
+"""Each verb is `saeguard.cli.<verb>.verb`: a function, or a `typer.Typer` with verbs of its own."""
+
+
+def build(verb: str | None = None) -> typer.Typer:
+    """Return the command line with `verb` loaded and the others present by summary only."""
+    app = typer.Typer(
+        name="saeguard",
+        help="Watch what a language model is thinking while vLLM serves it.",
+        no_args_is_help=True,
+        add_completion=False,
+    )
+    app.callback()(lambda: None)  # keeps verbs as verbs even where there is only one
+    for name, summary in VERBS.items():
+        loaded = import_module(f"{__name__}.{name}").verb if name == verb else lambda: None
+        if isinstance(loaded, typer.Typer):
+            app.add_typer(loaded, name=name, help=summary)
+        else:
+            app.command(name, short_help=summary)(loaded)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verb = next((word for word in arguments if not word.startswith("-")), None)
+    build(verb)(args=arguments, prog_name="saeguard")

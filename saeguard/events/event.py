@@ -1,0 +1,44 @@
+"""One event per request and policy, `saeguard.event/v1`. No prompt, output or token text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SCHEMA = "saeguard.event/v1"
+
+
+def verdict_event(
+    verdict: Any, *, request_id: str, model: str, watchlist: str, finished: str | None
+) -> Mapping[str, Any]:
+    """Return the event of one `saeguard.guard.verdict.Verdict`."""
+    return {
+        "event": "verdict",
+        "schema": SCHEMA,
+        "request_id": request_id,
+        "model": model,
+        "watchlist": watchlist,
+        "policy": verdict.policy,
+        "policy_digest": verdict.digest,
+        "mode": verdict.mode,
+        "severity": verdict.severity,
+        "verdict": verdict.outcome,
+        "action": verdict.action,
+        "acted": verdict.acted,
+        "score": verdict.score,
+        "threshold": 1.0,
+        "first_token": verdict.first_token,
+        "matched_tokens": verdict.matched_tokens,
+        "features": {
+            name: {"count": f.count, "max": round(f.max, 6), "at": f.at}
+            for name, f in verdict.features.items()
+        },
+        "coverage": {
+            "tokens": verdict.coverage.tokens,
+            "evaluated": verdict.coverage.evaluated,
+            "skipped": dict(verdict.coverage.skipped),
+        },
+        "exception": verdict.exception,
+        "error": verdict.error,
+        "finished": finished,
+    }

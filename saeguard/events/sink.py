@@ -1,0 +1,73 @@
+"""A bounded queue and one writer thread: events reach the disk, and never hold up serving."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+_END = object()
+
+
+class Sink:
+    """Append events to a JSON-lines file; `produced == written + dropped` once closed."""
+
+    def __init__(self, path: Path, *, capacity: int = 65536) -> None:
+        """Open `path` for appending and start the writer.
+
+        Raises:
+            OSError: the file cannot be opened; better now than at the first event.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        # wrap_logger, not configure(): structlog's settings belong to the host process.
+        self._log = structlog.wrap_logger(
+            structlog.WriteLogger(self._file),
+            processors=[
+                structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+                structlog.processors.JSONRenderer(sort_keys=False),
+            ],
+            wrapper_class=structlog.BoundLogger,
+        )
+        self._queue: queue.Queue[Any] = queue.Queue(capacity)
+        self.produced = 0
+        self.written = 0
+        self.dropped = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="saeguard-events", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def put(self, build: Callable[[], Mapping[str, Any]]) -> None:
+        """Queue one event; `build` makes it on the writer's thread. Never blocks or raises."""
+        self.produced += 1
+        try:
+            self._queue.put_nowait(build)
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Write what is queued, for at most `timeout_s`, and close the file."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(queue.Full):
+            self._queue.put(_END, timeout=timeout_s)
+        self._thread.join(timeout_s)
+        self.dropped = self.produced - self.written
+        if not self._thread.is_alive():
+            self._file.close()
+
+    def _run(self) -> None:
+        while (build := self._queue.get()) is not _END:
+            try:
+                self._log.msg(**build())
+                self.written += 1
+            except Exception:  # noqa: BLE001 - disk full, closed pipe: counted, serving goes on
+                self.dropped += 1

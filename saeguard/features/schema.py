@@ -1,0 +1,172 @@
+"""The form of a feature-set file, `saeguard.features/v1`, and its reading from YAML."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SCHEMA = "saeguard.features/v1"
+MAX_BYTES = 8 << 20
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Latent = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(description="Factor of the latent's activation.")]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
+
+
+class FeatureSetError(ValueError):
+    """A feature-set file is malformed or does not fit its SAE; names file and field."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelPart(_Strict):
+    """The model the features hold for."""
+
+    name: str = Field(min_length=1)
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    sha256: Digest | None = None
+
+
+class SaePart(_Strict):
+    """The checkpoint the latents are numbered in."""
+
+    path: str = Field(min_length=1, description="Folder, relative to this file or absolute.")
+    sha256: Digest
+    layer: int = Field(ge=0)
+    d_in: int = Field(gt=0)
+    d_sae: int = Field(gt=0)
+
+
+class ProbePart(_Strict):
+    """A linear probe."""
+
+    file: str = Field(min_length=1, description="Relative to this file or absolute.")
+    name: str = Field(min_length=1)
+    sha256: Digest
+
+
+class FeaturePart(_Strict):
+    """One feature."""
+
+    title: str = Field(min_length=1)
+    behaviour: str = Field(min_length=1)
+    detect: dict[Latent, Weight] | None = Field(default=None, min_length=1)
+    probe: ProbePart | None = None
+    clamp: dict[Latent, Weight] = Field(default_factory=dict)
+    low: float
+    high: float
+    threshold: float = Field(gt=0)
+    evidence: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FeaturePart:
+        if (self.detect is None) == (self.probe is None):
+            raise ValueError("give either detect or probe")
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        return self
+
+
+class Document(_Strict):
+    """A whole file."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    schema_: Literal["saeguard.features/v1"] = Field(alias="schema")
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)*$", max_length=200)
+    title: str = Field(min_length=1)
+    model: ModelPart
+    sae: SaePart
+    exclude_tokens: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    features: dict[Name, FeaturePart] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Document:
+        if self.sae.d_in != self.model.hidden_size:
+            raise ValueError(
+                f"sae.d_in is {self.sae.d_in}, model.hidden_size is {self.model.hidden_size}"
+            )
+        if self.sae.layer >= self.model.num_layers:
+            raise ValueError(
+                f"sae.layer is {self.sae.layer}, but the model has {self.model.num_layers} layers"
+            )
+        for name, feature in self.features.items():
+            for latent in (*(feature.detect or {}), *feature.clamp):
+                if latent >= self.sae.d_sae:
+                    raise ValueError(
+                        f"features.{name} names latent {latent}, sae.d_sae is {self.sae.d_sae}"
+                    )
+        return self
+
+
+_KEYS = sorted(
+    {
+        field.alias or name
+        for part in (Document, ModelPart, SaePart, ProbePart, FeaturePart)
+        for name, field in part.model_fields.items()
+    }
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader without aliases and without repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call,no-any-return]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is repeated", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_document(path: Path) -> Document:
+    """Read and check the form of the file at `path`.
+
+    Raises:
+        FeatureSetError: it is no YAML of this schema.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise FeatureSetError(f"{path}: larger than {MAX_BYTES} bytes")
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a safe loader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise FeatureSetError(f"{path}{where}: {error.problem}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise FeatureSetError(f"{path}: {error}") from error
+    try:
+        return Document.model_validate(content)
+    except ValidationError as error:
+        raise FeatureSetError("\n".join(f"{path}: {_told(e)}" for e in error.errors())) from error
+
+
+def _told(error: Any) -> str:
+    """Say which field is wrong, how, and what was probably meant."""
+    loc = [str(part) for part in error["loc"] if part != "[key]"]
+    field = ".".join(loc) or "file"
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(loc[-1], _KEYS, n=1)
+        return f"{field}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in {"missing", "value_error"}:
+        return f"{field}: {message}"
+    return f"{field}: {message}, found {error['input']!r}"

@@ -1,0 +1,91 @@
+"""What a feature set says: named directions in one SAE on one model, with evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """The model a feature set holds for; a mismatch refuses to load."""
+
+    name: str
+    hidden_size: int
+    num_layers: int
+    sha256: str | None = None
+    """Digest of `model.safetensors` where the feature set pins one file."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaeRef:
+    """One SAE checkpoint and the hook point it reads."""
+
+    path: Path
+    """Directory of the checkpoint, absolute."""
+    sha256: str
+    """Digest of the weight file."""
+    layer: int
+    """`resid_post` of this block: HF `hidden_states[layer + 1]`."""
+    d_in: int
+    d_sae: int
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One latent's share in a feature: `weight * f[latent]`."""
+
+    latent: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRef:
+    """A linear probe, `x @ w + b`: one more encoder row, without activation function."""
+
+    path: Path
+    """safetensors file holding `{name}.weight [d_in]` and `{name}.bias []`, absolute."""
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A named weighted group of latents, or a linear probe.
+
+    The value at a token is `v = sum(weight * f)` (or the probe's logit). Policies compare
+    the *share* `(v - low) / (high - low)` of the calibrated range, so that 0 is quiet and
+    1 is as strong as the calibration texts showed.
+    """
+
+    id: str
+    title: str
+    behaviour: str
+    detect: tuple[Term, ...]
+    probe: ProbeRef | None
+    clamp: tuple[Term, ...]
+    """Latents to edit when a policy clamps this feature; `weight` scales the target."""
+    low: float
+    high: float
+    threshold: float
+    """Share above which the feature holds the calibrated false-positive rate."""
+    evidence: Mapping[str, Any]
+    """AUROC, intervals, rates, snippets: for people, never read by the guard."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSet:
+    """The features of one SAE on one model."""
+
+    id: str
+    path: Path
+    model: ModelRef
+    sae: SaeRef
+    features: Mapping[str, Feature]
+    exclude_tokens: tuple[int, ...]
+    """Token ids never evaluated (BOS, padding); counted as `special_token`."""
+    digest: str
+    """sha256 of the file's canonical content, so that comments and layout do not matter."""
+    title: str = ""

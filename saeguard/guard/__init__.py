@@ -1,0 +1,1 @@
+"""The engine-neutral core: watch list, tap, clamp, rules, ledger, verdicts."""

@@ -1,0 +1,32 @@
+"""What one forward pass saw, on its way from the model's process to the rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """The watched activations of one pass and the requests they belong to.
+
+    Attributes:
+        request_ids: in row order.
+        query_start: [requests + 1] first row of each request, then the number of rows.
+        positions: [rows] position of each row's token in its request.
+        watched: [rows] bool, False for tokens excluded by id.
+        f: [rows, columns] float32 activations.
+        acted: [rows, clamp policies] bool, where a clamp edited the row; None without clamps.
+        ran: whether every tap ran in this pass; if not, `f` is stale and nothing was seen.
+        watchlist: digest of the watch list that the activations belong to.
+    """
+
+    request_ids: list[str]
+    query_start: np.ndarray
+    positions: np.ndarray
+    watched: np.ndarray
+    f: np.ndarray
+    acted: np.ndarray | None
+    ran: bool
+    watchlist: str

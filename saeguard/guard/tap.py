@@ -1,0 +1,120 @@
+"""The tap: one custom op at the hook point that reads the residual and keeps watched latents.
+
+The op is traced into the model's graph and survives torch.compile and CUDA graphs: it reads and
+writes persistent buffers only, never waits for the device, and is found by its layer number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from saeguard.guard import clamp as clamping
+from saeguard.guard.clamp import Clamp
+from saeguard.guard.rows import Rows, allocate_rows
+from saeguard.guard.watchlist import WatchList
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """One layer's watched rows and output buffers, on the model's device."""
+
+    layer: int
+    W: torch.Tensor
+    """[d_in, watched] float32, a transposed view of contiguous encoder rows."""
+    b: torch.Tensor
+    theta: torch.Tensor
+    f: torch.Tensor
+    """[max_tokens, watched] float32: activations of the last pass."""
+    ticks: torch.Tensor
+    """[] int64: how often the op ran; a pass that leaves it unchanged was not watched."""
+    rows: Rows
+    clamp: Clamp | None
+
+
+TAPS: dict[int, Tap] = {}
+"""The taps of this process's model, by layer. Filled once at start-up."""
+
+_library = torch.library.Library("saeguard", "DEF")
+_library.define("tap(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
+
+
+def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
+    tap = TAPS.get(layer)
+    if tap is None:  # a graph that outlived its guard; the start-up self-test reports it
+        return
+    f = tap.f[: hidden.shape[0]]
+    try:
+        x = hidden.float() if residual is None else torch.add(hidden.float(), residual)
+        pre = torch.addmm(tap.b, x, tap.W)
+        # A product rather than a choice, so that NaN stays NaN and is seen.
+        torch.mul(pre, pre > tap.theta, out=f)
+        if tap.clamp is not None:
+            clamping.apply(tap.clamp, hidden, f, tap.rows)
+    except RuntimeError:  # out of memory among them: serving goes on, the verdict says `error`
+        if torch.compiler.is_compiling() or _capturing():
+            raise
+        f.fill_(torch.nan)
+    tap.ticks.add_(1)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _fake(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
+    """Tell the tracer that there is nothing to return."""
+
+
+_library.impl("tap", _tap, "CompositeExplicitAutograd")
+torch.library.register_fake("saeguard::tap", _fake, lib=_library)
+
+
+def install_taps(
+    watchlist: WatchList, *, max_tokens: int, slots: int, device: torch.device
+) -> tuple[Tap, ...]:
+    """Move the watch list to `device` and register one tap a layer.
+
+    Args:
+        watchlist: the compiled policies.
+        max_tokens: rows of the largest pass, padding included.
+        slots: requests that can be in flight at once; slot 0 is added for padding rows.
+        device: where the model runs.
+    """
+    TAPS.clear()
+    rows = allocate_rows(max_tokens, device)
+    for hook in watchlist.hooks:
+        clamp_rows = next((c for c in watchlist.clamps if c.layer == hook.layer), None)
+        TAPS[hook.layer] = Tap(
+            layer=hook.layer,
+            W=hook.W.to(device).t(),
+            b=hook.b.to(device),
+            theta=hook.theta.to(device),
+            f=torch.zeros(max_tokens, hook.W.shape[0], device=device),
+            ticks=torch.zeros((), dtype=torch.int64, device=device),
+            rows=rows,
+            clamp=None
+            if clamp_rows is None
+            else clamping.make_clamp(
+                watchlist,
+                clamp_rows,
+                hook,
+                slots=slots + 1,
+                max_tokens=max_tokens,
+                device=device,
+            ),
+        )
+    return tuple(TAPS.values())
+
+
+def tap_output(
+    output: torch.Tensor | tuple[torch.Tensor, ...], layer: int
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Run the tap on a decoder layer's output: one tensor, or `(hidden, residual, ...)`."""
+    if isinstance(output, torch.Tensor):
+        torch.ops.saeguard.tap(output, None, layer)
+    else:
+        residual = output[1] if len(output) > 1 and isinstance(output[1], torch.Tensor) else None
+        torch.ops.saeguard.tap(output[0], residual, layer)
+    return output

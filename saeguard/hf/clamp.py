@@ -1,0 +1,80 @@
+"""Clamp a Hugging Face model: the plain reference for what the engine does inside its forward.
+
+From the first match of a policy on, each clamped latent is set to its target,
+`x' = x + sum_j (target_j - f_j) * W_dec[j]`, which keeps the part of `x` that the SAE does not
+explain (Templeton et al. 2024, "Scaling Monosemanticity").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+
+from saeguard.guard.rules import in_scope, window_score
+from saeguard.guard.verdict import THRESHOLD
+from saeguard.guard.watchlist import ClampRows, WatchList
+from saeguard.hf.model import LanguageModel
+from saeguard.hf.record import on_output
+from saeguard.hf.scan import hook_activations
+
+
+@contextmanager
+def clamped(
+    lm: LanguageModel, watchlist: WatchList, tokens: Sequence[int], prompt_tokens: int
+) -> Iterator[None]:
+    """Enforce the clamps of `watchlist` while `tokens` run as one sequence without a cache."""
+    with ExitStack() as stack:
+        for rows in watchlist.clamps:
+            change = _change(watchlist, rows, tokens, prompt_tokens)
+            stack.enter_context(on_output(lm, rows.layer, change))
+        yield
+
+
+@torch.no_grad()
+def greedy(
+    lm: LanguageModel,
+    watchlist: WatchList,
+    prompt: Sequence[int],
+    max_tokens: int,
+    stop_tokens: Sequence[int] = (),
+) -> list[int]:
+    """Return the likeliest tokens under the clamps, the whole text computed anew for each."""
+    out: list[int] = []
+    while len(out) < max_tokens and not (out and out[-1] in stop_tokens):
+        tokens = [*prompt, *out]
+        with clamped(lm, watchlist, tokens, len(prompt)):
+            logits = lm.model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        out.append(int(logits[0, -1].argmax()))
+    return out
+
+
+def _change(
+    watchlist: WatchList, rows: ClampRows, tokens: Sequence[int], prompt_tokens: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    hook = next(h for h in watchlist.hooks if h.layer == rows.layer)
+    columns = slice(hook.first_column, hook.first_column + hook.W.shape[0])
+    position = np.arange(len(tokens))
+    evaluable = ~np.isin(np.array(tokens), np.array(watchlist.exclude_tokens, np.int64))
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        f = hook_activations(hook, x[0])
+        watched = np.zeros((len(tokens), watchlist.columns), np.float32)
+        watched[:, columns] = f.numpy()
+        e = watchlist.evidence(watchlist.shares(watched))
+        acted = np.zeros((len(tokens), len(rows.policies)), bool)
+        for local, i in enumerate(rows.policies):
+            policy = watchlist.policies[i]
+            looked = evaluable & in_scope(policy, position, prompt_tokens)
+            scores = window_score(
+                np.where(looked, e[:, i], -np.inf), policy.window.k, policy.window.n
+            )
+            if policy.mode == "enforce":
+                acted[:, local] = np.logical_or.accumulate(scores > THRESHOLD)
+        on = torch.from_numpy(acted)[:, list(rows.owner)]
+        delta = torch.where(on, rows.target - f[:, list(rows.columns)], 0.0) @ rows.W_dec
+        return x + delta
+
+    return change

@@ -1,0 +1,92 @@
+"""Load a causal language model and find the decoder layers whose output is `resid_post`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+LAYER_PATHS = (
+    "model.layers",  # Llama, Mistral, Qwen, Gemma, OLMo, Phi
+    "model.language_model.layers",  # vision-language wrappers
+    "language_model.model.layers",
+    "model.model.layers",
+    "model.text_model.layers",
+    "gpt_neox.layers",
+    "transformer.h",  # GPT-2, GPT-J, Falcon
+    "transformer.blocks",  # MPT
+    "model.decoder.layers",  # OPT
+)
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded or read; says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """A causal language model with its tokenizer and decoder layers."""
+
+    path: Path
+    model: Any
+    tokenizer: Any
+    layers: nn.ModuleList
+
+    @property
+    def name(self) -> str:
+        """The folder's name: what feature sets call the model."""
+        return self.path.name
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids of BOS, padding and the like, whose residuals are far from those of text."""
+        return tuple(sorted(self.tokenizer.all_special_ids))
+
+
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers of `model`.
+
+    Raises:
+        ModelError: the family's layout is not known.
+    """
+    for path in LAYER_PATHS:
+        module: Any = model
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if isinstance(module, nn.ModuleList):
+            return module
+    raise ModelError(
+        f"{type(model).__name__}: the decoder layers were not found; looked at "
+        f"{', '.join(LAYER_PATHS)}"
+    )
+
+
+def load_model(path: str | Path) -> LanguageModel:
+    """Load the model and tokenizer in folder `path`, in float32; nothing is downloaded.
+
+    Raises:
+        ModelError: the folder holds no causal language model with safetensors weights.
+    """
+    # Seconds to import, and the commands that need no model shall not wait.
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    folder = Path(path).resolve()
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json; give the folder of a Hugging Face model")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: Transformers cannot load it: {error}") from error
+    return LanguageModel(folder, model.eval(), tokenizer, find_layers(model))

@@ -1,0 +1,39 @@
+"""Judge texts on a Hugging Face model: the guard's rules, one whole text at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from saeguard.guard.rules import judge_all
+from saeguard.guard.verdict import Verdict
+from saeguard.guard.watchlist import Hook, WatchList
+from saeguard.hf.model import LanguageModel
+from saeguard.hf.record import record
+from saeguard.hf.texts import Text
+from saeguard.sae import EncoderRows, activate
+
+
+def scan(
+    lm: LanguageModel, watchlist: WatchList, texts: Sequence[Text]
+) -> Iterator[tuple[int, list[Verdict]]]:
+    """Yield `(index of the text, one verdict per policy)`, shortest text first."""
+    excluded = np.array(watchlist.exclude_tokens, np.int64)
+    layers = [hook.layer for hook in watchlist.hooks]
+    for i, residuals in record(lm, [t.tokens for t in texts], layers):
+        shares = watchlist.shares(activations(watchlist, residuals))
+        evaluable = ~np.isin(np.array(texts[i].tokens), excluded)
+        yield i, judge_all(watchlist, shares, evaluable, texts[i].prompt_tokens)
+
+
+def activations(watchlist: WatchList, residuals: Mapping[int, torch.Tensor]) -> np.ndarray:
+    """Return watched activations [tokens, columns] of one text's residuals by layer."""
+    columns = [hook_activations(hook, residuals[hook.layer]) for hook in watchlist.hooks]
+    return torch.cat(columns, 1).numpy()
+
+
+def hook_activations(hook: Hook, x: torch.Tensor) -> torch.Tensor:
+    """Return [tokens, rows of the hook] float32 for `x` [tokens, d_in]."""
+    return activate(EncoderRows(hook.W, hook.b, hook.theta), x)

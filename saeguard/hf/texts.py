@@ -1,0 +1,140 @@
+"""Read texts from JSON lines and tokenise them as the server would.
+
+A line has an `id` and either `text`, or `prompt` (a string, or a list of chat messages) with an
+optional `completion`. Chat messages go through the model's chat template with its generation
+prompt, and the completion's tokens follow. A `text`, or a completion behind an empty prompt,
+follows the tokenizer's own prefix (BOS) and counts as output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+_UNION_MEMBERS = ("str", "list[_Message]")
+
+
+class TextError(ValueError):
+    """A line of an input file is not understood; names file, line and field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One tokenised text, with what is known about it."""
+
+    id: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    """How many of the tokens are the prompt."""
+    label: int = 0
+    """1 where the text shows the behaviour."""
+    kind: str = ""
+    template: str = ""
+    """Texts of one template are near copies, and are resampled together."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    role: str = Field(min_length=1)
+    content: str
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    id: str = Field(min_length=1)
+    text: str | None = None
+    prompt: str | list[_Message] | None = None
+    completion: str | None = None
+    label: Literal[0, 1] = 0
+    kind: str = ""
+    template: str = ""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> _Line:
+        if (self.text is None) == (self.prompt is None):
+            raise ValueError("give either `text`, or `prompt` with `completion`")
+        if self.text is not None and self.completion is not None:
+            raise ValueError("`completion` goes with `prompt`, not with `text`")
+        return self
+
+
+def read_texts(path: str | Path, tokenizer: Any) -> list[Text]:
+    """Read and tokenise every line of `path`; blank lines are passed over.
+
+    Raises:
+        TextError: a line is malformed, an id occurs twice, or a text is longer than the model's
+            context.
+    """
+    seen: dict[str, int] = {}
+    texts = []
+    for number, line in _lines(Path(path)):
+        if line.id in seen:
+            raise TextError(f"{path}:{number}: id: {line.id!r} is already on line {seen[line.id]}")
+        seen[line.id] = number
+        try:
+            prompt, completion = _tokenise(line, tokenizer)
+        except (ValueError, TypeError) as error:  # raised by chat templates, too
+            raise TextError(f"{path}:{number}: prompt: {error}") from error
+        limit = getattr(tokenizer, "model_max_length", None)
+        if limit and len(prompt) + len(completion) > limit:
+            raise TextError(
+                f"{path}:{number}: {len(prompt) + len(completion)} tokens; the model takes {limit}"
+            )
+        texts.append(
+            Text(
+                line.id,
+                (*prompt, *completion),
+                len(prompt),
+                line.label,
+                line.kind,
+                line.template or line.id,
+            )
+        )
+    return texts
+
+
+def _tokenise(line: _Line, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens of a line's prompt and of its completion."""
+
+    def ids(text: str, *, special: bool) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    completion = line.text if line.text is not None else line.completion or ""
+    prompt = line.prompt or ""
+    if isinstance(prompt, str):
+        # A prompt that spells BOS out already must not get a second one.
+        bos = tokenizer.bos_token
+        doubled = bool(bos) and (prompt or completion).startswith(bos)
+        return ids(prompt, special=not doubled), ids(completion, special=False)
+    rendered = tokenizer.apply_chat_template(
+        [message.model_dump() for message in prompt], tokenize=False, add_generation_prompt=True
+    )
+    return ids(rendered, special=False), ids(completion, special=False)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, _Line]]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path}: {error}") from error
+    for number, raw in enumerate(content.split("\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            yield number, _Line.model_validate(json.loads(raw))
+        except ValidationError as error:
+            # Of the errors of a union's members, the one that got furthest was meant.
+            deepest = max(error.errors(), key=lambda e: len(e["loc"]))
+            names = [str(part) for part in deepest["loc"] if part not in _UNION_MEMBERS]
+            field = ".".join(names) or "line"
+            message = deepest["msg"].removeprefix("Value error, ")
+            raise TextError(f"{path}:{number}: {field}: {message}") from error
+        except (ValueError, RecursionError) as error:
+            raise TextError(f"{path}:{number}: not JSON: {error}") from error

@@ -1,0 +1,1 @@
+"""Policy files: read, checked, and turned into what the guard evaluates."""

@@ -1,0 +1,94 @@
+"""Check loaded policies against what they refer to: feature sets, the engine, the calendar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, date, datetime
+
+from saeguard.features.types import FeatureSet
+from saeguard.policy.errors import Code, Level, PolicyError, did_you_mean, listed, show
+from saeguard.policy.load import locate
+from saeguard.policy.types import SUPPORTED_ACTIONS, Policy
+from saeguard.policy.yamlmarks import Loc
+
+
+def resolve(
+    policies: Iterable[Policy],
+    feature_sets: Mapping[str, FeatureSet],
+    *,
+    today: date | None = None,
+) -> tuple[PolicyError, ...]:
+    """Return what does not fit, as errors, and what is past its date, as warnings.
+
+    Args:
+        policies: what `load_policies` returned.
+        feature_sets: by the name that policies use.
+        today: for tests; the present day in UTC.
+    """
+    today = today or datetime.now(UTC).date()
+    return tuple(
+        finding
+        for policy in policies
+        for findings in (_features(policy, feature_sets), _engine(policy), _dates(policy, today))
+        for finding in findings
+    )
+
+
+def _features(policy: Policy, feature_sets: Mapping[str, FeatureSet]) -> Iterator[PolicyError]:
+    found = feature_sets.get(policy.feature_set)
+    if found is None:
+        hint = did_you_mean(policy.feature_set, feature_sets)
+        known = f"there are: {listed(sorted(feature_sets))}" if feature_sets else "none was found"
+        message = f"there is no feature set {show(policy.feature_set)}; {hint}{known}"
+        yield _at(policy, "unknown-feature-set", message, ("feature_set",))
+        return
+    wanted: list[tuple[str, Loc]] = [
+        (s.feature, ("detect", name, "feature")) for name, s in policy.detect.items()
+    ]
+    clamped = policy.clamp.features if policy.clamp else ()
+    wanted += [(feature, ("clamp", "features", i)) for i, feature in enumerate(clamped)]
+    for feature, loc in wanted:
+        if feature not in found.features:
+            hint = did_you_mean(feature, found.features)
+            known = listed(sorted(found.features)[:20])
+            message = (
+                f"the feature set {show(policy.feature_set)} has no feature {show(feature)}; "
+                f"{hint}there are: {known}"
+            )
+            yield _at(policy, "unknown-feature", message, loc)
+        elif loc[0] == "clamp" and not found.features[feature].clamp:
+            able = [name for name, f in found.features.items() if f.clamp]
+            message = (
+                f"the feature {show(feature)} names no latents to clamp; "
+                f"those that do: {listed(sorted(able)) if able else 'none'}"
+            )
+            yield _at(policy, "no-clamp-latents", message, loc)
+
+
+def _engine(policy: Policy) -> Iterator[PolicyError]:
+    if policy.action not in SUPPORTED_ACTIONS:
+        message = (
+            f"action {policy.action} is not supported yet by this version; "
+            f"use one of {listed(SUPPORTED_ACTIONS)}"
+        )
+        yield _at(policy, "action-unsupported", message, ("action",))
+
+
+def _dates(policy: Policy, today: date) -> Iterator[PolicyError]:
+    for i, exception in enumerate(policy.exceptions):
+        if exception.expires < today:
+            message = (
+                f"this exception ended and no longer applies; remove it, or ask {exception.owner}"
+            )
+            loc = ("exceptions", i, "expires")
+            yield _at(policy, "exception-expired", message, loc, level="warning")
+    if policy.review_by and policy.review_by < today:
+        message = f"the review was due; ask {policy.owner} to look again and set a new date"
+        yield _at(policy, "review-due", message, ("review_by",), level="warning")
+
+
+def _at(
+    policy: Policy, code: Code, message: str, loc: Loc, *, level: Level = "error"
+) -> PolicyError:
+    return replace(locate(policy).error(code, message, loc), level=level)

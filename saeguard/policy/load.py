@@ -1,0 +1,141 @@
+"""Read policy files into policies, or into a list of everything that is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from saeguard.policy.errors import PolicyError, PolicyErrors
+from saeguard.policy.files import find_files, is_test, read_bytes
+from saeguard.policy.schema import PolicyFile
+from saeguard.policy.sense import sense
+from saeguard.policy.shape import shape
+from saeguard.policy.types import Clamp, Exception_, Policy, Selection
+from saeguard.policy.yamlmarks import Document, read_document
+
+
+def load_policies(path: Path) -> tuple[Policy, ...]:
+    """Read a policy file, or every policy file below a folder.
+
+    Files are `*.yaml`; `*.test.yaml` and names that start with a dot are left out. An id may
+    be used twice: once in shadow and once enforced.
+
+    Raises:
+        PolicyErrors: everything that is wrong with any of the files, and nothing else whatever
+            the files hold.
+    """
+    policies, errors = read_policies(path)
+    if errors:
+        raise PolicyErrors(errors)
+    return policies
+
+
+def read_policies(*paths: Path) -> tuple[tuple[Policy, ...], list[PolicyError]]:
+    """Return the policies that could be read, and what was wrong with the others."""
+    errors: list[PolicyError] = []
+    policies: dict[tuple[str, str], Policy] = {}
+    for path in paths:
+        files, found = find_files(path)
+        errors += found
+        files = [file for file in files if not is_test(file)]
+        if not files and not found:
+            message = "there are no policies here; write NAME.yaml files, or check the path"
+            errors.append(PolicyError(path, 0, 0, "no-policies", message))
+        for file in files:
+            policy, found = read_policy(file)
+            errors += found
+            if policy:
+                first = policies.setdefault((policy.id, policy.mode), policy)
+                errors += [_duplicate(policy, first)] if first.path != policy.path else []
+    return tuple(policies.values()), errors
+
+
+def _duplicate(policy: Policy, first: Policy) -> PolicyError:
+    message = (
+        f"{first.path} has this id and mode already; rename one of them, or set one to "
+        "mode: shadow and the other to mode: enforce"
+    )
+    return locate(policy).error("duplicate-id", message, ("id",))
+
+
+def read_policy(path: Path) -> tuple[Policy | None, list[PolicyError]]:
+    """Return one policy, or everything that is wrong with its file."""
+    raw = read_bytes(path)
+    if isinstance(raw, PolicyError):
+        return None, [raw]
+    document = read_document(path, raw)
+    if document.data is None:
+        return None, list(document.errors)
+    content, misshapen = shape(PolicyFile, document)
+    condition, senseless = sense(document)
+    clamp = content.clamp if content else None
+    wrong_already = {(error.line, error.column) for error in document.errors}
+    follow = [e for e in (*misshapen, *senseless) if (e.line, e.column) not in wrong_already]
+    errors = [*document.errors, *follow]
+    if errors or content is None or condition is None:
+        return None, errors
+    policy = Policy(
+        id=content.id,
+        title=content.title,
+        owner=content.owner,
+        severity=content.severity,
+        mode=content.mode,
+        action=content.action,
+        on_error=content.on_error,
+        scope=content.scope,
+        feature_set=content.feature_set,
+        rationale=content.rationale,
+        falsepositives=tuple(content.falsepositives),
+        review_by=content.review_by,
+        detect={name: Selection(s.feature, s.above) for name, s in content.detect.items()},
+        condition=condition.expr,
+        window=content.for_,
+        keep=content.keep,
+        clamp=Clamp(tuple(clamp.features), clamp.to) if clamp else None,
+        exceptions=tuple(
+            Exception_(e.id, e.reason, e.owner, e.expires, e.tenant) for e in content.exceptions
+        ),
+        path=path,
+        digest=digest(document.data),
+    )
+    return policy, []
+
+
+def locate(policy: Policy) -> Document:
+    """Read the policy's file again, for the positions in it.
+
+    Positions are wanted only where there is something to report, so policies do not carry
+    them. Where the file has changed in the meantime, errors point at the file as a whole.
+    """
+    raw = read_bytes(policy.path)
+    if not isinstance(raw, PolicyError):
+        document = read_document(policy.path, raw)
+        if not document.errors and digest(document.data) == policy.digest:
+            return document
+    return Document(policy.path, "", {}, {}, {}, ())
+
+
+def digest(data: Any) -> str:
+    """Return the sha256 of the content, whatever its comments, layout and order of keys."""
+    canonical = json.dumps(
+        _canonical(data), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    """Write dates as text and 1.0 as 1, so that one content has one spelling."""
+    match value:
+        case dict():
+            return {key: _canonical(item) for key, item in value.items()}
+        case list():
+            return [_canonical(item) for item in value]
+        case date():
+            return value.isoformat()
+        case float() if value.is_integer():
+            return int(value)
+        case _:
+            return value

@@ -1,0 +1,92 @@
+"""Read plain YAML scalars as YAML 1.1 and 1.2 readers agree, and refuse the rest.
+
+`no` is a boolean to one reader and text to the next, `012` is ten or twelve, `1:30` is ninety.
+A file that people review must not depend on that, so such spellings have to be quoted.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import date
+from typing import TypeAlias
+
+Scalar: TypeAlias = str | int | float | bool | date | None
+
+_NULL = {"", "~", "null"}
+_BOOLEAN = {"true": True, "false": False}
+_BOOLEAN_TO_SOME = {"y", "n", "yes", "no", "on", "off"}
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+_DECIMAL = re.compile(r"-?(0|[1-9][0-9]{0,17})\.[0-9]{1,30}")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_NUMBER_TO_SOME = re.compile(
+    r"""
+      [-+]? ( 0[xob][0-9a-f_]+                                # 0x1F, 0o17
+            | \.?[0-9][0-9_]* (\.[0-9_]*)? (e[-+]?[0-9]+)?    # 012, 1_000, +1, .5, 1., 1e9
+            | [0-9][0-9_]* (:[0-5]?[0-9])+ (\.[0-9_]*)?       # 1:30
+            | \.inf )
+    | \.nan
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_TIME_TO_SOME = re.compile(
+    r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2} ( (t|[ ]+) [0-9]{1,2}:[0-9]{2} .* )?",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
+
+_KINDS: dict[type, str] = {
+    int: "the number {}",
+    float: "the number {}",
+    date: "the date {}",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+class AmbiguousError(ValueError):
+    """The spelling means different things to different YAML readers."""
+
+
+def plain(text: str) -> Scalar:
+    """Return the value of an unquoted scalar.
+
+    Raises:
+        AmbiguousError: says what is unclear and how to write it.
+    """
+    lower = text.lower()
+    if lower in _NULL:
+        return None
+    if lower in _BOOLEAN:
+        return _BOOLEAN[lower]
+    if lower in _BOOLEAN_TO_SOME:
+        raise AmbiguousError("some YAML readers take this for true or false; put it in quotes")
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _DECIMAL.fullmatch(text):
+        return float(text)
+    if _DATE.fullmatch(text):
+        try:
+            return date.fromisoformat(text)
+        except ValueError:
+            raise AmbiguousError("there is no such day in the calendar") from None
+    if _NUMBER_TO_SOME.fullmatch(text):
+        raise AmbiguousError(
+            "YAML readers disagree on this number; write it in plain decimals such as 0.5 or 12, "
+            "or put it in quotes if it is text"
+        )
+    if _TIME_TO_SOME.fullmatch(text):
+        raise AmbiguousError(
+            "some YAML readers take this for a time; write a date such as 2027-02-01, "
+            "or put it in quotes if it is text"
+        )
+    return text
+
+
+def kind(value: object) -> str:
+    """Return what a value is, in words for messages."""
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    for type_, words in _KINDS.items():
+        if isinstance(value, type_):
+            return words.format(value)
+    return "nothing"

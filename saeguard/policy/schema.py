@@ -1,0 +1,174 @@
+"""What a policy file may say: one source for validation, JSON Schema and documentation."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from saeguard.policy import condition, phrases
+from saeguard.policy.types import Action, Mode, OnError, Scope, Severity, Window
+
+POLICY_ID = r"^[a-z0-9]+([.-][a-z0-9]+)*$"
+SELECTION = rf"^{condition.NAME}$"
+FEATURE = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+FEATURE_SET = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"
+
+FORMS = {
+    POLICY_ID: "lower-case words joined by dots and hyphens, such as unsafe-code.shell-injection",
+    SELECTION: "a lower-case letter, then letters, digits and underscores, such as shell_command",
+    FEATURE: "letters, digits and _ . - such as shell_command",
+    FEATURE_SET: "a path below the feature set folder without its .yaml, such as demo/unsafe-code",
+}
+"""What each pattern asks for, in words for error messages."""
+
+PolicyId = Annotated[str, StringConstraints(pattern=POLICY_ID, max_length=100)]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+LongText = Annotated[str, StringConstraints(min_length=1, max_length=4000)]
+SelectionName = Annotated[str, StringConstraints(pattern=SELECTION, max_length=64)]
+FeatureName = Annotated[str, StringConstraints(pattern=FEATURE, max_length=100)]
+
+
+def _window(value: Any) -> Window:
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "")
+    try:
+        return phrases.window(value)
+    except ValueError as error:
+        raise PydanticCustomError("bad-phrase", "{reason}", {"reason": str(error)}) from None
+
+
+def _keep(value: Any) -> int:
+    try:
+        return phrases.keep(value)
+    except ValueError as error:
+        raise PydanticCustomError("bad-phrase", "{reason}", {"reason": str(error)}) from None
+
+
+class Section(BaseModel):
+    """A mapping in which every key is known."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SelectionSection(Section):
+    """Holds at a token where the feature's share is above a threshold."""
+
+    feature: FeatureName = Field(description="A feature of the policy's feature set.")
+    above: float = Field(
+        gt=0,
+        le=100,
+        description="Holds where the feature's share of its calibrated range is above this; a "
+        "share that equals it does not hold. 0 is quiet, 1 is as strong as in calibration.",
+    )
+
+
+class ClampSection(Section):
+    """What `action: clamp` writes."""
+
+    features: list[FeatureName] = Field(
+        min_length=1, max_length=32, description="Features whose clamp latents are set."
+    )
+    to: float = Field(
+        ge=-10, le=10, description="The share of the calibrated range they are set to."
+    )
+
+
+class ExceptionSection(Section):
+    """A tenant for whom the action is waived for a time; the verdict is still reported."""
+
+    id: PolicyId = Field(description="Name of the exception; appears in events.")
+    reason: ShortText = Field(description="Why the action is waived.")
+    owner: ShortText = Field(description="Who answers for the exception.")
+    expires: date = Field(description="The last day on which it holds.")
+    tenant: ShortText = Field(description="Whose requests it covers.")
+
+
+class PolicyFile(Section):
+    """One behaviour to watch for, when it counts as seen, and what is done then."""
+
+    schema_: Literal["saeguard.policy/v1"] = Field(
+        alias="schema", description="The version of this format."
+    )
+    id: PolicyId = Field(
+        description="Stable name. May be used twice: once in shadow and once enforced."
+    )
+    title: ShortText = Field(description="What the policy watches for, in one line.")
+    owner: ShortText = Field(description="Who answers for the policy.")
+    severity: Severity = Field(description="How bad a true match is.")
+    mode: Mode = Field(description="shadow: report what would be done. enforce: do it.")
+    action: Action = Field(
+        description="What a match leads to, weakest first: log, flag, clamp, stop. The strongest "
+        "action of all matching policies is taken."
+    )
+    on_error: OnError = Field(
+        default="allow",
+        description="What happens to a request that could not be evaluated because of an error. "
+        "Has to be written where mode is enforce.",
+    )
+    scope: Scope = Field(description="Which tokens are looked at.")
+    feature_set: Annotated[str, StringConstraints(pattern=FEATURE_SET, max_length=200)] = Field(
+        description="The feature set that the features come from, by its path without .yaml."
+    )
+    rationale: LongText = Field(description="What fires, and why that matters.")
+    falsepositives: list[ShortText] = Field(
+        default=[], max_length=50, description="Harmless texts that are known to match."
+    )
+    review_by: date | None = Field(
+        default=None, description="After this day `saeguard check` asks for a review."
+    )
+    detect: dict[SelectionName, SelectionSection] = Field(
+        min_length=1, max_length=32, description="Named selections for use in the condition."
+    )
+    condition: Annotated[str, StringConstraints(min_length=1, max_length=2000)] = Field(
+        description="Selections joined by and, or, not, parentheses, `2 of (a, b, c)`, "
+        "`any of (...)` and `all of (...)`; judged at each token."
+    )
+    for_: Annotated[
+        Window,
+        PlainValidator(_window),
+        WithJsonSchema({"type": "string", "pattern": f"^{phrases.WINDOW}$"}),
+    ] = Field(
+        default=Window(),
+        alias="for",
+        description="How many of the last tokens the condition has to hold at: 3 of 8 tokens. "
+        "At most 64 tokens. Default: 1 of 1 tokens.",
+    )
+    keep: Annotated[
+        int,
+        PlainValidator(_keep),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "integer", "minimum": 0, "maximum": phrases.MAX_KEEP},
+                    {"type": "string", "pattern": f"^{phrases.KEEP}$"},
+                ]
+            }
+        ),
+    ] = Field(
+        default=0,
+        description="For how many more tokens the policy stays on after a match: 16 tokens.",
+    )
+    clamp: ClampSection | None = Field(
+        default=None, description="What is clamped; with action: clamp, and only then."
+    )
+    exceptions: list[ExceptionSection] = Field(
+        default=[], max_length=100, description="Tenants for whom the action is waived for a time."
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of policy files, for editors."""
+    schema = PolicyFile.model_json_schema(by_alias=True)
+    properties = schema["properties"]
+    for name in ("review_by", "clamp"):  # leaving a key out is how to say "none"
+        properties[name] = {
+            k: v for k, v in properties[name].items() if k not in {"anyOf", "default"}
+        } | properties[name]["anyOf"][0]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "saeguard.policy/v1",
+    }

@@ -1,0 +1,123 @@
+"""What a policy says, once it has been read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Severity: TypeAlias = Literal["low", "medium", "high", "critical"]
+Mode: TypeAlias = Literal["shadow", "enforce"]
+Action: TypeAlias = Literal["log", "flag", "clamp", "stop"]
+OnError: TypeAlias = Literal["allow", "stop"]
+Scope: TypeAlias = Literal["prompt", "output", "both"]
+
+ACTIONS: tuple[Action, ...] = ("log", "flag", "clamp", "stop")
+"""Weakest first; the strongest matching action wins."""
+
+SUPPORTED_ACTIONS: tuple[Action, ...] = ("log", "flag", "clamp")
+"""What this version of the engine can do; it refuses to start with a policy that asks for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A named selection."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Not:
+    """True where `term` is not."""
+
+    term: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class And:
+    """True where every term is."""
+
+    terms: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Or:
+    """True where any term is."""
+
+    terms: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KOf:
+    """True where at least `k` terms are."""
+
+    k: int
+    terms: tuple[Expr, ...]
+
+
+Expr: TypeAlias = Name | Not | And | Or | KOf
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """`share(feature) > above` at one token; strict."""
+
+    feature: str
+    above: float
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Match at a token when at least `k` of the last `n` token positions hold."""
+
+    k: int = 1
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """Set the clamp latents of `features` to share `to` of the calibrated range."""
+
+    features: tuple[str, ...]
+    to: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exception_:  # noqa: N801 - the policy language calls it an exception
+    """A tenant for which the policy's action is waived until `expires`."""
+
+    id: str
+    reason: str
+    owner: str
+    expires: date
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One behaviour to watch, its condition and its action."""
+
+    id: str
+    title: str
+    owner: str
+    severity: Severity
+    mode: Mode
+    action: Action
+    on_error: OnError
+    scope: Scope
+    feature_set: str
+    rationale: str
+    falsepositives: tuple[str, ...]
+    review_by: date | None
+    detect: Mapping[str, Selection]
+    condition: Expr
+    window: Window
+    keep: int
+    """Tokens for which a match stays on after its last match (hysteresis)."""
+    clamp: Clamp | None
+    exceptions: tuple[Exception_, ...]
+    path: Path
+    digest: str
+    """sha256 of the canonical content, so that comments and layout do not matter."""

@@ -1,0 +1,1 @@
+"""Everything that knows vLLM; `CONTRACT.md` lists which internals."""

@@ -1,0 +1,207 @@
+"""The API server's side: verdicts become the `saeguard` object of OpenAI-compatible bodies.
+
+A verdict travels with its own request's output, so it reaches the right API server whatever the
+topology. Bodies may carry extra fields, which the unmodified OpenAI client keeps in
+`model_extra`: `response.saeguard["flagged"]`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from saeguard.vllm.config import settings_of
+
+KEY = "saeguard"
+DATA = "data: "
+
+
+def make_request_output(
+    wrapped: Callable[..., Any], state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Around `RequestState.make_request_output`: take the verdict out of the parameters."""
+    names = (
+        "new_token_ids",
+        "pooling_output",
+        "finish_reason",
+        "stop_reason",
+        "kv_transfer_params",
+    )
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    params = given.get("kv_transfer_params")
+    if params and KEY in params:
+        setattr(state, KEY, params[KEY])
+        given["kv_transfer_params"] = {k: v for k, v in params.items() if k != KEY} or None
+        return wrapped(**given, **({} if len(args) <= len(names) else _rest(names, args)))
+    return wrapped(*args, **kwargs)
+
+
+def _rest(names: tuple[str, ...], args: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(("ec_transfer_params", "error"), args[len(names) :], strict=False))
+
+
+def new_completion_output(wrapped: Callable[..., Any], state: Any, args: Any, kwargs: Any) -> Any:
+    """Around `RequestState._new_completion_output`: each choice carries its own verdict."""
+    output = wrapped(*args, **kwargs)
+    said = getattr(state, KEY, None)
+    if said is not None and output.finish_reason is not None:
+        setattr(output, KEY, said)
+    return output
+
+
+def add_output(wrapped: Callable[..., Any], output: Any, args: Any, kwargs: Any) -> None:
+    """Around `RequestOutput.add`: merging two outputs keeps the later verdict."""
+    wrapped(*args, **kwargs)
+    later = args[0] if args else kwargs["next_output"]
+    said = {c.index: getattr(c, KEY) for c in later.outputs if hasattr(c, KEY)}
+    for completion in output.outputs:
+        if completion.index in said:
+            setattr(completion, KEY, said[completion.index])
+
+
+def summarise(said: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """Join the verdicts of a response's choices; each verdict names its choice if there are more.
+
+    Args:
+        said: (choice index, what the engine said of it).
+    """
+    parts = sorted(said, key=lambda part: part[0])
+    if not parts:
+        return None
+    if len(parts) == 1:
+        return dict(parts[0][1])
+    order = [None, "log", "flag", "clamp", "stop"]
+    return {
+        **parts[0][1],
+        "flagged": any(p["flagged"] for _, p in parts),
+        "action": max((p["action"] for _, p in parts), key=order.index),
+        "verdicts": [{"choice": i, **v} for i, p in parts for v in p["verdicts"]],
+        "coverage": [{"choice": i, **p["coverage"]} for i, p in parts],
+        "errors": sum(p["errors"] for _, p in parts),
+    }
+
+
+def _remember(said: dict[int, Mapping[str, Any]], output: Any, offset: int = 0) -> None:
+    for completion in output.outputs:
+        if hasattr(completion, KEY):
+            said[offset + completion.index] = getattr(completion, KEY)
+
+
+def _replace_generator(
+    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, watch: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if "result_generator" in kwargs:
+        return args, {**kwargs, "result_generator": watch(kwargs["result_generator"])}
+    return (*args[:position], watch(args[position]), *args[position + 1 :]), kwargs
+
+
+async def chat_full(wrapped: Callable[..., Any], _serving: Any, args: Any, kwargs: Any) -> Any:
+    """Around `chat_completion_full_generator`."""
+    said: dict[int, Mapping[str, Any]] = {}
+
+    async def watch(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for result in results:
+            _remember(said, result)
+            yield result
+
+    args, kwargs = _replace_generator(args, kwargs, 1, watch)
+    body = await wrapped(*args, **kwargs)
+    summary = summarise(said.items())
+    if summary is not None and hasattr(body, "choices"):
+        setattr(body, KEY, summary)
+    return body
+
+
+async def chat_stream(wrapped: Callable[..., Any], _serving: Any, args: Any, kwargs: Any) -> Any:
+    """Around `chat_completion_stream_generator`: the chunk that finishes a choice carries it."""
+    said: dict[int, Mapping[str, Any]] = {}
+
+    async def watch(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for result in results:
+            _remember(said, result)
+            yield result
+
+    args, kwargs = _replace_generator(args, kwargs, 1, watch)
+    async for line in wrapped(*args, **kwargs):
+        yield annotate(line, said)
+
+
+def completion_full(wrapped: Callable[..., Any], _serving: Any, args: Any, kwargs: Any) -> Any:
+    """Around `request_output_to_completion_response`; several prompts make several choices."""
+    body = wrapped(*args, **kwargs)
+    results = args[0] if args else kwargs["final_res_batch"]
+    said: dict[int, Mapping[str, Any]] = {}
+    offset = 0
+    for result in results:
+        _remember(said, result, offset)
+        offset += len(result.outputs)
+    summary = summarise(said.items())
+    if summary is not None:
+        setattr(body, KEY, summary)
+    return body
+
+
+async def completion_stream(
+    wrapped: Callable[..., Any], _serving: Any, args: Any, kwargs: Any
+) -> Any:
+    """Around `completion_stream_generator`."""
+    said: dict[int, Mapping[str, Any]] = {}
+    request = args[0] if args else kwargs["request"]
+    choices = request.n or 1
+
+    async def watch(results: AsyncIterator[tuple[int, Any]]) -> AsyncIterator[tuple[int, Any]]:
+        async for prompt, result in results:
+            _remember(said, result, prompt * choices)
+            yield prompt, result
+
+    args, kwargs = _replace_generator(args, kwargs, 2, watch)
+    async for line in wrapped(*args, **kwargs):
+        yield annotate(line, said)
+
+
+def annotate(line: str, said: Mapping[int, Mapping[str, Any]]) -> str:
+    """Add the verdict to a server-sent chunk that finishes a choice; pass others through."""
+    if not said or not line.startswith(DATA) or '"finish_reason":"' not in line.replace(": ", ":"):
+        return line
+    chunk = json.loads(line[len(DATA) :])
+    done = [c["index"] for c in chunk.get("choices", ()) if c.get("finish_reason")]
+    summary = summarise((i, said[i]) for i in done if i in said)
+    if summary is None:
+        return line
+    return f"{DATA}{json.dumps({**chunk, KEY: summary}, separators=(',', ':'))}\n\n"
+
+
+async def create(wrapped: Callable[..., Any], serving: Any, args: Any, kwargs: Any) -> Any:
+    """Around `create_chat_completion` and `create_completion`: what a request may ask for.
+
+    A request can only become stricter, and only by policies the operator lists.
+    """
+    request = args[0] if args else kwargs["request"]
+    refusal = refuse(getattr(request, "vllm_xargs", None), serving)
+    if refusal is not None:
+        return serving.create_error_response(
+            refusal, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST
+        )
+    return await wrapped(*args, **kwargs)
+
+
+def refuse(xargs: Mapping[str, Any] | None, serving: Any) -> str | None:
+    """Return why a request's `vllm_xargs` are not allowed, None where they are."""
+    asked = {k: v for k, v in (xargs or {}).items() if k.startswith("saeguard")}
+    if not asked:
+        return None
+    unknown = sorted(set(asked) - {"saeguard_enforce"})
+    if unknown:
+        return f"vllm_xargs: unknown key {unknown[0]!r}; allowed: saeguard_enforce"
+    settings = settings_of(serving.engine_client.vllm_config)
+    allowed = set(settings.request_may_enforce) if settings is not None else set()
+    wanted = [name for name in str(asked["saeguard_enforce"]).split(",") if name not in allowed]
+    if wanted:
+        listed = ", ".join(sorted(allowed)) or "none"
+        return (
+            f"vllm_xargs.saeguard_enforce: {wanted[0]!r} is not a policy that requests may have "
+            f"enforced on this server; allowed: {listed}"
+        )
+    return None

@@ -1,0 +1,56 @@
+"""Find the decoder layers of a vLLM model and put taps behind the hooked ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from saeguard.guard.tap import tap_output
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ModelError(RuntimeError):
+    """The model does not fit the watch list, or has no layers we can find."""
+
+
+def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
+    """Return the model's blocks, in order; layers of other pipeline ranks are placeholders.
+
+    The blocks are the outermost list as long as the configuration says, which holds for every
+    family looked at: `model.layers`, `transformer.h`, `gpt_neox.layers`, `language_model...`.
+
+    Raises:
+        ModelError: there is none, or more than one.
+    """
+    from torch import nn
+
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    }
+    outermost = {
+        name: module
+        for name, module in found.items()
+        if not any(name != other and name.startswith(f"{other}.") for other in found)
+    }
+    if len(outermost) > 1:  # vision and language towers of one depth
+        outermost = {n: m for n, m in outermost.items() if "vision" not in n and "visual" not in n}
+    if len(outermost) != 1:
+        names = ", ".join(outermost) or "none"
+        raise ModelError(
+            f"{type(model).__name__}: expected one list of {num_layers} decoder layers, found "
+            f"{names}; this model is not supported"
+        )
+    layers: nn.ModuleList = next(iter(outermost.values()))
+    return layers
+
+
+def hook_layer(layers: nn.ModuleList, index: int) -> Any:
+    """Put the tap behind block `index`; torch.compile traces the hook into the graph."""
+
+    def saeguard_tap(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return tap_output(output, index)
+
+    return layers[index].register_forward_hook(saeguard_tap)

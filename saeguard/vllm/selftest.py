@@ -1,0 +1,174 @@
+"""Start-up self-test: a real request goes through the engine before any other is let in.
+
+A stale compile cache, a model family that returns something else, a hook that tracing dropped, a
+seam that vLLM moved: all look alike from outside, a guard that is always quiet. So one short
+prompt is served twice. The first time it bypasses the compiled graph, and the activations must be
+those of the residual stream that the *next* block consumes, added up from what its own first
+normalisation is given. The second time it takes the path that all traffic takes, and must show
+the same activations, every token accounted for.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import structlog
+import torch
+from torch import nn
+
+from saeguard.guard.tap import Tap
+from saeguard.vllm.layers import decoder_layers
+from saeguard.vllm.worker import WorkerGuard
+
+log = structlog.get_logger("saeguard")
+
+PREFIX = "saeguard-self-test-"
+"""Request ids of the test; honoured only until the test has passed."""
+EAGER, SERVED = f"{PREFIX}eager", f"{PREFIX}served"
+TOKENS = 16
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+"""Largest difference between two readings, as a share of the largest pre-activation."""
+STEPS = 64
+"""Engine steps within which a request of 18 tokens must have been served."""
+
+
+class SelfTestError(RuntimeError):
+    """The guard does not see what it must see; serving would be unguarded."""
+
+
+# --- in the engine core -------------------------------------------------------------------------
+
+
+def run(core: Any) -> None:
+    """Serve the two requests on an `EngineCore` that has just been built.
+
+    Raises:
+        SelfTestError: nothing came out, or tokens are not accounted for.
+    """
+    guard = core.scheduler.saeguard
+    for request_id in (EAGER, SERVED):
+        request, wave = core.preprocess_add_request(_request(core, request_id))
+        core.add_request(request, wave)
+        for _ in range(STEPS):
+            _, executed = core.step_fn()
+            core.post_step(model_executed=executed)
+            if request_id in guard.self_test:
+                break
+        coverage = guard.self_test.get(request_id)
+        # One prompt, one sampled token fed back, one that nothing reads.
+        if coverage is None or coverage.evaluated + coverage.skipped.get("special_token", 0) != (
+            TOKENS + 1
+        ):
+            raise SelfTestError(
+                f"saeguard self-test: of {TOKENS + 2} tokens served, the guard accounts for "
+                f"{coverage}; expected {TOKENS + 1} evaluated and 1 not forwarded"
+            )
+
+
+def _request(core: Any, request_id: str) -> Any:
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    vocabulary = core.vllm_config.model_config.get_vocab_size()
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=[(7 + 131 * i) % vocabulary for i in range(TOKENS)],
+        mm_features=None,
+        sampling_params=SamplingParams(
+            max_tokens=2, temperature=0.0, ignore_eos=True, skip_reading_prefix_cache=True
+        ),
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=PREFIX,
+        data_parallel_rank=None,
+    )
+
+
+# --- in the worker ------------------------------------------------------------------------------
+
+
+class Observation:
+    """What the worker's model showed in the eager pass, to compare the served pass with."""
+
+    def __init__(self) -> None:
+        """Nothing has been seen yet."""
+        self.residual: dict[int, torch.Tensor] = {}
+
+    def before(self, request_id: str, model: Any, depth: int, taps: tuple[Tap, ...]) -> list[Any]:
+        """Prepare a pass of the test; return the hooks to remove after it."""
+        if request_id != EAGER or self.residual:
+            return []
+        from vllm.config import CUDAGraphMode
+        from vllm.forward_context import get_forward_context
+
+        context = get_forward_context()
+        context.skip_compiled = True
+        context.cudagraph_runtime_mode = CUDAGraphMode.NONE
+        return _observe(model, decoder_layers(model, depth), taps, self.residual)
+
+    def compare(self, guard: WorkerGuard, rows: int, dtype: torch.dtype) -> None:
+        """Compare the taps' activations of a prompt pass with the observed residual.
+
+        Raises:
+            SelfTestError: says which layer, what was expected and what was seen.
+        """
+        allowed = TOLERANCE.get(dtype, max(TOLERANCE.values()))
+        for tap in guard.taps:
+            x = self.residual.get(tap.layer)
+            if int(tap.ticks) != guard.ticks:
+                raise SelfTestError(
+                    f"saeguard self-test: the tap at layer {tap.layer} ran {int(tap.ticks)} times "
+                    f"in {guard.ticks} passes. The graph was built without the guard, perhaps "
+                    "taken from a stale compile cache: remove vLLM's cache directory "
+                    "(VLLM_CACHE_ROOT) and start again."
+                )
+            if x is None:
+                raise SelfTestError(
+                    f"saeguard self-test: nothing could be observed behind layer {tap.layer}; "
+                    "this model family is not supported"
+                )
+            pre = x[:rows].to(tap.W.device) @ tap.W + tap.b
+            scale = pre.abs().max().clamp(min=1e-6)
+            # Within rounding of its threshold a latent may show on one side only.
+            sure = (pre - tap.theta).abs() / scale > allowed
+            gap = ((tap.f[:rows] - pre * (pre > tap.theta)).abs() / scale)[sure]
+            difference = float(gap.max()) if gap.numel() else 0.0
+            if not difference <= allowed:
+                raise SelfTestError(
+                    f"saeguard self-test: at layer {tap.layer} the tap does not read the residual "
+                    f"stream: activations differ by {difference:.3g} of their magnitude, allowed "
+                    f"{allowed:.3g}. This model family is not supported."
+                )
+            log.info("saeguard self-test", layer=tap.layer, difference=difference, allowed=allowed)
+
+
+def _observe(
+    model: nn.Module, layers: nn.ModuleList, taps: tuple[Tap, ...], seen: dict[int, torch.Tensor]
+) -> list[Any]:
+    """Hook whatever first consumes each tapped layer's output; record the sum it is given."""
+    handles = []
+    ready = {tap.layer: False for tap in taps}
+    for tap in taps:
+        last = tap.layer + 1 == len(layers)
+        consumer = model if last else layers[tap.layer + 1]
+
+        def arm(_m: nn.Module, _a: Any, _o: Any, layer: int = tap.layer) -> None:
+            ready[layer] = True
+
+        def record(_m: nn.Module, args: Any, kwargs: Any, layer: int = tap.layer) -> None:
+            given = [t for t in (*args, *kwargs.values()) if _is_residual(t)]
+            if ready[layer] and given and layer not in seen:
+                seen[layer] = torch.stack([t.detach().float() for t in given]).sum(0)
+
+        handles.append(layers[tap.layer].register_forward_hook(arm))
+        norms = [m for m in consumer.modules() if "norm" in type(m).__name__.lower()]
+        handles += [
+            m.register_forward_pre_hook(record, with_kwargs=True) for m in norms or [consumer]
+        ]
+    return handles
+
+
+def _is_residual(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1

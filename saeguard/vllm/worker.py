@@ -1,0 +1,230 @@
+"""The model's side of the guard, the same for both runners: taps in, packets out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+
+from saeguard.guard import clamp as clamping
+from saeguard.guard.packet import Packet
+from saeguard.guard.rows import lay_out
+from saeguard.guard.tap import TAPS, Tap, install_taps
+from saeguard.guard.watchlist import WatchList
+from saeguard.vllm.config import KEY, Settings, load_watchlist
+from saeguard.vllm.layers import ModelError, decoder_layers, hook_layer
+
+log = structlog.get_logger("saeguard")
+
+FAR = torch.iinfo(torch.int64).max
+SPARE_SLOTS = 2
+"""Clamp state for this many times the running requests: preempted ones keep theirs."""
+
+
+@dataclass(slots=True)
+class Pending:
+    """A pass whose activations are on their way to the host."""
+
+    request_ids: list[str]
+    query_start: np.ndarray
+    rows: int
+    ticks: int
+    host: dict[str, Any]
+    event: Any
+
+
+@dataclass(slots=True)
+class WorkerGuard:
+    """One worker's taps and what it must remember between passes."""
+
+    watchlist: WatchList
+    taps: tuple[Tap, ...]
+    excluded: torch.Tensor
+    """[vocabulary] bool on the device."""
+    device: torch.device
+    ticks: int = 0
+    slots: dict[str, int] = field(default_factory=dict)
+    free: list[int] = field(default_factory=list)
+    pending: Pending | None = None
+    tested: bool = False
+    observation: Any = None
+
+    def admit(self, request_id: str, prompt_tokens: int, enforce: Sequence[str]) -> int:
+        """Give a request its slot in the clamp state, unless it has one."""
+        slot = self.slots.get(request_id)
+        if slot is not None:
+            return slot
+        if not self.free:
+            raise RuntimeError(
+                f"no clamp slot is free for {request_id}: {len(self.slots)} requests are in flight"
+            )
+        slot = self.slots[request_id] = self.free.pop()
+        scopes = {"prompt": (0, prompt_tokens), "output": (prompt_tokens, FAR), "both": (0, FAR)}
+        for tap in self.taps:
+            if tap.clamp is not None:
+                policies = [self.watchlist.policies[i] for i in tap.clamp.policies]
+                clamping.admit(
+                    tap.clamp,
+                    slot,
+                    [p.mode == "enforce" or p.id in enforce for p in policies],
+                    [scopes[p.scope] for p in policies],
+                )
+        return slot
+
+    def release(self, request_ids: Sequence[str]) -> None:
+        """Take back the slots of requests that ended."""
+        for request_id in request_ids:
+            slot = self.slots.pop(request_id, None)
+            if slot is not None:
+                self.free.append(slot)
+
+    @property
+    def clamps(self) -> bool:
+        """Whether any policy can edit."""
+        return any(tap.clamp is not None for tap in self.taps)
+
+    def before(
+        self,
+        request_ids: list[str],
+        query_start: np.ndarray,
+        starts: np.ndarray,
+        input_ids: torch.Tensor,
+        requests: Mapping[str, tuple[int, Sequence[str]]],
+    ) -> None:
+        """Write the layout of the pass that comes next.
+
+        Args:
+            request_ids: in row order.
+            query_start: [requests + 1] first row of each.
+            starts: [requests] position of each request's first row.
+            input_ids: [rows or more] token ids, on the device.
+            requests: prompt length and policies to enforce, for requests not seen before.
+        """
+        rows = self.taps[0].rows
+        n = int(query_start[-1])
+        torch.logical_not(self.excluded[input_ids[:n]], out=rows.watched[:n])
+        if self.clamps:
+            slots = [self.admit(r, *requests[r]) for r in request_ids]
+            lay_out(rows, slots, starts, query_start)
+        self.ticks += 1
+
+    def after(
+        self, request_ids: list[str], query_start: np.ndarray, positions: torch.Tensor
+    ) -> None:
+        """Start copying what the pass saw; `collect` finishes it."""
+        n = int(query_start[-1])
+        device = {
+            "f": [tap.f[:n] for tap in self.taps],
+            "acted": [tap.clamp.acted[:n] for tap in self.taps if tap.clamp is not None],
+            "ticks": [tap.ticks for tap in self.taps],
+            "watched": [self.taps[0].rows.watched[:n]],
+            "positions": [positions[:n]],
+        }
+        if self.device.type == "cuda":
+            host = {k: [_to_pinned(t) for t in ts] for k, ts in device.items()}
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            host = {k: [t.clone() for t in ts] for k, ts in device.items()}
+            event = None
+        self.pending = Pending(request_ids, query_start, n, self.ticks, host, event)
+
+    def collect(self, pending: Pending) -> Packet:
+        """Wait for the copies of one pass and return them."""
+        if pending.event is not None:
+            pending.event.synchronize()
+        host = {k: [t.numpy() for t in ts] for k, ts in pending.host.items()}
+        f = host["f"][0] if len(host["f"]) == 1 else np.concatenate(host["f"], axis=1)
+        return Packet(
+            request_ids=pending.request_ids,
+            query_start=pending.query_start,
+            positions=host["positions"][0],
+            watched=host["watched"][0],
+            f=f,
+            acted=np.concatenate(host["acted"], axis=1) if host["acted"] else None,
+            ran=all(int(t) == pending.ticks for t in host["ticks"]),
+            watchlist=self.watchlist.digest,
+        )
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host
+
+
+def mark_graph(vllm_config: Any, watchlist: WatchList) -> None:
+    """Enter what the guard traces into the model's graph into vLLM's compile hash."""
+    layers = ",".join(str(hook.layer) for hook in watchlist.hooks)
+    vllm_config.additional_config[KEY] = {
+        **vllm_config.additional_config[KEY],
+        "graph": f"tap-v1 resid_post {layers}",
+    }
+
+
+def attach(
+    model: Any, vllm_config: Any, settings: Settings, watchlist: WatchList, device: torch.device
+) -> WorkerGuard:
+    """Check that the watch list fits the model, and put its taps into the layers.
+
+    Raises:
+        ModelError: width, depth or parallelism does not fit; both values are in the message.
+    """
+    del settings
+    config = vllm_config.model_config.hf_text_config
+    hidden, depth = int(config.hidden_size), int(config.num_hidden_layers)
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ModelError(
+            "pipeline parallelism is not supported yet by this version of saeguard: the hooked "
+            "layer's activations would stay on another rank"
+        )
+    for hook in watchlist.hooks:
+        if hook.d_in != hidden:
+            raise ModelError(
+                f"the SAE reads vectors of width {hook.d_in}, the model's residual stream is "
+                f"{hidden} wide: this SAE belongs to another model"
+            )
+        if not 0 <= hook.layer < depth:
+            raise ModelError(
+                f"the SAE reads layer {hook.layer}, the model has layers 0 to {depth - 1}"
+            )
+    layers = decoder_layers(model, depth)
+    scheduler = vllm_config.scheduler_config
+    slots = SPARE_SLOTS * scheduler.max_num_seqs
+    taps = install_taps(
+        watchlist,
+        max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + 8,
+        slots=slots,
+        device=device,
+    )
+    for tap in taps:
+        hook_layer(layers, tap.layer)
+    excluded = torch.zeros(vllm_config.model_config.get_vocab_size() + 1, dtype=torch.bool)
+    excluded[list(watchlist.exclude_tokens)] = True
+    guard = WorkerGuard(
+        watchlist=watchlist,
+        taps=taps,
+        excluded=excluded.to(device),
+        device=device,
+        free=list(range(1, slots + 1))[::-1],
+    )
+    log.info("saeguard taps installed", layers=sorted(TAPS), rows=watchlist.columns)
+    return guard
+
+
+def prepare(vllm_config: Any, settings: Settings) -> WatchList:
+    """Read the watch list before the model is built, so that a mistake costs seconds."""
+    watchlist = load_watchlist(settings)
+    mark_graph(vllm_config, watchlist)
+    return watchlist
+
+
+def enforced_by_request(sampling_params: Any) -> tuple[str, ...]:
+    """Return the shadow policies a request asks to have enforced; checked at admission."""
+    extra = getattr(sampling_params, "extra_args", None) or {}
+    wanted = extra.get("saeguard_enforce")
+    return tuple(str(wanted).split(",")) if wanted else ()
