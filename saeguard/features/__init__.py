@@ -1,0 +1,1 @@
+"""Feature sets: find, calibrate, load and save named directions with evidence."""

@@ -79,9 +79,10 @@ def _terms(weights: Mapping[int, float] | None) -> tuple[Term, ...]:
 
 
 def _feature(file: Path, name: str, part: FeaturePart) -> Feature:
-    probe = part.probe and ProbeRef(
-        _beside(file, part.probe.file), part.probe.name, part.probe.sha256
-    )
+    probe = None
+    if part.probe is not None:
+        at = _beside(file, part.probe.file)
+        probe = ProbeRef(at, part.probe.name, part.probe.sha256)
     return Feature(
         id=name,
         title=part.title,

@@ -28,7 +28,7 @@ class Tap:
     f: torch.Tensor
     """[max_tokens, watched] float32: activations of the last pass."""
     ticks: torch.Tensor
-    """[] int64: how often the op ran; a pass that leaves it unchanged was not watched."""
+    """[] int64: how often the op ran since it was set to 0, which it is before each pass."""
     rows: Rows
     clamp: Clamp | None
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from saeguard.policy.errors import PolicyError, did_you_mean, listed, show
+from saeguard.policy.errors import PolicyError, did_you_mean, show
 from saeguard.policy.files import TEST_SUFFIX, read_bytes
 from saeguard.policy.schema import FeatureName, PolicyId, Section, ShortText
 from saeguard.policy.shape import shape
@@ -128,7 +128,7 @@ def _case(
             hint = did_you_mean(feature, features)
             message = (
                 f"the policy does not look at {show(feature)}; {hint}it looks at: "
-                f"{listed(features)}"
+                f"{', '.join(features)}"
             )
             errors.append(document.error("unknown-feature", message, at, at_key=True))
             continue

@@ -139,12 +139,6 @@ def show(value: object) -> str:
     return f'"{text}"' if isinstance(value, str) else text
 
 
-def listed(words: Iterable[str]) -> str:
-    """Return `a, b and c`."""
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `did you mean "x"? ` where something known is near, else nothing."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)

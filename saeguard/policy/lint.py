@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, date, datetime
 
 from saeguard.features.types import FeatureSet
-from saeguard.policy.errors import Code, Level, PolicyError, did_you_mean, listed, show
+from saeguard.policy.errors import Code, Level, PolicyError, did_you_mean, show
 from saeguard.policy.load import locate
 from saeguard.policy.types import SUPPORTED_ACTIONS, Policy
 from saeguard.policy.yamlmarks import Loc
@@ -39,7 +39,9 @@ def _features(policy: Policy, feature_sets: Mapping[str, FeatureSet]) -> Iterato
     found = feature_sets.get(policy.feature_set)
     if found is None:
         hint = did_you_mean(policy.feature_set, feature_sets)
-        known = f"there are: {listed(sorted(feature_sets))}" if feature_sets else "none was found"
+        known = (
+            f"there are: {', '.join(sorted(feature_sets))}" if feature_sets else "none was found"
+        )
         message = f"there is no feature set {show(policy.feature_set)}; {hint}{known}"
         yield _at(policy, "unknown-feature-set", message, ("feature_set",))
         return
@@ -51,7 +53,7 @@ def _features(policy: Policy, feature_sets: Mapping[str, FeatureSet]) -> Iterato
     for feature, loc in wanted:
         if feature not in found.features:
             hint = did_you_mean(feature, found.features)
-            known = listed(sorted(found.features)[:20])
+            known = ", ".join(sorted(found.features)[:20])
             message = (
                 f"the feature set {show(policy.feature_set)} has no feature {show(feature)}; "
                 f"{hint}there are: {known}"
@@ -61,7 +63,7 @@ def _features(policy: Policy, feature_sets: Mapping[str, FeatureSet]) -> Iterato
             able = [name for name, f in found.features.items() if f.clamp]
             message = (
                 f"the feature {show(feature)} names no latents to clamp; "
-                f"those that do: {listed(sorted(able)) if able else 'none'}"
+                f"those that do: {', '.join(sorted(able)) or 'none'}"
             )
             yield _at(policy, "no-clamp-latents", message, loc)
 
@@ -70,7 +72,7 @@ def _engine(policy: Policy) -> Iterator[PolicyError]:
     if policy.action not in SUPPORTED_ACTIONS:
         message = (
             f"action {policy.action} is not supported yet by this version; "
-            f"use one of {listed(SUPPORTED_ACTIONS)}"
+            f"use one of {', '.join(SUPPORTED_ACTIONS)}"
         )
         yield _at(policy, "action-unsupported", message, ("action",))
 

@@ -74,7 +74,7 @@ def read_policy(path: Path) -> tuple[Policy | None, list[PolicyError]]:
     clamp = content.clamp if content else None
     wrong_already = {(error.line, error.column) for error in document.errors}
     follow = [e for e in (*misshapen, *senseless) if (e.line, e.column) not in wrong_already]
-    errors = [*document.errors, *follow]
+    errors = sorted([*document.errors, *follow], key=lambda error: (error.line, error.column))
     if errors or content is None or condition is None:
         return None, errors
     policy = Policy(

@@ -76,7 +76,7 @@ def plain(text: str) -> Scalar:
         )
     if _TIME_TO_SOME.fullmatch(text):
         raise AmbiguousError(
-            "some YAML readers take this for a time; write a date such as 2027-02-01, "
+            "some YAML readers take this for a time; write a day as in 2027-02-01, "
             "or put it in quotes if it is text"
         )
     return text

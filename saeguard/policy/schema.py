@@ -32,10 +32,8 @@ FeatureName = Annotated[str, StringConstraints(pattern=FEATURE, max_length=100)]
 
 
 def _window(value: Any) -> Window:
-    if not isinstance(value, str):
-        raise PydanticCustomError("string_type", "")
     try:
-        return phrases.window(value)
+        return phrases.window(str(value))
     except ValueError as error:
         raise PydanticCustomError("bad-phrase", "{reason}", {"reason": str(error)}) from None
 

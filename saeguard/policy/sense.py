@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from saeguard.policy.condition import Condition, ConditionError, holds, never_holds, parse
-from saeguard.policy.errors import PolicyError, did_you_mean, listed, show
+from saeguard.policy.errors import PolicyError, did_you_mean, show
 from saeguard.policy.yamlmarks import Document
 
 
@@ -73,7 +73,7 @@ def _selections(document: Document, condition: Condition) -> Iterator[PolicyErro
         if name not in detect:
             message = (
                 f"{show(name)} is not one of the selections under detect; "
-                f"{did_you_mean(name, detect)}there are: {listed(detect)}"
+                f"{did_you_mean(name, detect)}there are: {', '.join(detect)}"
             )
             yield document.error("unknown-selection", message, ("condition",), offset=offset)
     for name in detect:

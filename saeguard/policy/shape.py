@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from saeguard.policy.errors import Code, PolicyError, did_you_mean, listed, show
+from saeguard.policy.errors import Code, PolicyError, did_you_mean, show
 from saeguard.policy.scalars import kind
 from saeguard.policy.schema import FORMS
 from saeguard.policy.yamlmarks import Document, Loc
@@ -19,7 +19,7 @@ _TYPES = {
     "string_type": "text",
     "int_type": "a whole number",
     "float_type": "a number",
-    "date_type": "a date such as 2027-02-01, without quotes,",
+    "date_type": "a date such as 2027-02-01",
     "dict_type": "a mapping",
     "list_type": "a list",
     "model_type": "a mapping",
@@ -61,7 +61,7 @@ def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tupl
         keys = _keys(model, loc[:-1])
         hint = did_you_mean(str(loc[-1]), keys)
         code, what = "unknown-key", f"{show(loc[-1])} is not a key here; {hint}"
-        what += f"allowed: {listed(keys)}"
+        what += f"allowed: {', '.join(keys)}"
     elif mistake == "missing":
         code, what = "missing-key", f"the key {show(loc[-1])} is missing; add it"
     elif mistake in _TYPES:
@@ -70,7 +70,7 @@ def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tupl
     elif mistake == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         hint = did_you_mean(str(value), allowed)
-        code, what = "not-allowed", f"found {show(value)}; {hint}allowed: {listed(allowed)}"
+        code, what = "not-allowed", f"found {show(value)}; {hint}allowed: {', '.join(allowed)}"
     elif mistake in _BOUNDS:
         bound, words = _BOUNDS[mistake]
         code, what = "out-of-range", f"found {show(value)}; write a number {words} "

@@ -95,9 +95,9 @@ class Document:
         wanted = value[:offset].split()
         ahead = sum(map(len, wanted)) if isinstance(value, str) else 0
         body = [i for i in range(start, mark.end) if not self.text[i].isspace()]
-        if ahead >= len(body) or [self.text[i] for i in body[:ahead]] != list("".join(wanted)):
+        if [self.text[i] for i in body[:ahead]] != list("".join(wanted)):
             return mark.start
-        return body[ahead]
+        return body[ahead] if ahead < len(body) else body[-1] + 1
 
 
 def read_document(path: Path, raw: bytes) -> Document:
@@ -109,9 +109,9 @@ def read_document(path: Path, raw: bytes) -> Document:
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         # UTF-8 up to here, so the position in characters is that in what decodes.
-        text = raw.decode("utf-8", "replace")
-        message = f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        start = len(raw[: error.start].decode("utf-8", "replace"))
+        text = error.object.decode("utf-8", "replace")
+        message = f"byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        start = len(error.object[: error.start].decode())
         return _unreadable(path, text, start, "not-utf8", message)
     control = _CONTROL.search(text)
     if control:

@@ -32,7 +32,6 @@ class Pending:
     request_ids: list[str]
     query_start: np.ndarray
     rows: int
-    ticks: int
     host: dict[str, Any]
     event: Any
 
@@ -46,7 +45,6 @@ class WorkerGuard:
     excluded: torch.Tensor
     """[vocabulary] bool on the device."""
     device: torch.device
-    ticks: int = 0
     slots: dict[str, int] = field(default_factory=dict)
     free: list[int] = field(default_factory=list)
     pending: Pending | None = None
@@ -110,7 +108,8 @@ class WorkerGuard:
         if self.clamps:
             slots = [self.admit(r, *requests[r]) for r in request_ids]
             lay_out(rows, slots, starts, query_start)
-        self.ticks += 1
+        for tap in self.taps:
+            tap.ticks.zero_()
 
     def after(
         self, request_ids: list[str], query_start: np.ndarray, positions: torch.Tensor
@@ -131,7 +130,7 @@ class WorkerGuard:
         else:
             host = {k: [t.clone() for t in ts] for k, ts in device.items()}
             event = None
-        self.pending = Pending(request_ids, query_start, n, self.ticks, host, event)
+        self.pending = Pending(request_ids, query_start, n, host, event)
 
     def collect(self, pending: Pending) -> Packet:
         """Wait for the copies of one pass and return them."""
@@ -146,7 +145,7 @@ class WorkerGuard:
             watched=host["watched"][0],
             f=f,
             acted=np.concatenate(host["acted"], axis=1) if host["acted"] else None,
-            ran=all(int(t) == pending.ticks for t in host["ticks"]),
+            ran=all(int(t) == 1 for t in host["ticks"]),
             watchlist=self.watchlist.digest,
         )
 

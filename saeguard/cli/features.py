@@ -1,0 +1,167 @@
+"""`saeguard features`: find the latents of a behaviour, and calibrate a feature set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from saeguard.features.corpus import Corpus
+    from saeguard.features.search import Search
+    from saeguard.features.types import Feature
+    from saeguard.hf.model import LanguageModel
+
+verb = typer.Typer(
+    help="Find what detects a behaviour, and set thresholds for a wished false-positive rate.",
+    no_args_is_help=True,
+)
+
+_ModelOption = Annotated[
+    Path, typer.Option("--model", help="Folder of a Hugging Face model.", exists=True)
+]
+_SEED = typer.Option(help="Of resampling and controls; the same seed gives the same file.")
+
+
+@verb.command()
+def search(
+    model: _ModelOption,
+    sae: Annotated[Path, typer.Option(help="Folder of an SAE checkpoint.", exists=True)],
+    data: Annotated[Path, typer.Option(help="Labelled JSON lines to choose on.", exists=True)],
+    holdout: Annotated[
+        Path, typer.Option(help="Labelled JSON lines of other templates, to measure on.")
+    ],
+    behaviour: Annotated[str, typer.Option(help="Name of the behaviour, for the report.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    kind: Annotated[str | None, typer.Option(help="Only positives of this kind.")] = None,
+    benign: Annotated[
+        Path | None, typer.Option(help="Ordinary JSON lines, as further negatives to choose on.")
+    ] = None,
+    scope: Annotated[str, typer.Option(help="prompt, output or both.")] = "output",
+    top: Annotated[int, typer.Option(help="Single latents to report.", min=1)] = 20,
+    group_size: Annotated[int, typer.Option(help="Most latents in a group.", min=1)] = 8,
+    seed: Annotated[int, _SEED] = 0,
+) -> None:
+    """Rank latents, a weighted group and a linear probe by how well they detect a behaviour.
+
+    Everything is chosen on --data; AUROC and its interval are those on --holdout.
+    """
+    from saeguard.features.corpus import with_ordinary
+    from saeguard.features.search import search as find
+    from saeguard.hf.corpus import read_corpus
+    from saeguard.hf.files import write_atomically
+    from saeguard.hf.model import load_model
+    from saeguard.sae import inspect
+
+    with _errors_told():
+        scope_ = _scope(scope)
+        info = inspect(sae)
+        lm = load_model(model)
+
+        def read(path: Path) -> Corpus:
+            return read_corpus(lm, path, info.layer, lm.special_tokens).scoped(scope_)
+
+        split = read(data).of_kind(kind)
+        if benign is not None:
+            split = with_ordinary(split, read(benign))
+        found = find(
+            info, split, read(holdout).of_kind(kind), top=top, group_size=group_size, seed=seed
+        )
+        report = {
+            "behaviour": behaviour,
+            "kind": kind,
+            "scope": scope,
+            "seed": seed,
+            "model": lm.name,
+            "sae": {"sha256": info.sha256, "layer": info.layer},
+            "texts": {"search": len(split), "holdout": len(read(holdout).of_kind(kind))},
+            "findings": found.report(),
+        }
+        write_atomically(out, json.dumps(report, indent=2) + "\n")
+    _print_table(found, f"{behaviour} {kind or ''}".strip())
+    typer.echo(f"Written to {out}.")
+
+
+@verb.command()
+def calibrate(
+    set_: Annotated[Path, typer.Option("--set", help="Feature-set file.", exists=True)],
+    model: _ModelOption,
+    benign: Annotated[Path, typer.Option(help="Ordinary JSON lines; they set the thresholds.")],
+    check: Annotated[
+        Path | None, typer.Option(help="Other ordinary lines, to measure the rate on.")
+    ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of BEHAVIOUR.search.jsonl and BEHAVIOUR.holdout.jsonl: sets the ranges "
+            "and measures how much is caught.",
+        ),
+    ] = None,
+    fpr: Annotated[float, typer.Option(help="Wished rate on ordinary texts.", min=0, max=1)] = 0.01,
+    for_: Annotated[str, typer.Option("--for", help="Window, as in policies.")] = "1 of 1 tokens",
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: --set.")] = None,
+) -> None:
+    """Set each feature's range and threshold, and write the measured rates as its evidence."""
+    from saeguard.features.calibrate import Texts
+    from saeguard.features.calibrate import calibrate as set_thresholds
+    from saeguard.features.load import load_feature_set, save_feature_set
+    from saeguard.hf.corpus import read_corpus
+    from saeguard.hf.model import load_model
+    from saeguard.policy.phrases import window
+
+    with _errors_told():
+        features = load_feature_set(set_)
+        span = window(for_)
+        lm = load_model(model)
+        _check_model(lm, features.model.hidden_size)
+
+        def read(path: Path) -> Corpus:
+            return read_corpus(lm, path, features.sae.layer, features.exclude_tokens)
+
+        ordinary, checked = read(benign), read(check) if check else None
+        splits: dict[str, tuple[Corpus | None, Corpus | None]] = {}
+        done: dict[str, Feature] = {}
+        for name, feature in features.features.items():
+            behaviour = feature.behaviour
+            if behaviour not in splits:
+                splits[behaviour] = (None, None)
+                if labelled is not None:
+                    splits[behaviour] = (
+                        read(labelled / f"{behaviour}.search.jsonl"),
+                        read(labelled / f"{behaviour}.holdout.jsonl"),
+                    )
+            done[name] = set_thresholds(
+                features,
+                feature,
+                Texts(ordinary, checked, *splits[behaviour]),
+                fpr=fpr,
+                window=(span.k, span.n),
+                decode=lm.tokenizer.decode,
+            )
+        target = out or set_
+        save_feature_set(replace(features, features=done), target)
+    for name, feature in done.items():
+        measured = feature.evidence.get("fpr_holdout", feature.evidence["fpr_calibration"])
+        low, high = measured["interval"]
+        typer.echo(
+            f"{name}: threshold {feature.threshold:g}, ordinary texts above it "
+            f"{measured['rate']:.2%} ({low:.2%} to {high:.2%} of {measured['texts']})"
+        )
+    typer.echo(f"Written to {target}.")
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """Turn mistakes in files and options into one line and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # every error of ours is a ValueError that says more
+        if type(error) is ValueError and not str(error):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error

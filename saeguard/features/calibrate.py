@@ -1,0 +1,174 @@
+"""Set a feature's range and threshold, and measure what the threshold does.
+
+The range is for people, 0 quiet and 1 as strong as the positives showed. The threshold is the
+share that the wished fraction of ordinary texts exceeds, with the aggregation of serving: over
+all tokens in scope, and over the window where there is one. A threshold for single tokens would
+alarm the more often the longer a text is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from saeguard.features.corpus import Corpus, Scope, peaks
+from saeguard.features.probe import read_probe
+from saeguard.features.search import term_values
+from saeguard.features.stats import rate
+from saeguard.features.types import Feature, FeatureSet
+from saeguard.sae import inspect, read_rows
+
+MIN_SHARE = 0.05
+"""Least threshold: a latent that is silent on ordinary texts must still rise out of the noise."""
+SNIPPETS = 5
+AROUND = 14
+"""Tokens shown on each side of a snippet's strongest one."""
+DIGITS = 4
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a feature is calibrated on; each part may be absent but `benign`."""
+
+    benign: Corpus
+    """Sets the threshold."""
+    check: Corpus | None = None
+    """Other ordinary texts, to measure the false-positive rate on."""
+    split: Corpus | None = None
+    """Labelled texts, whose positives set the range."""
+    holdout: Corpus | None = None
+    """Other labelled texts, to measure the true-positive rate on."""
+
+
+def values(features: FeatureSet, feature: Feature, corpus: Corpus) -> np.ndarray:
+    """Return the feature's value at every token, [T] float32.
+
+    Raises:
+        SaeError: a latent cannot be read.
+        ProbeError: the probe cannot be read.
+    """
+    if feature.probe is not None:
+        return read_probe(feature.probe, features.sae.d_in).logits(corpus.x)
+    rows = read_rows(inspect(features.sae.path), [term.latent for term in feature.detect])
+    return term_values(rows, feature.detect, corpus)
+
+
+def shares(feature: Feature, value: np.ndarray) -> np.ndarray:
+    """Return `(v - low) / (high - low)`, in the shape of `value`."""
+    out: np.ndarray = (value - feature.low) / (feature.high - feature.low)
+    return out
+
+
+def calibrate(
+    features: FeatureSet,
+    feature: Feature,
+    texts: Texts,
+    *,
+    fpr: float,
+    window: tuple[int, int] = (1, 1),
+    decode: Decode | None = None,
+) -> Feature:
+    """Return `feature` with its range, threshold and evidence set.
+
+    Args:
+        features: the set the feature belongs to.
+        feature: what to calibrate. Its evidence may name a `scope` and a `kind`.
+        texts: what to calibrate on.
+        fpr: wished fraction of ordinary texts above the threshold.
+        window: `(k, n)` as in a policy's `for: k of n tokens`.
+        decode: from token ids to text, for snippets; None leaves them out.
+    """
+    scope: Scope = feature.evidence.get("scope", "output")
+    kind = feature.evidence.get("kind")
+    k, n = window
+
+    def peaks_of(corpus: Corpus) -> np.ndarray:
+        return peaks(corpus, values(features, feature, corpus), k, n)
+
+    benign = texts.benign.scoped(scope)
+    quiet = peaks_of(benign)
+    split = texts.split and texts.split.scoped(scope).of_kind(kind)
+    if split is not None:
+        low = float(np.median(quiet)) if feature.probe is not None else 0.0
+        # A feature that is no stronger on positives has no range; keep it finite for the report.
+        high = max(float(np.quantile(peaks_of(split)[split.label], 0.99)), low + 1e-3)
+        feature = replace(feature, low=_rounded(low), high=_rounded(high))
+    threshold = threshold_for(shares(feature, quiet), fpr)
+    feature = replace(feature, threshold=threshold)
+
+    def above(corpus: Corpus) -> np.ndarray:
+        out: np.ndarray = shares(feature, peaks_of(corpus)) > threshold
+        return out
+
+    evidence: dict[str, Any] = dict(feature.evidence) | {
+        "window": f"{k} of {n}",
+        "fpr_target": fpr,
+        "fpr_calibration": _rate(above(benign)),
+    }
+    if texts.check is not None:
+        evidence["fpr_holdout"] = _rate(above(texts.check.scoped(scope)))
+    if texts.holdout is not None:
+        holdout = texts.holdout.scoped(scope).of_kind(kind)
+        fired = above(holdout)
+        evidence["tpr_holdout"] = _rate(fired[holdout.label])
+        evidence["twin_rate_holdout"] = _rate(fired[~holdout.label])
+    if decode is not None and split is not None:
+        share = shares(feature, values(features, feature, split))
+        evidence["snippets"] = snippets(split, share, decode)
+    return replace(feature, evidence=evidence)
+
+
+def threshold_for(share: np.ndarray, fpr: float) -> float:
+    """Return the least threshold that at most the fraction `fpr` of `share` [texts] exceeds."""
+    allowed = math.floor(fpr * len(share))
+    kth = float(np.sort(share)[::-1][min(allowed, len(share) - 1)])
+    return float(max(math.ceil(kth * 10**DIGITS) / 10**DIGITS, MIN_SHARE))
+
+
+def snippets(corpus: Corpus, share: np.ndarray, decode: Decode) -> list[Mapping[str, Any]]:
+    """Return the strongest texts, each around its strongest token, which is marked `>>x<<`.
+
+    Args:
+        corpus: the texts; at most one snippet of each template is shown.
+        share: [T] the feature's share at every token.
+        decode: from token ids to text.
+    """
+    trace = np.where(corpus.looked, share, -np.inf)
+    peak = peaks(corpus, trace)
+    shown: dict[str, Mapping[str, Any]] = {}
+    for text in np.argsort(-peak, kind="stable"):
+        if len(shown) == SNIPPETS:
+            break
+        begin = int(corpus.starts[text])
+        end = begin + int(corpus.lengths[text])
+        at = begin + int(trace[begin:end].argmax())
+        ids = corpus.tokens
+        before, after = max(begin, at - AROUND), min(end, at + 1 + AROUND)
+        marked = (
+            f"{decode(ids[before:at].tolist())}>>{decode([int(ids[at])])}<<"
+            f"{decode(ids[at + 1 : after].tolist())}"
+        )
+        shown.setdefault(
+            str(corpus.template[text]),
+            {
+                "share": round(float(peak[text]), 2),
+                "text": marked,
+                "label": int(corpus.label[text]),
+            },
+        )
+    return list(shown.values())
+
+
+def _rate(fired: np.ndarray) -> dict[str, Any]:
+    return rate(int(fired.sum()), len(fired))
+
+
+def _rounded(value: float) -> float:
+    """Round to five significant digits: files are read by people."""
+    return float(f"{value:.5g}")

@@ -1,0 +1,137 @@
+"""Recorded texts: residuals of many texts one behind the other, with labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+
+from saeguard.guard.rules import window_score
+
+Scope = Literal["prompt", "output", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Texts and the residual of each of their tokens; T tokens in all."""
+
+    x: torch.Tensor
+    """[T, d_in] float32."""
+    tokens: np.ndarray
+    """[T] token ids."""
+    lengths: np.ndarray
+    """[texts] tokens of each text."""
+    output: np.ndarray
+    """[T] bool: whether the token is output rather than prompt."""
+    special: np.ndarray
+    """[T] bool: tokens never evaluated."""
+    label: np.ndarray
+    """[texts] bool: whether the text shows the behaviour."""
+    kind: np.ndarray
+    template: np.ndarray
+    """[texts] name of the near copies a text belongs to."""
+    scope: Scope = "output"
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self.lengths)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """[texts] first token of each text."""
+        out: np.ndarray = np.cumsum(self.lengths) - self.lengths
+        return out
+
+    @property
+    def owner(self) -> np.ndarray:
+        """[T] index of the text a token belongs to."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @property
+    def looked(self) -> np.ndarray:
+        """[T] bool: tokens in scope and not special."""
+        everywhere = np.ones(len(self.output), bool)
+        scope = {"output": self.output, "prompt": ~self.output, "both": everywhere}[self.scope]
+        out: np.ndarray = scope & ~self.special
+        return out
+
+    def scoped(self, scope: Scope) -> Corpus:
+        """Return the corpus read in another scope, without the texts that have no token in it."""
+        changed = replace(self, scope=scope)
+        counts = np.bincount(changed.owner, weights=changed.looked, minlength=len(self))
+        return changed if counts.all() else changed.select(counts > 0)
+
+    def select(self, texts: np.ndarray) -> Corpus:
+        """Return the texts where the mask [texts] is true."""
+        tokens = texts[self.owner]
+        return replace(
+            self,
+            x=self.x[torch.from_numpy(tokens)],
+            tokens=self.tokens[tokens],
+            lengths=self.lengths[texts],
+            output=self.output[tokens],
+            special=self.special[tokens],
+            label=self.label[texts],
+            kind=self.kind[texts],
+            template=self.template[texts],
+        )
+
+    def of_kind(self, kind: str | None) -> Corpus:
+        """Return the positives of one kind with every negative; all where `kind` is None."""
+        return self if kind is None else self.select(~self.label | (self.kind == kind))
+
+
+def join(first: Corpus, second: Corpus) -> Corpus:
+    """Return the texts of both, in the first one's scope."""
+
+    def both(name: str) -> np.ndarray:
+        out: np.ndarray = np.concatenate([getattr(first, name), getattr(second, name)])
+        return out
+
+    return Corpus(
+        x=torch.cat([first.x, second.x]),
+        tokens=both("tokens"),
+        lengths=both("lengths"),
+        output=both("output"),
+        special=both("special"),
+        label=both("label"),
+        kind=both("kind"),
+        template=both("template"),
+        scope=first.scope,
+    )
+
+
+def with_ordinary(labelled: Corpus, ordinary: Corpus) -> Corpus:
+    """Add ordinary texts as negatives, evenly spread, as many as the labelled negatives.
+
+    Labelled negatives are near twins of the positives; without ordinary texts among the negatives
+    a detector may fire on all of them.
+    """
+    wanted = min(int((~labelled.label).sum()), len(ordinary))
+    picked = np.zeros(len(ordinary), bool)
+    picked[np.linspace(0, len(ordinary) - 1, wanted).astype(int)] = True
+    return join(labelled, ordinary.select(picked))
+
+
+def peaks(corpus: Corpus, values: np.ndarray, k: int = 1, n: int = 1) -> np.ndarray:
+    """Return each text's largest windowed value, as serving aggregates it.
+
+    Args:
+        corpus: the texts.
+        values: [T] or [T, columns], one value per token.
+        k: how many of the last `n` tokens must hold.
+        n: the window.
+
+    Returns:
+        [texts] or [texts, columns] float32.
+    """
+    looked = corpus.looked.reshape(-1, *[1] * (values.ndim - 1))
+    values = np.where(looked, values, -np.inf)
+    if n > 1:
+        edges = [*corpus.starts, len(values)]
+        values = np.concatenate([window_score(values[a:b], k, n) for a, b in pairwise(edges)])
+    out: np.ndarray = np.maximum.reduceat(values, corpus.starts, axis=0)
+    return out.astype(np.float32)

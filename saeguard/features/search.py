@@ -1,0 +1,210 @@
+"""Find what detects a behaviour: single latents, a weighted group, a probe, and controls.
+
+Everything is chosen on the search split. The hold-out split, whose templates and wording are
+others, is read once per finalist, for the numbers that are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from saeguard.features.corpus import Corpus, peaks
+from saeguard.features.groups import candidates, choose_size, fit_weights
+from saeguard.features.probe import Probe
+from saeguard.features.probing import fit_probe
+from saeguard.features.stats import auroc, auroc_interval
+from saeguard.features.types import Term
+from saeguard.sae import EncoderRows, SaeInfo, activate, max_per_text, read_rows
+
+CONTROLS = 20
+MIN_HOLD_OUT = 20
+"""Texts of each label below which a hold-out says nothing."""
+
+
+class SearchError(ValueError):
+    """The labelled texts cannot support a search; says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One detector and how well it tells the labels apart, read as serving reads it."""
+
+    form: str
+    """`latent`, `group`, `probe` or `random group`."""
+    terms: tuple[Term, ...]
+    probe: Probe | None
+    auroc_search: float
+    auroc_holdout: float
+    interval: tuple[float, float]
+    """95 %, on the hold-out."""
+    note: str = ""
+    """How a probe was fitted, or which of the controls this is."""
+
+    @property
+    def name(self) -> str:
+        """What the finding is made of."""
+        if self.probe is not None:
+            return "probe"
+        return " + ".join(f"{t.weight:.2g}*{t.latent}" for t in self.terms) or self.form
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The outcome for one behaviour."""
+
+    latents: tuple[Finding, ...]
+    """Best first, by the search split."""
+    group: Finding
+    probe: Finding
+    controls: tuple[Finding, ...]
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All of them, in the order of the report."""
+        return (self.probe, self.group, *self.latents, *self.controls)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return plain rows, for a file."""
+        rows = []
+        for finding in self.findings:
+            row = {
+                "form": finding.form,
+                "name": finding.name,
+                "detect": {t.latent: round(t.weight, 4) for t in finding.terms},
+                "auroc_search": round(finding.auroc_search, 4),
+                "auroc_holdout": round(finding.auroc_holdout, 4),
+                "interval": [round(bound, 4) for bound in finding.interval],
+                "note": finding.note,
+            }
+            rows.append(row)
+        return rows
+
+
+def search(
+    info: SaeInfo,
+    split: Corpus,
+    holdout: Corpus,
+    *,
+    top: int = 20,
+    group_size: int = 8,
+    seed: int = 0,
+) -> Search:
+    """Search `split` for detectors and measure them on `holdout`.
+
+    Args:
+        info: the SAE that reads the corpora's residuals.
+        split: labelled texts to choose on.
+        holdout: labelled texts of other templates.
+        top: single latents to report.
+        group_size: bound on the latents of a group.
+        seed: of resampling and controls.
+
+    Raises:
+        SearchError: a label is rare, or the splits share templates.
+    """
+    _check(split, holdout)
+    looked = split.looked
+    counts = np.bincount(split.owner, weights=looked, minlength=len(split)).astype(int)
+    peak = max_per_text(info, split.x[looked], counts.tolist())
+    best = candidates(peak, split.label)
+
+    def group(latents: np.ndarray, size: int | None, form: str, note: str = "") -> Finding:
+        latents = latents.astype(int)
+        rows = read_rows(info, latents.tolist())
+        f = activate(rows, split.x).numpy()
+        own = peak[:, latents]
+        size = size or choose_size(split, f, own, min(group_size, len(latents)))
+        weights = fit_weights(own, split.label, size)
+        kept = np.flatnonzero(weights)
+        terms = [Term(int(latents[i]), float(weights[i])) for i in kept]
+        return measure_terms(info, terms, split, holdout, seed, form, note)
+
+    singles = [
+        measure_terms(info, [Term(int(latent), 1.0)], split, holdout, seed, "latent")
+        for latent in best[:top]
+    ]
+    chosen = group(best, None, "group")
+    probe = fit_probe(split, seed)
+    alive = np.flatnonzero((peak > 0).any(0))
+    rng = np.random.default_rng(seed)
+    size = len(chosen.terms)
+    drawn = [rng.choice(alive, min(size, len(alive)), replace=False) for _ in range(CONTROLS)]
+    random = [group(latents, size, "random group") for latents in drawn]
+    random.sort(key=lambda finding: finding.auroc_search)
+    median, strongest = random[len(random) // 2], random[-1]
+    return Search(
+        latents=tuple(singles),
+        group=chosen,
+        probe=_measure("probe", (), probe, split, holdout, seed, probe.recipe),
+        controls=(
+            replace(strongest, note=f"best of {CONTROLS} by the search split"),
+            replace(median, note=f"median of {CONTROLS} by the search split"),
+        ),
+    )
+
+
+def measure_terms(
+    info: SaeInfo,
+    terms: Sequence[Term],
+    split: Corpus,
+    holdout: Corpus,
+    seed: int,
+    form: str = "group",
+    note: str = "",
+) -> Finding:
+    """Measure one weighted group of latents on both splits."""
+    rows = read_rows(info, [term.latent for term in terms])
+    return _measure(form, tuple(terms), rows, split, holdout, seed, note)
+
+
+def term_values(rows: EncoderRows, terms: Sequence[Term], corpus: Corpus) -> np.ndarray:
+    """Return `sum(weight * f)` [T] float32."""
+    weights = np.array([term.weight for term in terms], np.float32)
+    values: np.ndarray = activate(rows, corpus.x).numpy() @ weights
+    return values
+
+
+def _measure(
+    form: str,
+    terms: tuple[Term, ...],
+    reader: EncoderRows | Probe,
+    split: Corpus,
+    holdout: Corpus,
+    seed: int,
+    note: str,
+) -> Finding:
+    def scores(corpus: Corpus) -> np.ndarray:
+        if isinstance(reader, Probe):
+            return peaks(corpus, reader.logits(corpus.x))
+        return peaks(corpus, term_values(reader, terms, corpus))
+
+    held = scores(holdout)
+    return Finding(
+        form=form,
+        terms=terms,
+        probe=reader if isinstance(reader, Probe) else None,
+        auroc_search=float(auroc(scores(split), split.label)),
+        auroc_holdout=float(auroc(held, holdout.label)),
+        interval=auroc_interval(held, holdout.label, holdout.template, seed),
+        note=note,
+    )
+
+
+def _check(split: Corpus, holdout: Corpus) -> None:
+    for name, corpus in (("search", split), ("hold-out", holdout)):
+        positives, negatives = int(corpus.label.sum()), int((~corpus.label).sum())
+        if min(positives, negatives) < MIN_HOLD_OUT:
+            raise SearchError(
+                f"the {name} split has {positives} positive and {negatives} negative texts; at "
+                f"least {MIN_HOLD_OUT} of each are needed"
+            )
+    shared = sorted(set(split.template) & set(holdout.template))
+    if shared:
+        raise SearchError(
+            f"the splits share {len(shared)} templates, such as {shared[0]!r}; a hold-out of "
+            "near copies would measure memory"
+        )

@@ -1,0 +1,59 @@
+"""Record labelled texts for search and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from saeguard.features.corpus import Corpus
+from saeguard.hf.model import LanguageModel
+from saeguard.hf.record import record
+from saeguard.hf.texts import Text, TextError, read_texts
+
+
+def read_corpus(
+    lm: LanguageModel, path: str | Path, layer: int, exclude_tokens: Sequence[int]
+) -> Corpus:
+    """Read the JSON lines in `path` and record `resid_post` of `layer` for every token.
+
+    Texts without any output token are left out: no output policy could say anything of them.
+    All residuals are held in memory, 4 bytes times tokens times width.
+
+    Raises:
+        TextError: a line is malformed, or there is none.
+    """
+    texts = [t for t in read_texts(path, lm.tokenizer) if len(t.tokens) > t.prompt_tokens]
+    if not texts:
+        raise TextError(f"{path}: no text with output tokens")
+    return make_corpus(lm, texts, layer, exclude_tokens, str(path))
+
+
+def make_corpus(
+    lm: LanguageModel,
+    texts: Sequence[Text],
+    layer: int,
+    exclude_tokens: Sequence[int],
+    name: str = "texts",
+) -> Corpus:
+    """Record `texts`, in their order; `name` shows on the progress bar."""
+    found: dict[int, torch.Tensor] = {}
+    tokens = [text.tokens for text in texts]
+    for i, residuals in tqdm(
+        record(lm, tokens, [layer]), desc=Path(name).name, total=len(texts), unit="text"
+    ):
+        found[i] = residuals[layer]
+    ids = np.concatenate([np.array(t, np.int64) for t in tokens])
+    return Corpus(
+        x=torch.cat([found[i] for i in range(len(texts))]),
+        tokens=ids,
+        lengths=np.array([len(t) for t in tokens]),
+        output=np.concatenate([np.arange(len(t.tokens)) >= t.prompt_tokens for t in texts]),
+        special=np.isin(ids, np.array(exclude_tokens, np.int64)),
+        label=np.array([bool(t.label) for t in texts]),
+        kind=np.array([t.kind for t in texts]),
+        template=np.array([t.template for t in texts]),
+    )
