@@ -13,6 +13,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAECon
 from sae_lens.saes.sae import SAEMetadata
 
 from saeguard.sae import inspect
+from tests.tiny import tokenizer
 
 VOCABULARY = 512
 HIDDEN = 64
@@ -59,6 +60,7 @@ def make_model(family: str, path: Path, seed: int = 0) -> Path:
             elif "bias" in name:
                 parameter.normal_(0, 0.02)
     model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
     return path
 
 

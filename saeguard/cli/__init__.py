@@ -9,6 +9,8 @@ from importlib import import_module
 import typer
 
 VERBS = {
+    "serve": "Run `vllm serve` with the guard, policies checked first.",
+    "doctor": "Say what is wrong with this environment, and what to do.",
     "check": "Check policy files, with file, line and column of every mistake.",
     "test": "Run the tests that lie beside the policies.",
     "policy": "Check, test, and print the schema of policy files.",
@@ -30,7 +32,8 @@ def build(verb: str | None = None) -> typer.Typer:
         if isinstance(loaded, typer.Typer):
             app.add_typer(loaded, name=name, help=summary)
         else:
-            app.command(name, short_help=summary)(loaded)
+            settings = getattr(loaded, "context_settings", None)
+            app.command(name, short_help=summary, context_settings=settings)(loaded)
     return app
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from saeguard.features.types import FeatureSet
+    from saeguard.features.schema import Document
     from saeguard.policy.errors import PolicyError
 
 Format = Literal["text", "json", "github"]
@@ -54,22 +54,28 @@ def verb(
 
 def read_feature_sets(
     folder: Path,
-) -> tuple[dict[str, FeatureSet], set[str], list[PolicyError]]:
-    """Return the feature sets by name, the names of those that are broken, and why they are."""
-    from saeguard.features.load import FeatureSetError, load_feature_set
-    from saeguard.policy.errors import PolicyError
+) -> tuple[dict[str, Document], set[str], list[PolicyError]]:
+    """Return the feature sets by name, the names of those that are broken, and why they are.
 
-    loaded: dict[str, FeatureSet] = {}
+    Only the files are read, so that policies can be checked where the checkpoints are not.
+    """
+    from saeguard.features.schema import FeatureSetError, read_document
+    from saeguard.policy.errors import PolicyError, show
+
+    known: dict[str, Document] = {}
     complaints: list[PolicyError] = []
-    broken: set[str] = set()
     for path in sorted(folder.rglob("*.yaml")):
         name = path.relative_to(folder).with_suffix("").as_posix()
         try:
-            loaded[name] = load_feature_set(path)
+            known[name] = read_document(path)
+            message = f"the id is {show(known[name].id)}; name it like its file, {show(name)}"
+            wrong = known[name].id != name
         except FeatureSetError as error:
-            broken.add(name)
-            complaints.append(PolicyError(path, 0, 0, "bad-feature-set", str(error)))
-    return loaded, broken, complaints
+            message, wrong = str(error), True
+        if wrong:
+            complaints.append(PolicyError(path, 0, 0, "bad-feature-set", message))
+    broken = {c.path.relative_to(folder).with_suffix("").as_posix() for c in complaints}
+    return known, broken, complaints
 
 
 def _rendered(findings: Sequence[PolicyError], format_: Format) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from saeguard.cli.files import mistakes_told, write_atomically
 
 if TYPE_CHECKING:
     from saeguard.features.corpus import Corpus
     from saeguard.features.search import Search
     from saeguard.features.types import Feature
-    from saeguard.hf.model import LanguageModel
 
 verb = typer.Typer(
     help="Find what detects a behaviour, and set thresholds for a wished false-positive rate.",
@@ -42,7 +41,9 @@ def search(
     benign: Annotated[
         Path | None, typer.Option(help="Ordinary JSON lines, as further negatives to choose on.")
     ] = None,
-    scope: Annotated[str, typer.Option(help="prompt, output or both.")] = "output",
+    scope: Annotated[
+        Literal["prompt", "output", "both"], typer.Option(help="Tokens that are read.")
+    ] = "output",
     top: Annotated[int, typer.Option(help="Single latents to report.", min=1)] = 20,
     group_size: Annotated[int, typer.Option(help="Most latents in a group.", min=1)] = 8,
     seed: Annotated[int, _SEED] = 0,
@@ -54,24 +55,21 @@ def search(
     from saeguard.features.corpus import with_ordinary
     from saeguard.features.search import search as find
     from saeguard.hf.corpus import read_corpus
-    from saeguard.hf.files import write_atomically
     from saeguard.hf.model import load_model
     from saeguard.sae import inspect
 
-    with _errors_told():
-        scope_ = _scope(scope)
+    with mistakes_told():
         info = inspect(sae)
         lm = load_model(model)
 
         def read(path: Path) -> Corpus:
-            return read_corpus(lm, path, info.layer, lm.special_tokens).scoped(scope_)
+            return read_corpus(lm, path, info.layer, lm.special_tokens).scoped(scope)
 
         split = read(data).of_kind(kind)
         if benign is not None:
             split = with_ordinary(split, read(benign))
-        found = find(
-            info, split, read(holdout).of_kind(kind), top=top, group_size=group_size, seed=seed
-        )
+        held = read(holdout).of_kind(kind)
+        found = find(info, split, held, top=top, group_size=group_size, seed=seed)
         report = {
             "behaviour": behaviour,
             "kind": kind,
@@ -79,7 +77,7 @@ def search(
             "seed": seed,
             "model": lm.name,
             "sae": {"sha256": info.sha256, "layer": info.layer},
-            "texts": {"search": len(split), "holdout": len(read(holdout).of_kind(kind))},
+            "texts": {"search": len(split), "holdout": len(held)},
             "findings": found.report(),
         }
         write_atomically(out, json.dumps(report, indent=2) + "\n")
@@ -111,14 +109,14 @@ def calibrate(
     from saeguard.features.calibrate import calibrate as set_thresholds
     from saeguard.features.load import load_feature_set, save_feature_set
     from saeguard.hf.corpus import read_corpus
-    from saeguard.hf.model import load_model
+    from saeguard.hf.model import check_model, load_model
     from saeguard.policy.phrases import window
 
-    with _errors_told():
+    with mistakes_told():
         features = load_feature_set(set_)
         span = window(for_)
         lm = load_model(model)
-        _check_model(lm, features.model.hidden_size)
+        check_model(lm, features)
 
         def read(path: Path) -> Corpus:
             return read_corpus(lm, path, features.sae.layer, features.exclude_tokens)
@@ -155,13 +153,18 @@ def calibrate(
     typer.echo(f"Written to {target}.")
 
 
-@contextmanager
-def _errors_told() -> Iterator[None]:
-    """Turn mistakes in files and options into one line and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:  # every error of ours is a ValueError that says more
-        if type(error) is ValueError and not str(error):
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+def _print_table(found: Search, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("form", "made of", "AUROC search", "AUROC hold-out", "95 %", title=title)
+    for finding in found.findings:
+        low, high = finding.interval
+        table.add_row(
+            finding.form,
+            finding.name,
+            f"{finding.auroc_search:.3f}",
+            f"{finding.auroc_holdout:.3f}",
+            f"{low:.3f} to {high:.3f}",
+        )
+    Console().print(table)

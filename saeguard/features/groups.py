@@ -68,8 +68,10 @@ def fit_weights(peak: np.ndarray, label: np.ndarray, size: int) -> np.ndarray:
     return normed
 
 
-def choose_size(corpus: Corpus, f: np.ndarray, peak: np.ndarray, largest: int) -> int:
-    """Return the group size of the best AUROC on templates left out of the fit; ties go down.
+def choose_size(corpus: Corpus, f: np.ndarray, peak: np.ndarray, largest: int) -> tuple[int, float]:
+    """Return the group size that does best on templates left out of the fit, and its AUROC.
+
+    Of equal sizes the smaller wins.
 
     Args:
         corpus: the search split.
@@ -79,12 +81,14 @@ def choose_size(corpus: Corpus, f: np.ndarray, peak: np.ndarray, largest: int) -
     """
     sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < largest] + [largest]
     areas = np.zeros(len(sizes))
-    for train, held in folds(corpus):
+    splits = list(folds(corpus))
+    for train, held in splits:
         for i, size in enumerate(sizes):
             weights = fit_weights(peak[train], corpus.label[train], size)
             score = peaks(corpus, f @ weights.astype(np.float32))
             areas[i] += auroc(score[held], corpus.label[held])
-    return sizes[int(np.argmax(np.round(areas, 6)))]
+    best = int(np.argmax(np.round(areas, 6)))
+    return sizes[best], float(areas[best]) / max(len(splits), 1)
 
 
 def _logistic(x: np.ndarray, label: np.ndarray, penalty: float) -> np.ndarray:

@@ -21,8 +21,10 @@ ROUNDS = 3
 """Of picking each text's strongest token and fitting again, as in multiple-instance learning."""
 
 
-def fit_probe(corpus: Corpus, seed: int) -> Probe:
-    """Fit a probe, its recipe chosen by AUROC on templates left out of the fit.
+def fit_probe(corpus: Corpus, seed: int) -> tuple[Probe, float]:
+    """Fit a probe by the recipe that does best on templates left out of the fit.
+
+    Returns the probe, fitted on all of `corpus`, and that recipe's AUROC on the templates left out.
 
     Args:
         corpus: the search split; nothing else may choose the recipe.
@@ -30,13 +32,14 @@ def fit_probe(corpus: Corpus, seed: int) -> Probe:
     """
     options = list(product(RECIPES, STRENGTHS))
     areas = np.zeros(len(options))
-    for train, held in folds(corpus):
+    splits = list(folds(corpus))
+    for train, held in splits:
         part, rest = corpus.select(train), corpus.select(held)
         for i, (recipe, strength) in enumerate(options):
             probe = _fit(part, recipe, strength, seed)
             areas[i] += auroc(peaks(rest, probe.logits(rest.x)), rest.label)
-    recipe, strength = options[int(np.argmax(np.round(areas, 6)))]
-    return _fit(corpus, recipe, strength, seed)
+    best = int(np.argmax(np.round(areas, 6)))
+    return _fit(corpus, *options[best], seed), float(areas[best]) / max(len(splits), 1)
 
 
 def _fit(corpus: Corpus, recipe: str, strength: float, seed: int) -> Probe:

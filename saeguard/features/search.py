@@ -41,6 +41,8 @@ class Finding:
     auroc_holdout: float
     interval: tuple[float, float]
     """95 %, on the hold-out."""
+    auroc_validation: float | None = None
+    """On templates of the search split that were left out of the fit: what choices go by."""
     note: str = ""
     """How a probe was fitted, or which of the controls this is."""
 
@@ -76,6 +78,7 @@ class Search:
                 "name": finding.name,
                 "detect": {t.latent: round(t.weight, 4) for t in finding.terms},
                 "auroc_search": round(finding.auroc_search, 4),
+                "auroc_validation": finding.auroc_validation and round(finding.auroc_validation, 4),
                 "auroc_holdout": round(finding.auroc_holdout, 4),
                 "interval": [round(bound, 4) for bound in finding.interval],
                 "note": finding.note,
@@ -112,34 +115,33 @@ def search(
     peak = max_per_text(info, split.x[looked], counts.tolist())
     best = candidates(peak, split.label)
 
-    def group(latents: np.ndarray, size: int | None, form: str, note: str = "") -> Finding:
-        latents = latents.astype(int)
-        rows = read_rows(info, latents.tolist())
-        f = activate(rows, split.x).numpy()
-        own = peak[:, latents]
-        size = size or choose_size(split, f, own, min(group_size, len(latents)))
-        weights = fit_weights(own, split.label, size)
-        kept = np.flatnonzero(weights)
-        terms = [Term(int(latents[i]), float(weights[i])) for i in kept]
-        return measure_terms(info, terms, split, holdout, seed, form, note)
+    def group(latents: np.ndarray, size: int, form: str) -> Finding:
+        weights = fit_weights(peak[:, latents], split.label, size)
+        terms = [Term(int(latents[i]), float(weights[i])) for i in np.flatnonzero(weights)]
+        return measure_terms(info, terms, split, holdout, seed, form)
 
     singles = [
         measure_terms(info, [Term(int(latent), 1.0)], split, holdout, seed, "latent")
         for latent in best[:top]
     ]
-    chosen = group(best, None, "group")
-    probe = fit_probe(split, seed)
+    f = activate(read_rows(info, best.tolist()), split.x).numpy()
+    size, validated = choose_size(split, f, peak[:, best], min(group_size, len(best)))
+    chosen = replace(group(best, size, "group"), auroc_validation=validated)
+    probe, probe_validated = fit_probe(split, seed)
+    measured = _measure("probe", (), probe, split, holdout, seed)
+
     alive = np.flatnonzero((peak > 0).any(0))
     rng = np.random.default_rng(seed)
-    size = len(chosen.terms)
-    drawn = [rng.choice(alive, min(size, len(alive)), replace=False) for _ in range(CONTROLS)]
-    random = [group(latents, size, "random group") for latents in drawn]
+    random = [
+        group(rng.choice(alive, min(size, len(alive)), replace=False), size, "random group")
+        for _ in range(CONTROLS)
+    ]
     random.sort(key=lambda finding: finding.auroc_search)
     median, strongest = random[len(random) // 2], random[-1]
     return Search(
         latents=tuple(singles),
         group=chosen,
-        probe=_measure("probe", (), probe, split, holdout, seed, probe.recipe),
+        probe=replace(measured, auroc_validation=probe_validated, note=probe.recipe),
         controls=(
             replace(strongest, note=f"best of {CONTROLS} by the search split"),
             replace(median, note=f"median of {CONTROLS} by the search split"),
@@ -154,11 +156,10 @@ def measure_terms(
     holdout: Corpus,
     seed: int,
     form: str = "group",
-    note: str = "",
 ) -> Finding:
     """Measure one weighted group of latents on both splits."""
     rows = read_rows(info, [term.latent for term in terms])
-    return _measure(form, tuple(terms), rows, split, holdout, seed, note)
+    return _measure(form, tuple(terms), rows, split, holdout, seed)
 
 
 def term_values(rows: EncoderRows, terms: Sequence[Term], corpus: Corpus) -> np.ndarray:
@@ -175,7 +176,6 @@ def _measure(
     split: Corpus,
     holdout: Corpus,
     seed: int,
-    note: str,
 ) -> Finding:
     def scores(corpus: Corpus) -> np.ndarray:
         if isinstance(reader, Probe):
@@ -190,7 +190,6 @@ def _measure(
         auroc_search=float(auroc(scores(split), split.label)),
         auroc_holdout=float(auroc(held, holdout.label)),
         interval=auroc_interval(held, holdout.label, holdout.template, seed),
-        note=note,
     )
 
 

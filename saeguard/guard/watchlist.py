@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from saeguard.features.types import Feature, FeatureSet, ProbeRef
+from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
 from saeguard.guard.evidence import evidence
 from saeguard.policy.types import Policy
 from saeguard.sae import SaeError, inspect, read_decoder_rows, read_rows
@@ -77,6 +77,8 @@ class WatchList:
     policy_selections: tuple[Mapping[str, int], ...]
     """Per policy: name of a selection -> its index among the distinct ones."""
     exclude_tokens: tuple[int, ...]
+    models: tuple[ModelRef, ...]
+    """The models that the feature sets hold for."""
     digest: str
     """sha256 over policies, feature sets and checkpoints: what the verdicts depend on."""
 
@@ -186,6 +188,7 @@ def build_watchlist(
         selection_above=np.array([above for _, above in selections], np.float64),
         policy_selections=policy_selections,
         exclude_tokens=tuple(sorted({t for s in sets.values() for t in s.exclude_tokens})),
+        models=tuple(dict.fromkeys(s.model for s in sets.values())),
         digest=_digest(
             [*(f"{p.id} {p.mode} {p.digest}" for p in policies)]
             + [f"{s.id} {s.digest} {s.sae.sha256}" for s in sets.values()]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from saeguard.features.types import FeatureSet
+
 LAYER_PATHS = (
     "model.layers",  # Llama, Mistral, Qwen, Gemma, OLMo, Phi
     "model.language_model.layers",  # vision-language wrappers
@@ -90,3 +92,21 @@ def load_model(path: str | Path) -> LanguageModel:
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(f"{path}: Transformers cannot load it: {error}") from error
     return LanguageModel(folder, model.eval(), tokenizer, find_layers(model))
+
+
+def check_model(lm: LanguageModel, features: FeatureSet) -> None:
+    """Refuse a model of another shape than the feature set's.
+
+    Raises:
+        ModelError: with both values.
+    """
+    pinned = features.model
+    for name, wanted, found in (
+        ("hidden_size", pinned.hidden_size, lm.hidden_size),
+        ("num_layers", pinned.num_layers, len(lm.layers)),
+    ):
+        if wanted != found:
+            raise ModelError(
+                f"{features.path}: model.{name} is {wanted}, but {lm.path} has {found}; the "
+                f"features hold only for {pinned.name}"
+            )

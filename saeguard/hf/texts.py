@@ -82,6 +82,8 @@ def read_texts(path: str | Path, tokenizer: Any) -> list[Text]:
             prompt, completion = _tokenise(line, tokenizer)
         except (ValueError, TypeError) as error:  # raised by chat templates, too
             raise TextError(f"{path}:{number}: prompt: {error}") from error
+        if not prompt and not completion:
+            raise TextError(f"{path}:{number}: the text gives no token")
         limit = getattr(tokenizer, "model_max_length", None)
         if limit and len(prompt) + len(completion) > limit:
             raise TextError(

@@ -38,8 +38,9 @@ def find_files(path: Path) -> tuple[list[Path], list[PolicyError]]:
                 files.append(here)
         except FileNotFoundError:
             errors.append(_whole(here, "not-found", "there is no such file or folder"))
-        except OSError as error:
-            errors.append(_whole(here, "unreadable", f"cannot be read: {error.strerror}"))
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", error)
+            errors.append(_whole(here, "unreadable", f"cannot be read: {reason}"))
         except _PlaceError as error:
             errors.append(_whole(here, error.code, str(error)))
         if len(files) > MAX_FILES:

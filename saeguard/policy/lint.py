@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from typing import Protocol
 
-from saeguard.features.types import FeatureSet
 from saeguard.policy.errors import Code, Level, PolicyError, did_you_mean, show
 from saeguard.policy.load import locate
 from saeguard.policy.types import SUPPORTED_ACTIONS, Policy
 from saeguard.policy.yamlmarks import Loc
 
 
+class Clampable(Protocol):
+    """A feature, loaded or as written in its file."""
+
+    @property
+    def clamp(self) -> Collection[object]:
+        """The latents to edit, if it names any."""
+
+
+class Features(Protocol):
+    """A feature set, loaded or as written in its file."""
+
+    @property
+    def features(self) -> Mapping[str, Clampable]:
+        """Its features by name."""
+
+
 def resolve(
     policies: Iterable[Policy],
-    feature_sets: Mapping[str, FeatureSet],
+    feature_sets: Mapping[str, Features],
     *,
     today: date | None = None,
 ) -> tuple[PolicyError, ...]:
@@ -35,7 +51,7 @@ def resolve(
     )
 
 
-def _features(policy: Policy, feature_sets: Mapping[str, FeatureSet]) -> Iterator[PolicyError]:
+def _features(policy: Policy, feature_sets: Mapping[str, Features]) -> Iterator[PolicyError]:
     found = feature_sets.get(policy.feature_set)
     if found is None:
         hint = did_you_mean(policy.feature_set, feature_sets)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,6 +183,7 @@ def attach(
             "pipeline parallelism is not supported yet by this version of saeguard: the hooked "
             "layer's activations would stay on another rank"
         )
+    _check_model(vllm_config.model_config.model, hidden, depth, watchlist)
     for hook in watchlist.hooks:
         if hook.d_in != hidden:
             raise ModelError(
@@ -213,6 +216,25 @@ def attach(
     )
     log.info("saeguard taps installed", layers=sorted(TAPS), rows=watchlist.columns)
     return guard
+
+
+def _check_model(path: str, hidden: int, depth: int, watchlist: WatchList) -> None:
+    for model in watchlist.models:
+        if (model.hidden_size, model.num_layers) != (hidden, depth):
+            raise ModelError(
+                f"the feature set was made for {model.name}: width {model.hidden_size}, "
+                f"{model.num_layers} layers; the model served has width {hidden}, {depth} layers. "
+                "Serve that model, or load feature sets made for this one"
+            )
+        weights = Path(path) / "model.safetensors"
+        if model.sha256 is not None and weights.is_file():
+            with weights.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != model.sha256:
+                raise ModelError(
+                    f"{weights}: sha256 is {found}, the feature set was made for {model.name} with "
+                    f"sha256 {model.sha256}: latents mean nothing in other weights"
+                )
 
 
 def prepare(vllm_config: Any, settings: Settings) -> WatchList:

