@@ -71,7 +71,7 @@ def read_feature_sets(
             message = f"the id is {show(known[name].id)}; name it like its file, {show(name)}"
             wrong = known[name].id != name
         except FeatureSetError as error:
-            message, wrong = str(error), True
+            message, wrong = str(error).removeprefix(f"{path}: "), True
         if wrong:
             complaints.append(PolicyError(path, 0, 0, "bad-feature-set", message))
     broken = {c.path.relative_to(folder).with_suffix("").as_posix() for c in complaints}

@@ -28,7 +28,7 @@ class Rows:
     watched: torch.Tensor
     """False for tokens that are excluded by id, such as BOS."""
     staging: torch.Tensor
-    """[3, max_tokens] int64 on the host, pinned where there is a GPU."""
+    """[2, max_tokens] int64 on the host, pinned where there is a GPU: slots and offsets."""
 
 
 def allocate_rows(max_tokens: int, device: torch.device) -> Rows:
@@ -39,25 +39,29 @@ def allocate_rows(max_tokens: int, device: torch.device) -> Rows:
         position=layout[1],
         offset=layout[2],
         watched=torch.ones(max_tokens, dtype=torch.bool, device=device),
-        staging=torch.zeros(3, max_tokens, dtype=torch.int64, pin_memory=device.type == "cuda"),
+        staging=torch.zeros(2, max_tokens, dtype=torch.int64, pin_memory=device.type == "cuda"),
     )
 
 
-def lay_out(rows: Rows, slots: Sequence[int], starts: np.ndarray, query_start: np.ndarray) -> None:
+def lay_out(
+    rows: Rows, slots: Sequence[int], query_start: np.ndarray, positions: torch.Tensor
+) -> None:
     """Write the layout of the next pass.
 
     Args:
         rows: the buffers.
         slots: one per request, in row order.
-        starts: [requests] position of each request's first row.
         query_start: [requests + 1] first row of each request, then the number of rows.
+        positions: [rows] int64 on the device, where the engine keeps them exact even when the
+            host has to guess how many drafts were accepted.
     """
     counts = np.diff(query_start)
     total = int(query_start[-1])
     host = rows.staging.numpy()
     host[0, :total] = np.repeat(np.asarray(slots, np.int64), counts)
     host[0, total:] = NO_SLOT
-    host[2, :total] = np.arange(total) - np.repeat(query_start[:-1], counts)
-    host[1, :total] = np.repeat(starts, counts) + host[2, :total]
-    for i, target in enumerate((rows.slot, rows.position, rows.offset)):
-        target.copy_(rows.staging[i], non_blocking=True)
+    host[1, :total] = np.arange(total) - np.repeat(query_start[:-1], counts)
+    host[1, total:] = 0
+    rows.slot.copy_(rows.staging[0], non_blocking=True)
+    rows.offset.copy_(rows.staging[1], non_blocking=True)
+    rows.position[:total] = positions

@@ -29,19 +29,24 @@ class Clause:
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _CPU_RUNNER = "vllm.v1.worker.cpu_model_runner"
+_RUNNER_2 = "vllm.v1.worker.gpu.model_runner"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving"
 _COMPLETION = "vllm.entrypoints.openai.completion.serving"
 _OUTPUTS = "vllm.v1.engine.output_processor"
 
 CLAUSES: tuple[Clause, ...] = (
-    Clause(_RUNNER, "GPUModelRunner.load_model", (), "v1:load_model"),
-    Clause(_CPU_RUNNER, "CPUModelRunner.load_model", (), "v1:load_model"),
+    Clause(_RUNNER, "GPUModelRunner.load_model", (), "runner:load_model"),
+    Clause(_CPU_RUNNER, "CPUModelRunner.load_model", (), "runner:load_model"),
     Clause(
         _RUNNER, "GPUModelRunner._model_forward", ("input_ids", "positions"), "v1:model_forward"
     ),
     Clause(_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output",), "v1:execute_model"),
-    Clause(_RUNNER, "GPUModelRunner.sample_tokens", (), "v1:sample_tokens"),
+    Clause(_RUNNER, "GPUModelRunner.sample_tokens", (), "runner:sample_tokens"),
+    Clause(_RUNNER_2, "GPUModelRunner.load_model", (), "runner:load_model"),
+    Clause(_RUNNER_2, "GPUModelRunner.prepare_inputs", (), "v2:prepare_inputs"),
+    Clause(_RUNNER_2, "GPUModelRunner.execute_model", ("scheduler_output",), "v2:execute_model"),
+    Clause(_RUNNER_2, "GPUModelRunner.sample_tokens", (), "runner:sample_tokens"),
     Clause("vllm.forward_context", "ForwardContext.skip_compiled"),
     Clause("vllm.forward_context", "ForwardContext.cudagraph_runtime_mode"),
     Clause(_SCHEDULER, "Scheduler.__init__", ("vllm_config",), "scheduler:init"),

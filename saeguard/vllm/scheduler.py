@@ -9,7 +9,7 @@ from typing import Any
 from saeguard.vllm import selftest
 from saeguard.vllm.config import load_watchlist, settings_of
 from saeguard.vllm.engine import EngineGuard
-from saeguard.vllm.v1 import ATTRIBUTE
+from saeguard.vllm.runner import ATTRIBUTE
 
 
 def init(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> None:

@@ -19,7 +19,6 @@ from torch import nn
 
 from saeguard.guard.tap import Tap
 from saeguard.vllm.layers import decoder_layers
-from saeguard.vllm.worker import WorkerGuard
 
 log = structlog.get_logger("saeguard")
 
@@ -95,27 +94,29 @@ class Observation:
     def __init__(self) -> None:
         """Nothing has been seen yet."""
         self.residual: dict[int, torch.Tensor] = {}
+        self._hooks: list[Any] = []
 
-    def before(self, request_id: str, model: Any, depth: int, taps: tuple[Tap, ...]) -> list[Any]:
-        """Prepare a pass of the test; return the hooks to remove after it."""
-        if request_id != EAGER or self.residual:
-            return []
-        from vllm.config import CUDAGraphMode
-        from vllm.forward_context import get_forward_context
+    def watch(self, model: Any, depth: int, taps: tuple[Tap, ...]) -> None:
+        """Let the next pass bypass compiled graphs, and record what its blocks consume."""
+        if not self.residual:
+            self._hooks = [
+                model.register_forward_pre_hook(_bypass_graphs),
+                *_observe(model, decoder_layers(model, depth), taps, self.residual),
+            ]
 
-        context = get_forward_context()
-        context.skip_compiled = True
-        context.cudagraph_runtime_mode = CUDAGraphMode.NONE
-        return _observe(model, decoder_layers(model, depth), taps, self.residual)
+    def stop(self) -> None:
+        """Remove what `watch` put in."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
-    def compare(self, guard: WorkerGuard, rows: int, dtype: torch.dtype) -> None:
+    def compare(self, taps: tuple[Tap, ...], rows: int, dtype: torch.dtype) -> None:
         """Compare the taps' activations of a prompt pass with the observed residual.
 
         Raises:
             SelfTestError: says which layer, what was expected and what was seen.
         """
         allowed = TOLERANCE.get(dtype, max(TOLERANCE.values()))
-        for tap in guard.taps:
+        for tap in taps:
             x = self.residual.get(tap.layer)
             if int(tap.ticks) != 1:
                 raise SelfTestError(
@@ -142,6 +143,15 @@ class Observation:
                     f"{allowed:.3g}. This model family is not supported."
                 )
             log.info("saeguard self-test", layer=tap.layer, difference=difference, allowed=allowed)
+
+
+def _bypass_graphs(_module: nn.Module, _args: Any) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context
+
+    context = get_forward_context()
+    context.skip_compiled = True
+    context.cudagraph_runtime_mode = CUDAGraphMode.NONE
 
 
 def _observe(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ class Pending:
 
     request_ids: list[str]
     query_start: np.ndarray
-    rows: int
     host: dict[str, Any]
     event: Any
 
@@ -47,17 +46,22 @@ class WorkerGuard:
     excluded: torch.Tensor
     """[vocabulary] bool on the device."""
     device: torch.device
+    announced: dict[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
+    """Prompt length and policies to enforce, of requests not yet in a slot."""
     slots: dict[str, int] = field(default_factory=dict)
     free: list[int] = field(default_factory=list)
+    opened: tuple[list[str], np.ndarray, torch.Tensor] | None = None
+    """The pass under way: request ids, first rows, positions."""
     pending: Pending | None = None
     tested: bool = False
     observation: Any = None
 
-    def admit(self, request_id: str, prompt_tokens: int, enforce: Sequence[str]) -> int:
+    def admit(self, request_id: str) -> int:
         """Give a request its slot in the clamp state, unless it has one."""
         slot = self.slots.get(request_id)
         if slot is not None:
             return slot
+        prompt_tokens, enforce = self.announced.pop(request_id)
         if not self.free:
             raise RuntimeError(
                 f"no clamp slot is free for {request_id}: {len(self.slots)} requests are in flight"
@@ -75,9 +79,10 @@ class WorkerGuard:
                 )
         return slot
 
-    def release(self, request_ids: Sequence[str]) -> None:
+    def release(self, request_ids: Iterable[str]) -> None:
         """Take back the slots of requests that ended."""
         for request_id in request_ids:
+            self.announced.pop(request_id, None)
             slot = self.slots.pop(request_id, None)
             if slot is not None:
                 self.free.append(slot)
@@ -91,39 +96,36 @@ class WorkerGuard:
         self,
         request_ids: list[str],
         query_start: np.ndarray,
-        starts: np.ndarray,
         input_ids: torch.Tensor,
-        requests: Mapping[str, tuple[int, Sequence[str]]],
+        positions: torch.Tensor,
     ) -> None:
         """Write the layout of the pass that comes next.
 
         Args:
             request_ids: in row order.
             query_start: [requests + 1] first row of each.
-            starts: [requests] position of each request's first row.
-            input_ids: [rows or more] token ids, on the device.
-            requests: prompt length and policies to enforce, for requests not seen before.
+            input_ids: [rows] token ids, on the device.
+            positions: [rows] position of each token in its request, on the device.
         """
         rows = self.taps[0].rows
-        n = int(query_start[-1])
-        torch.logical_not(self.excluded[input_ids[:n]], out=rows.watched[:n])
+        torch.logical_not(self.excluded[input_ids], out=rows.watched[: len(input_ids)])
         if self.clamps:
-            slots = [self.admit(r, *requests[r]) for r in request_ids]
-            lay_out(rows, slots, starts, query_start)
+            lay_out(rows, [self.admit(r) for r in request_ids], query_start, positions)
+        self.opened = request_ids, query_start, positions
         for tap in self.taps:
             tap.ticks.zero_()
 
-    def after(
-        self, request_ids: list[str], query_start: np.ndarray, positions: torch.Tensor
-    ) -> None:
+    def after(self) -> None:
         """Start copying what the pass saw; `collect` finishes it."""
+        assert self.opened is not None
+        (request_ids, query_start, positions), self.opened = self.opened, None
         n = int(query_start[-1])
         device = {
             "f": [tap.f[:n] for tap in self.taps],
             "acted": [tap.clamp.acted[:n] for tap in self.taps if tap.clamp is not None],
             "ticks": [tap.ticks for tap in self.taps],
             "watched": [self.taps[0].rows.watched[:n]],
-            "positions": [positions[:n]],
+            "positions": [positions],
         }
         if self.device.type == "cuda":
             host = {k: [_to_pinned(t) for t in ts] for k, ts in device.items()}
@@ -132,7 +134,7 @@ class WorkerGuard:
         else:
             host = {k: [t.clone() for t in ts] for k, ts in device.items()}
             event = None
-        self.pending = Pending(request_ids, query_start, n, host, event)
+        self.pending = Pending(request_ids, query_start, host, event)
 
     def collect(self, pending: Pending) -> Packet:
         """Wait for the copies of one pass and return them."""
@@ -167,15 +169,12 @@ def mark_graph(vllm_config: Any, watchlist: WatchList) -> None:
     }
 
 
-def attach(
-    model: Any, vllm_config: Any, settings: Settings, watchlist: WatchList, device: torch.device
-) -> WorkerGuard:
+def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.device) -> WorkerGuard:
     """Check that the watch list fits the model, and put its taps into the layers.
 
     Raises:
         ModelError: width, depth or parallelism does not fit; both values are in the message.
     """
-    del settings
     config = vllm_config.model_config.hf_text_config
     hidden, depth = int(config.hidden_size), int(config.num_hidden_layers)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:

@@ -104,8 +104,10 @@ def test_read(tmp_path: Path) -> None:
             "string_built: 0x2",
             "string_bilt: 0x2",
             "8:7 unknown-feature",
-            'the policy does not look at "string_bilt"; did you mean "string_built"? '
-            "it looks at: shell_exec, string_built",
+            (
+                'the policy does not look at "string_bilt"; did you mean "string_built"? '
+                "it looks at: shell_exec, string_built"
+            ),
         ),
         (
             "string_built: 0x2 0.9x4",
@@ -141,8 +143,10 @@ def test_read(tmp_path: Path) -> None:
             "{shell_exec: 0.1 0.2x5}",
             "{shell_exec: 0x6}",
             "14:26 ambiguous-value",
-            "found 0x6 without quotes: YAML readers disagree on this number; write it in plain "
-            "decimals such as 0.5 or 12, or put it in quotes if it is text",
+            (
+                "found 0x6 without quotes: YAML readers disagree on this number; write it in "
+                "plain decimals such as 0.5 or 12, or put it in quotes if it is text"
+            ),
         ),
         ("expect: no_match", "expects: no_match", "15:5 unknown-key", None),
         ("expect: no_match", "expect: nomatch", "15:13 not-allowed", None),

@@ -19,13 +19,11 @@ from tests.policy.example import GOOD, policy
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
 
-SNIPPETS = st.sampled_from(
-    """
+PIECES = """
     &a |*a|!!str |!|<<: |? |: |- |[|]|{|}|'|"|%|#|no|~|1e9|0x4|---|...|>-|not |(|)| of |any|and
     999999999999999999999|é|😀
-    """.strip().split("|")
-    + ["|", "\\", "\t", "\n", "\n---\n", "\u2028", "\ufeff", "\0"]
-)
+"""
+SNIPPETS = st.sampled_from([*PIECES.strip().split("|"), *"|\\\t\n\0\u2028\ufeff", "\n---\n"])
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates(),
     lambda inner: (

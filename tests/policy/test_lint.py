@@ -73,9 +73,10 @@ def test_clamp_without_latents(tmp_path: Path) -> None:
     clamp = "action: clamp\nclamp: {features: [shell_exec, string_built, other], to: 0}"
     findings = resolve([policy(tmp_path, ("action: flag", clamp))], SETS, today=EARLY)
 
-    assert [
-        (finding.line, finding.column, finding.code) for finding in findings
-    ] == [(8, 32, "no-clamp-latents"), (8, 46, "unknown-feature")]
+    assert [(finding.line, finding.column, finding.code) for finding in findings] == [
+        (8, 32, "no-clamp-latents"),
+        (8, 46, "unknown-feature"),
+    ]
     assert findings[0].message == (
         'the feature "string_built" names no latents to clamp; those that do: shell_exec'
     )
@@ -96,12 +97,13 @@ def test_dates(tmp_path: Path) -> None:
     found = [policy(tmp_path)]
 
     assert resolve(found, SETS, today=date(2027, 2, 1)) == ()
-    assert [
-        (f.code, f.line, f.level) for f in resolve(found, SETS, today=date(2027, 3, 31))
-    ] == [("review-due", 15, "warning")]
-    assert [
-        (f.code, f.line) for f in resolve(found, SETS, today=date(2027, 4, 1))
-    ] == [("exception-expired", 23), ("review-due", 15)]
+    assert [(f.code, f.line, f.level) for f in resolve(found, SETS, today=date(2027, 3, 31))] == [
+        ("review-due", 15, "warning")
+    ]
+    assert [(f.code, f.line) for f in resolve(found, SETS, today=date(2027, 4, 1))] == [
+        ("exception-expired", 23),
+        ("review-due", 15),
+    ]
 
 
 def test_file_changed_meanwhile(tmp_path: Path) -> None:

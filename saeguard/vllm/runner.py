@@ -1,0 +1,113 @@
+"""What both model runners share: requests announced, passes tested, packets delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from saeguard.vllm import contract, worker
+from saeguard.vllm.config import settings_of
+from saeguard.vllm.selftest import EAGER, PREFIX, SERVED, Observation
+from saeguard.vllm.worker import WorkerGuard
+
+ATTRIBUTE = "saeguard"
+"""Where a runner keeps its `WorkerGuard`, and an output its `Packet`."""
+
+
+def guard_of(runner: Any) -> WorkerGuard | None:
+    """Return the runner's guard, None where the server is not configured for one."""
+    return getattr(runner, ATTRIBUTE, None)
+
+
+def load_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
+    """Around `load_model`: watch list before, taps after, nothing without configuration."""
+    settings = settings_of(runner.vllm_config)
+    if settings is None:
+        return wrapped(*args, **kwargs)
+    contract.check()
+    watchlist = worker.prepare(runner.vllm_config, settings)
+    result = wrapped(*args, **kwargs)
+    if watchlist.hooks:
+        guard = worker.attach(runner.model, runner.vllm_config, watchlist, runner.device)
+        setattr(runner, ATTRIBUTE, guard)
+    return result
+
+
+def announce(guard: WorkerGuard, scheduler_output: Any) -> None:
+    """Take back what finished requests held, and remember what new ones ask for."""
+    guard.release(scheduler_output.finished_req_ids)
+    if not guard.clamps:
+        return
+    for new in scheduler_output.scheduled_new_reqs:
+        tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
+        guard.announced.setdefault(
+            new.req_id, (len(tokens), worker.enforced_by_request(new.sampling_params))
+        )
+
+
+def begin(
+    runner: Any,
+    guard: WorkerGuard,
+    request_ids: list[str],
+    query_start: np.ndarray,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Prepare the taps for a pass over real requests."""
+    guard.before(request_ids, query_start, input_ids, positions)
+    if not guard.tested and request_ids[0].startswith(PREFIX):
+        guard.observation = guard.observation or Observation()
+        if request_ids[0] == EAGER:
+            depth = int(runner.model_config.hf_text_config.num_hidden_layers)
+            guard.observation.watch(runner.model, depth, guard.taps)
+
+
+def end(runner: Any, guard: WorkerGuard) -> None:
+    """Start copying what the pass saw; during the self-test, compare it first.
+
+    Raises:
+        SelfTestError: the taps do not see what they must.
+    """
+    if guard.opened is None:
+        return
+    request_ids, query_start, _ = guard.opened
+    if not guard.tested and request_ids[0].startswith(PREFIX):
+        guard.observation.stop()
+        rows = int(query_start[-1])
+        if rows > 1:
+            guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
+        elif request_ids[0] == SERVED:
+            guard.tested, guard.observation = True, None
+    guard.after()
+
+
+def deliver(guard: WorkerGuard, result: Any) -> Any:
+    """Attach the pending packet to a runner's output, now or when its copies have arrived."""
+    pending = guard.pending
+    if pending is None or result is None:
+        return result
+    if hasattr(result, "get_output"):
+        get_output = result.get_output
+
+        def with_packet() -> Any:
+            output = get_output()
+            setattr(output, ATTRIBUTE, guard.collect(pending))
+            return output
+
+        result.get_output = with_packet
+    elif hasattr(result, "req_ids"):
+        setattr(result, ATTRIBUTE, guard.collect(pending))
+    else:  # intermediate tensors of a pipeline stage, which start-up refuses
+        return result
+    guard.pending = None
+    return result
+
+
+def sample_tokens(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
+    """Around `sample_tokens`: its output carries the packet to the engine core."""
+    result = wrapped(*args, **kwargs)
+    guard = guard_of(runner)
+    return result if guard is None else deliver(guard, result)

@@ -1,0 +1,46 @@
+"""Model Runner V2 (`vllm.v1.worker.gpu.model_runner`): where a pass begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from saeguard.vllm import runner as common
+from saeguard.vllm.selftest import EAGER
+
+
+def execute_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
+    """Around `execute_model`, real or dummy; only real passes go through `prepare_inputs`."""
+    guard = common.guard_of(runner)
+    if guard is None:
+        return wrapped(*args, **kwargs)
+    scheduled = args[0] if args else kwargs["scheduler_output"]
+    common.announce(guard, scheduled)
+    graphs = runner.cudagraph_manager
+    if not guard.tested and EAGER in scheduled.num_scheduled_tokens:
+        runner.cudagraph_manager = None  # a replayed graph would run no hook
+    try:
+        result = wrapped(*args, **kwargs)
+    finally:
+        runner.cudagraph_manager = graphs
+    common.end(runner, guard)
+    return common.deliver(guard, result)
+
+
+def prepare_inputs(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
+    """Around `prepare_inputs`: its batch says which row is whose."""
+    batch = wrapped(*args, **kwargs)
+    guard = common.guard_of(runner)
+    if guard is not None:
+        n = batch.num_reqs
+        query_start = batch.query_start_loc_np[: n + 1].copy()
+        rows = int(query_start[-1])
+        common.begin(
+            runner,
+            guard,
+            list(batch.req_ids[:n]),
+            query_start,
+            batch.input_ids[:rows],
+            batch.positions[:rows],
+        )
+    return batch

@@ -1,0 +1,188 @@
+"""`saeguard check` from the outside: output, formats, exit codes, what it imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saeguard.cli import VERBS, main
+from saeguard.policy.schema import json_schema
+from tests.policy.example import GOOD, changed
+
+FEATURES = f"""\
+schema: saeguard.features/v1
+id: demo/unsafe-code
+title: Unsafe code
+model: {{name: tiny, hidden_size: 8, num_layers: 2}}
+sae: {{path: nowhere, sha256: {"a" * 64}, layer: 1, d_in: 8, d_sae: 16}}
+features:
+  shell_exec:
+    title: Shell
+    behaviour: Writes shell commands
+    detect: {{3: 1.0}}
+    low: 0.0
+    high: 2.0
+    threshold: 0.5
+  string_built:
+    title: Strings
+    behaviour: Builds strings
+    detect: {{4: 1.0}}
+    low: 0.0
+    high: 2.0
+    threshold: 0.5
+"""
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start in a folder with one good policy and its feature set."""
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "p.yaml").write_text(GOOD.replace("2027", "2999"))
+    (tmp_path / "feature_sets" / "demo").mkdir(parents=True)
+    (tmp_path / "feature_sets" / "demo" / "unsafe-code.yaml").write_text(FEATURES)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> int:
+    """Run the command and return its exit code."""
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert isinstance(exited.value.code, int)
+    return exited.value.code
+
+
+def spoil(*changes: tuple[str, str]) -> None:
+    """Write the policy anew, with changes."""
+    Path("policies/p.yaml").write_text(changed(*changes).replace("2027", "2999"))
+
+
+def test_good(capsys: pytest.CaptureFixture[str]) -> None:
+    """All well: one line and exit code 0."""
+    assert run("check") == 0
+    assert capsys.readouterr() == ("1 policy read: 0 errors, 0 warnings\n", "")
+
+
+def test_syntax_and_reference_errors_together(capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken file does not keep the others from being checked against the feature sets."""
+    spoil(("feature: shell_exec", "feature: shel_exec"))
+    Path("policies/q.yaml").write_text(changed(("severity: high", "severity: hihg")))
+
+    assert run("check") == 1
+    out, err = capsys.readouterr()
+    assert err == "1 policy read: 2 errors, 0 warnings\n"
+    assert [line.split(" ")[1] for line in out.splitlines() if line.startswith("policies/")] == [
+        "error[unknown-feature]:",
+        "error[not-allowed]:",
+    ]
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--format json` prints records, an empty list where all is well."""
+    assert run("check", "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+    spoil(("severity: high", "severity: hihg"))
+    assert run("check", "--format", "json") == 1
+    assert json.loads(capsys.readouterr().out) == [
+        {
+            "path": "policies/p.yaml",
+            "line": 5,
+            "column": 11,
+            "code": "not-allowed",
+            "message": 'found "hihg"; did you mean "high"? allowed: low, medium, high, critical',
+            "source": "severity: hihg",
+            "level": "error",
+        }
+    ]
+
+
+def test_github(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--format github` prints annotations, with what GitHub would misread escaped."""
+    spoil(("severity: high", 'severity: "50%: a, b"'))
+
+    assert run("check", "--format", "github") == 1
+    assert capsys.readouterr().out == (
+        "::error file=policies/p.yaml,line=5,col=11,title=not-allowed::"
+        'found "50%25: a, b"; allowed: low, medium, high, critical\n'
+    )
+
+
+def test_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Warnings are told, and fail only where that is asked for."""
+    Path("policies/p.yaml").write_text(changed(("review_by: 2027", "review_by: 2001")))
+
+    assert run("check") == 0
+    assert "p.yaml:15:12: warning[review-due]" in capsys.readouterr().out
+    assert run("check", "--strict") == 1
+
+
+def test_broken_feature_set(capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken feature set is told once, and not again for each policy that needs it."""
+    Path("feature_sets/demo/unsafe-code.yaml").write_text("schema: nonsense")
+
+    assert run("check") == 1
+    out = capsys.readouterr().out
+    assert "bad-feature-set" in out
+    assert "unknown-feature-set" not in out
+
+
+def test_misnamed_feature_set(capsys: pytest.CaptureFixture[str]) -> None:
+    """The id of a feature set is its path, since policies find it by that."""
+    Path("feature_sets/demo/unsafe-code.yaml").rename("feature_sets/other.yaml")
+
+    assert run("check") == 1
+    assert 'the id is "demo/unsafe-code"; name it like its file' in capsys.readouterr().out
+
+
+def test_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    """Files and folders may be mixed, and one file given twice counts once."""
+    Path("more.yaml").write_text(GOOD.replace("2027", "2999").replace("id: unsafe", "id: other"))
+
+    assert run("policy", "check", "policies", "more.yaml", "policies/p.yaml") == 0
+    assert capsys.readouterr().out == "2 policies read: 0 errors, 0 warnings\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["check", "--feature-sets", "nowhere"], ["check", "--format", "xml"], ["chek"]],
+)
+def test_usage(arguments: list[str]) -> None:
+    """A wrong command has an exit code of its own."""
+    assert run(*arguments) == 2
+
+
+def test_missing_policies(capsys: pytest.CaptureFixture[str]) -> None:
+    """A path that is not there fails the check."""
+    assert run("check", "polices") == 1
+    assert "polices: error[not-found]" in capsys.readouterr().out
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    """`policy schema` prints the schema."""
+    assert run("policy", "schema") == 0
+    assert json.loads(capsys.readouterr().out) == json_schema()
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` lists every verb without loading any."""
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert [verb for verb in VERBS if verb not in out] == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check"], ["policy", "schema"]])
+def test_light(arguments: list[str]) -> None:
+    """Checking policies needs neither torch nor vLLM, so that it is quick anywhere."""
+    code = (
+        "import sys, saeguard.cli\n"
+        f"try: saeguard.cli.main({arguments})\n"
+        "finally: print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

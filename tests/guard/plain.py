@@ -1,0 +1,80 @@
+"""What a verdict must say of a text of which some tokens were not evaluated, slow and plain."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from saeguard.policy.types import Policy
+from tests import reference
+
+EVALUATED = "evaluated"
+NEVER_SEEN = ("prefix_cached", "untracked", "not_forwarded", "aborted")
+
+
+@dataclass(frozen=True)
+class Said:
+    """The parts of a verdict that follow from the text."""
+
+    outcome: str
+    score: float | None
+    first_token: int | None
+    matched_tokens: int
+    features: Mapping[str, tuple[int, float, int]]
+    tokens: int
+    evaluated: int
+    skipped: Mapping[str, int]
+
+
+def judge(
+    policy: Policy,
+    shares: Mapping[str, Sequence[float]],
+    status: Sequence[str],
+    prompt_tokens: int,
+) -> Said:
+    """Judge a text; `status` says of each token that it was evaluated, or why not."""
+    tokens = range(len(status))
+    scope = [t for t in tokens if reference.in_scope(policy, t, prompt_tokens)]
+    looked = [t for t in scope if status[t] == EVALUATED]
+    seen = [t for t in tokens if status[t] not in NEVER_SEEN]
+    match, scores = [], []
+    for t in seen:
+        window = [u for u in looked if t - policy.window.n < u <= t]
+        if sum(reference.holds_at(policy, shares, u) for u in window) >= policy.window.k:
+            match.append(t)
+        if len(window) >= policy.window.k:
+            strengths = sorted(reference.strength_at(policy, shares, u) for u in window)
+            scores.append(strengths[-policy.window.k])
+    on = [t for t in seen if any(t - policy.keep <= u <= t for u in match)]
+    skipped = Counter(status[t] for t in scope if status[t] != EVALUATED)
+    features = {}
+    for s in policy.detect.values():
+        trace = shares[s.feature]
+        if looked:
+            at = max(looked, key=lambda t: (trace[t], -t))
+            features[s.feature] = (sum(trace[t] > s.above for t in looked), trace[at], at)
+    if match:
+        outcome = "match"
+    elif skipped["error"]:
+        outcome = "error"
+    else:
+        outcome = "no_match" if looked else "not_evaluated"
+    return Said(
+        outcome,
+        max(scores, default=None),
+        match[0] if match else None,
+        len(on),
+        features,
+        len(scope),
+        len(looked),
+        {reason: n for reason, n in skipped.items() if n},
+    )
+
+
+def same_score(one: float | None, other: float | None) -> bool:
+    """Return whether two scores agree; a negation at its threshold is 1 and a hair above."""
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, rel_tol=1e-12)

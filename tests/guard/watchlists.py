@@ -1,0 +1,168 @@
+"""Watch lists without files, and random policies, for tests of the guard's core.
+
+Numbers lie on a grid of eighths, so that float32 arithmetic is exact in whatever order it is
+done, and values meet thresholds exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saeguard.guard.watchlist import ClampRows, Hook, WatchList
+from saeguard.policy.types import (
+    And,
+    Clamp,
+    Expr,
+    KOf,
+    Mode,
+    Name,
+    Not,
+    Or,
+    Policy,
+    Scope,
+    Selection,
+    Window,
+)
+
+NAMES = ("a", "b", "c", "d")
+FEATURES = 5
+ABOVE = (0.25, 0.5, 0.6, 1.0)
+"""Thresholds; 0.6 is no float32, and `float32(0.6)` exceeds it."""
+LOW = np.array([0, 0, 0.25, 0, -0.5], np.float32)
+SPAN = np.array([1, 1, 0.5, 2, 1], np.float32)
+
+
+def make_policy(  # noqa: D103 - a policy with defaults for what a test does not care about
+    name: str,
+    condition: Expr,
+    detect: dict[str, Selection],
+    *,
+    window: Window = Window(),  # noqa: B008 - frozen
+    keep: int = 0,
+    scope: Scope = "both",
+    mode: Mode = "enforce",
+    clamp: Clamp | None = None,
+) -> Policy:
+    return Policy(
+        id=name,
+        title="a test policy",
+        owner="tests@example.com",
+        severity="low",
+        mode=mode,
+        action="flag" if clamp is None else "clamp",
+        on_error="allow",
+        scope=scope,
+        feature_set="tiny",
+        rationale="for tests",
+        falsepositives=(),
+        review_by=None,
+        detect=detect,
+        condition=condition,
+        window=window,
+        keep=keep,
+        clamp=clamp,
+        exceptions=(),
+        path=Path(f"{name}.yaml"),
+        digest=hashlib.sha256(name.encode()).hexdigest(),
+    )
+
+
+def random_condition(rng: random.Random, depth: int = 2) -> Expr:
+    """Return a condition over `NAMES`."""
+    kind = rng.choice(["name", "not", "and", "or", "of"]) if depth else "name"
+    if kind == "name":
+        return Name(rng.choice(NAMES))
+    if kind == "not":
+        return Not(random_condition(rng, depth - 1))
+    terms = tuple(random_condition(rng, depth - 1) for _ in range(rng.randint(2, 3)))
+    if kind == "of":
+        return KOf(rng.randint(1, len(terms)), terms)
+    return And(terms) if kind == "and" else Or(terms)
+
+
+def names_in(expr: Expr) -> set[str]:
+    """Return the selections that a condition names."""
+    match expr:
+        case Name(name):
+            return {name}
+        case Not(term):
+            return names_in(term)
+        case And(terms) | Or(terms) | KOf(_, terms):
+            return set().union(*map(names_in, terms))
+
+
+def random_policy(
+    rng: random.Random, name: str, *, longest: int = 9, clamp: Clamp | None = None
+) -> Policy:
+    """Return a policy over features `f0`, `f1`, ..., its window often longer than a text."""
+    condition = random_condition(rng)
+    n = rng.choice([1, 1, rng.randint(1, longest)])
+    return make_policy(
+        name,
+        condition,
+        {
+            s: Selection(f"f{rng.randrange(FEATURES)}", rng.choice(ABOVE))
+            for s in sorted(names_in(condition))
+        },
+        window=Window(rng.randint(1, n), n),
+        keep=rng.choice([0, 0, 1, 3, 20]),
+        scope=rng.choice(["prompt", "output", "both"]),
+        mode=rng.choice(["enforce", "enforce", "shadow"]),
+        clamp=clamp,
+    )
+
+
+def make_watchlist(
+    policies: Sequence[Policy],
+    hooks: Sequence[Hook] = (),
+    clamps: Sequence[ClampRows] = (),
+) -> WatchList:
+    """Compile policies over `f0`, `f1`, ...; activation column `j` is what feature `j` is of."""
+    features = tuple(f"tiny/f{j}" for j in range(FEATURES))
+    selections: dict[tuple[int, float], int] = {}
+    policy_selections = tuple(
+        {
+            name: selections.setdefault((int(s.feature[1:]), s.above), len(selections))
+            for name, s in policy.detect.items()
+        }
+        for policy in policies
+    )
+    return WatchList(
+        policies=tuple(policies),
+        hooks=tuple(hooks) or (make_hook(),),
+        clamps=tuple(clamps),
+        features=features,
+        mix=np.eye(FEATURES, dtype=np.float32),
+        low=LOW,
+        span=SPAN,
+        selection_feature=np.array([f for f, _ in selections], np.intp),
+        selection_above=np.array([above for _, above in selections], np.float64),
+        policy_selections=policy_selections,
+        exclude_tokens=(1,),
+        models=(),
+        digest="0" * 64,
+    )
+
+
+def make_hook(layer: int = 0) -> Hook:
+    """Return a hook whose latent `j` reads entry `j` of the residual; every other has a threshold."""
+    theta = torch.full((FEATURES,), -torch.inf)
+    theta[1::2] = 0.5
+    return Hook(layer, FEATURES, torch.eye(FEATURES), torch.zeros(FEATURES), theta, 0)
+
+
+def random_activations(rng: random.Random, tokens: int) -> np.ndarray:
+    """Return [tokens, FEATURES] float32 on the grid, with some at thresholds and just beside."""
+    out = np.array([[rng.randint(-2, 12) / 8 for _ in range(FEATURES)] for _ in range(tokens)])
+    for t in range(tokens):
+        if rng.random() < 0.2:
+            j = rng.randrange(2)  # features whose share is the activation itself
+            nearly = rng.choice([np.float32(0.6), np.nextafter(np.float32(0.5), np.float32(1))])
+            out[t, j] = nearly
+    return out.reshape(tokens, FEATURES).astype(np.float32)
