@@ -69,6 +69,8 @@ def _fit(corpus: Corpus, recipe: str, strength: float, seed: int) -> Probe:
 
 
 def _logistic(x: np.ndarray, label: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
-    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=500)
+    model = LogisticRegression(
+        C=strength, class_weight="balanced", solver="newton-cholesky", max_iter=100
+    )
     model.fit(x, label)
     return model.coef_[0], float(model.intercept_[0])

@@ -72,7 +72,7 @@ def record(
     with ExitStack() as stack:
         for layer in dict.fromkeys(layers):
             stack.enter_context(on_output(lm, layer, keep(layer)))
-        for batch in _batches([len(t) for t in texts], batch_tokens):
+        for batch in batches([len(t) for t in texts], batch_tokens):
             forward(lm, [texts[i] for i in batch])
             for row, i in enumerate(batch):
                 yield i, {layer: x[row, : len(texts[i])].clone() for layer, x in kept.items()}
@@ -80,16 +80,22 @@ def record(
 
 def forward(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> None:
     """Run the decoder on a batch of token ids, padded on the right; the head is left out."""
+    ids, mask = padded(texts)
+    lm.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask [texts, longest] int64, padded on the right."""
     longest = max(map(len, texts))
     ids = torch.zeros(len(texts), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor(text)
         mask[row, : len(text)] = 1
-    lm.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return ids, mask
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Group texts by length, so that the padded batch stays within `batch_tokens`."""
     batch: list[int] = []
     for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: lengths[i]):

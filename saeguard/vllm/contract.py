@@ -46,6 +46,7 @@ CLAUSES: tuple[Clause, ...] = (
     Clause(_RUNNER_2, "GPUModelRunner.load_model", (), "runner:load_model"),
     Clause(_RUNNER_2, "GPUModelRunner.prepare_inputs", (), "v2:prepare_inputs"),
     Clause(_RUNNER_2, "GPUModelRunner.execute_model", ("scheduler_output",), "v2:execute_model"),
+    Clause(_RUNNER_2, "dispatch_cg_and_sync_dp", ("need_eager",)),
     Clause(_RUNNER_2, "GPUModelRunner.sample_tokens", (), "runner:sample_tokens"),
     Clause("vllm.forward_context", "ForwardContext.skip_compiled"),
     Clause("vllm.forward_context", "ForwardContext.cudagraph_runtime_mode"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from saeguard.vllm import runner as common
@@ -16,15 +17,30 @@ def execute_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: A
         return wrapped(*args, **kwargs)
     scheduled = args[0] if args else kwargs["scheduler_output"]
     common.announce(guard, scheduled)
-    graphs = runner.cudagraph_manager
     if not guard.tested and EAGER in scheduled.num_scheduled_tokens:
-        runner.cudagraph_manager = None  # a replayed graph would run no hook
-    try:
+        with _eager():
+            result = wrapped(*args, **kwargs)
+    else:
         result = wrapped(*args, **kwargs)
-    finally:
-        runner.cudagraph_manager = graphs
     common.end(runner, guard)
     return common.deliver(guard, result)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Keep one pass of the self-test from replaying a captured graph, which runs no hook."""
+    from vllm.v1.worker.gpu import model_runner
+
+    dispatch = model_runner.dispatch_cg_and_sync_dp
+
+    def eagerly(*args: Any, **kwargs: Any) -> Any:
+        return dispatch(*args, **{**kwargs, "need_eager": True})
+
+    model_runner.dispatch_cg_and_sync_dp = eagerly
+    try:
+        yield
+    finally:
+        model_runner.dispatch_cg_and_sync_dp = dispatch
 
 
 def prepare_inputs(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from saeguard.policy.cases import read_cases
 from saeguard.policy.errors import PolicyErrors
@@ -142,3 +143,14 @@ class TestFolders:
 
         assert str(caught.value).isascii() or "\x1b" not in str(caught.value)
         str(caught.value).encode()
+
+
+@pytest.mark.parametrize("path", ATTACKS, ids=[path.stem for path in ATTACKS])
+def test_refused_without_libyaml(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused too where PyYAML was built without libyaml, if in other words."""
+    monkeypatch.setattr("saeguard.policy.yamlmarks._LOADER", yaml.SafeLoader)
+
+    found, errors = read_policy(path)
+
+    assert found is None
+    assert errors

@@ -1,0 +1,104 @@
+"""The documentation holds: its examples load, its messages are those of today."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from saeguard.cli.test import run
+from saeguard.guard.rules import judge
+from saeguard.policy.cases import read_cases
+from saeguard.policy.load import read_policy
+from saeguard.policy.schema import PolicyFile
+
+LANGUAGE = Path("docs/policy-language.md")
+ERRORS = Path("docs/policy-errors.md")
+
+EXAMPLES = re.findall(r"^```yaml\n(.*?)^```$", LANGUAGE.read_text(), re.DOTALL | re.MULTILINE)
+COMPLETE, *FRAGMENTS = [text for text in EXAMPLES if "saeguard.test/v1" not in text]
+[CASES] = [text for text in EXAMPLES if "saeguard.test/v1" in text]
+MISTAKE = re.compile(r"^```diff\n(.*?)^```\n\n```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+MISTAKES = MISTAKE.findall(ERRORS.read_text())
+
+
+def with_fragment(fragment: str) -> str:
+    """Return the complete example with the keys of a fragment in place of its own."""
+    text = COMPLETE
+    for key in re.findall(r"^(\w+):", fragment, re.MULTILINE):
+        text = re.sub(rf"^{key}:.*\n(?: .*\n)*", "", text, flags=re.MULTILINE)
+    return text + fragment
+
+
+def told(folder: Path, diff: str) -> str:
+    """Return what is said of the complete example with a change."""
+    lines = diff.splitlines()
+    old = "".join(f"{line[2:]}\n" for line in lines if line.startswith("- "))
+    new = "".join(f"{line[2:]}\n" for line in lines if line.startswith("+ "))
+    assert old in COMPLETE
+    path = folder / "shell-injection.yaml"
+    path.write_text(COMPLETE.replace(old, new, 1))
+    _, errors = read_policy(path)
+    messages = "".join(f"{error.render()}\n" for error in errors)
+    return messages.replace(f"{folder}/", "policies/unsafe-code/")
+
+
+@pytest.mark.parametrize("example", [COMPLETE, *map(with_fragment, FRAGMENTS)])
+def test_examples_load(tmp_path: Path, example: str) -> None:
+    """Each example is a policy, or turns the first one into another."""
+    path = tmp_path / "p.yaml"
+    path.write_text(example)
+
+    policy, errors = read_policy(path)
+
+    assert [error.render() for error in errors] == []
+    assert policy is not None
+
+
+def test_example_tests_pass(tmp_path: Path) -> None:
+    """The test file of the documentation passes on its policy."""
+    (tmp_path / "p.yaml").write_text(COMPLETE)
+    (tmp_path / "p.test.yaml").write_text(CASES)
+    policy, _ = read_policy(tmp_path / "p.yaml")
+    assert policy is not None
+
+    cases, errors = read_cases(tmp_path / "p.test.yaml", policy)
+
+    assert errors == []
+    assert [run(policy, case, judge).complaint for case in cases] == ["", ""]
+
+
+def test_every_key_has_a_row() -> None:
+    """The table of keys is complete and says which are needed."""
+    rows = dict(
+        re.findall(r"^\| `(\w+)` \| (yes|no|with [^|]+) \|", LANGUAGE.read_text(), re.MULTILINE)
+    )
+    fields = {f.alias or name: f for name, f in PolicyFile.model_fields.items()}
+
+    assert list(rows) == list(fields)
+    assert {key for key, needed in rows.items() if needed == "yes"} == {
+        key for key, field in fields.items() if field.is_required()
+    }
+
+
+@pytest.mark.parametrize(("diff", "messages"), MISTAKES)
+def test_messages(tmp_path: Path, diff: str, messages: str) -> None:
+    """Each message is what the tool says today."""
+    assert told(tmp_path, diff) == messages
+
+
+def test_ten_mistakes() -> None:
+    """There are ten mistakes to learn from."""
+    assert len(MISTAKES) == 10
+
+
+if __name__ == "__main__":  # python -m tests.policy.test_docs writes today's messages
+    with TemporaryDirectory() as name:
+        ERRORS.write_text(
+            MISTAKE.sub(
+                lambda m: f"```diff\n{m[1]}```\n\n```text\n{told(Path(name), m[1])}```",
+                ERRORS.read_text(),
+            )
+        )
