@@ -40,11 +40,13 @@ def verb(
     from saeguard.policy.load import read_policies
 
     policies, errors = read_policies(*(paths or [Path("policies")]))
-    known, broken, complaints = read_feature_sets(feature_sets)
+    known, broken = read_feature_sets(feature_sets)
     referring = [policy for policy in policies if policy.feature_set not in broken]
+    complaints = [complaint for of_one in broken.values() for complaint in of_one]
     findings = PolicyErrors([*errors, *complaints, *resolve(referring, known)]).errors
     wrong = sum(finding.level == "error" for finding in findings)
-    typer.echo(_rendered(findings, format_), nl=bool(findings))
+    if findings or format_ == "json":
+        typer.echo(_rendered(findings, format_))
     if format_ == "text":
         counts = f"{_count(wrong, 'error')}, {_count(len(findings) - wrong, 'warning')}"
         typer.echo(f"{_count(len(policies), 'policy', 'policies')} read: {counts}", err=bool(wrong))
@@ -52,10 +54,8 @@ def verb(
         raise typer.Exit(1)
 
 
-def read_feature_sets(
-    folder: Path,
-) -> tuple[dict[str, Document], set[str], list[PolicyError]]:
-    """Return the feature sets by name, the names of those that are broken, and why they are.
+def read_feature_sets(folder: Path) -> tuple[dict[str, Document], dict[str, list[PolicyError]]]:
+    """Return the feature sets by name, and why the others cannot be used, by name.
 
     Only the files are read, so that policies can be checked where the checkpoints are not.
     """
@@ -63,39 +63,43 @@ def read_feature_sets(
     from saeguard.policy.errors import PolicyError, show
 
     known: dict[str, Document] = {}
-    complaints: list[PolicyError] = []
+    broken: dict[str, list[PolicyError]] = {}
     for path in sorted(folder.rglob("*.yaml")):
         name = path.relative_to(folder).with_suffix("").as_posix()
         try:
-            known[name] = read_document(path)
-            message = f"the id is {show(known[name].id)}; name it like its file, {show(name)}"
-            wrong = known[name].id != name
+            document = read_document(path)
         except FeatureSetError as error:
-            message, wrong = str(error).removeprefix(f"{path}: "), True
-        if wrong:
-            complaints.append(PolicyError(path, 0, 0, "bad-feature-set", message))
-    broken = {c.path.relative_to(folder).with_suffix("").as_posix() for c in complaints}
-    return known, broken, complaints
+            messages = str(error).replace(f"{path}: ", "").splitlines()
+        else:
+            known[name] = document
+            if document.id == name:
+                continue
+            messages = [f"the id is {show(document.id)}; name it like its file, {show(name)}"]
+        broken[name] = [PolicyError(path, 0, 0, "bad-feature-set", m) for m in messages]
+    return known, broken
 
 
 def _rendered(findings: Sequence[PolicyError], format_: Format) -> str:
     if format_ == "json":
         records = [asdict(f) | {"path": os.fspath(f.path)} for f in findings]
         return json.dumps(records, indent=2)
-    render = _annotation if format_ == "github" else type(findings[0]).render if findings else str
-    return "\n".join(map(render, findings))
+    lines = (_annotation(f) if format_ == "github" else f.render() for f in findings)
+    return "\n".join(lines)
 
 
 def _annotation(finding: PolicyError) -> str:
     """Return a GitHub workflow command, which shows at the line in a pull request."""
-    place = {"file": os.fspath(finding.path), "line": finding.line, "col": finding.column}
-    place = {key: value for key, value in place.items() if value} | {"title": finding.code}
-    properties = ",".join(f"{key}={_escaped(str(value))}" for key, value in place.items())
+    place = {"file": finding.path, "line": finding.line, "col": finding.column}
+    known = {key: value for key, value in place.items() if value} | {"title": finding.code}
+    properties = ",".join(f"{key}={_escaped(str(value))}" for key, value in known.items())
     return f"::{finding.level} {properties}::{_escaped(finding.message, ends='')}"
 
 
 def _escaped(text: str, ends: str = ":,") -> str:
-    for character in f"%\r\n{ends}":
+    from saeguard.policy.errors import printable
+
+    text = printable(text)
+    for character in f"%{ends}":
         text = text.replace(character, f"%{ord(character):02X}")
     return text
 

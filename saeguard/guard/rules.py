@@ -141,7 +141,8 @@ def _fired(
 ) -> dict[str, Fired]:
     fired = {}
     for name, selection in policy.detect.items():
-        trace = np.where(looked, traces[name], -np.inf)
+        # float64, as evidence is: NumPy would round the threshold to the trace's own float32.
+        trace = np.where(looked, traces[name].astype(np.float64), -np.inf)
         at = int(trace.argmax()) if len(trace) else 0
         if looked.any():
             count = int((trace > selection.above).sum())

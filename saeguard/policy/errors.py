@@ -103,7 +103,7 @@ class PolicyError:
     def render(self) -> str:
         """Return `file:line:col: error[code]: message`, the source line and a caret."""
         place = [printable(os.fspath(self.path)), *([self.line, self.column] if self.line else [])]
-        head = f"{':'.join(map(str, place))}: {self.level}[{self.code}]: {self.message}"
+        head = f"{':'.join(map(str, place))}: {self.level}[{self.code}]: {printable(self.message)}"
         if not self.source.strip():
             return head
         number = str(self.line)

@@ -46,7 +46,7 @@ def _translated(
 ) -> PolicyError:
     loc: Loc = error["loc"]
     at_key = error["type"] == "extra_forbidden"
-    if loc and loc[-1] == "[key]":
+    if loc and loc[-1] == "[key]" and loc not in document.values:  # pydantic's mark for a key
         loc, at_key = loc[:-1], True
     code, message = _message(model, loc, error)
     return document.error(code, message, loc, at_key=at_key)

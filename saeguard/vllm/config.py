@@ -78,6 +78,11 @@ def load_watchlist(settings: Settings) -> WatchList:
         PolicyErrors, FeatureSetError, WatchListError: with file, place and reason.
     """
     policies = load_policies(Path(settings.policies))
+    if not policies:
+        raise ConfigError(
+            f"additional-config: {KEY}.policies: no policies in {settings.policies}; name a policy "
+            "file or a directory that holds *.yaml files"
+        )
     names = sorted({p.feature_set for p in policies})
     sets = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""The guard's fast rules against the slow, plain ones."""
+"""The guard's fast rules against the slow, plain ones of tests/reference.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+"""Child process of the engine tests: serve a job with the real vLLM and write what happened.
+
+`python -m tests.engine.drive JOB.json OUT.npz`, where the job holds `engine` (arguments of
+`vllm.LLM`) and `batches` (each a list of requests with `prompt` token ids and sampling `params`).
+The result goes to `OUT.json`, the watched activations by request to `OUT.npz`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def record_activations() -> dict[str, dict[int, np.ndarray]]:
+    """Keep a copy of every row that the rules are given, by request and position."""
+    from saeguard.vllm.engine import EngineGuard
+
+    rows: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
+    ingest = EngineGuard.ingest
+
+    def recording(self: Any, packet: Any, *args: Any) -> None:
+        for i, request_id in enumerate(packet.request_ids):
+            for row in range(packet.query_start[i], packet.query_start[i + 1]):
+                rows[request_id.split("-")[0]][int(packet.positions[row])] = packet.f[row].copy()
+        ingest(self, packet, *args)
+
+    EngineGuard.ingest = recording  # type: ignore[method-assign]
+    return rows
+
+
+def main(job_path: Path, out_path: Path) -> None:
+    """Run the job."""
+    job = json.loads(job_path.read_text())
+    rows = record_activations() if "saeguard" in job["engine"].get("additional_config", {}) else {}
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**job["engine"])
+    results = []
+    for batch in job["batches"]:
+        prompts = [{"prompt_token_ids": r["prompt"]} for r in batch]
+        params = [SamplingParams(**r["params"]) for r in batch]
+        for out in llm.generate(prompts, params, use_tqdm=False):
+            choice = out.outputs[0]
+            results.append(
+                {
+                    "id": out.request_id.split("-")[0],
+                    "prompt": list(out.prompt_token_ids),
+                    "output": list(choice.token_ids),
+                    "cached": out.num_cached_tokens,
+                    "saeguard": getattr(choice, "saeguard", None),
+                }
+            )
+    core = llm.llm_engine.engine_core.engine_core
+    guard = getattr(core.scheduler, "saeguard", None)
+    leftover = 0 if guard is None else len(guard.ledger)
+    core.scheduler.shutdown()
+    out_path.with_suffix(".json").write_text(json.dumps({"results": results, "left": leftover}))
+    np.savez(
+        out_path,
+        **{
+            f"{request_id}.{name}": array
+            for request_id, by_position in rows.items()
+            for name, array in (
+                ("positions", np.array(sorted(by_position))),
+                ("f", np.stack([by_position[p] for p in sorted(by_position)])),
+            )
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

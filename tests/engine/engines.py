@@ -1,0 +1,144 @@
+"""Start engines for tests, and the reference they are held against: Transformers and SAELens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saeguard.guard.rules import judge_all
+from saeguard.guard.verdict import Verdict
+from saeguard.guard.watchlist import WatchList
+from saeguard.vllm.config import Settings, load_watchlist
+
+ROOT = Path(__file__).parents[2]
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a child process served."""
+
+    results: list[dict[str, Any]]
+    activations: dict[str, tuple[np.ndarray, np.ndarray]]
+    """By request id: positions and activations."""
+    left: int
+    log: str
+
+
+def environment(*, v2: bool = False) -> dict[str, str]:
+    """Return the environment of a child that runs vLLM on a CPU."""
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    env.pop("VLLM_PLUGINS", None)
+    if v2:
+        env["SAEGUARD_TRITON_INTERPRET"] = env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        env["PYTHONPATH"] = f"{ROOT / 'tests' / 'v2_runner_on_cpu'}:{ROOT}"
+    return env
+
+
+def run(
+    folder: Path, engine: dict[str, Any], batches: Sequence[Any], *, v2: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a job in a child process and return how it ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    defaults = {"dtype": "float32", "max_model_len": 256, "seed": 0, "skip_tokenizer_init": True}
+    job = folder / "job.json"
+    job.write_text(json.dumps({"engine": {**defaults, **engine}, "batches": list(batches)}))
+    return subprocess.run(
+        [sys.executable, "-m", "tests.engine.drive", str(job), str(folder / "out.npz")],
+        cwd=ROOT,
+        env=environment(v2=v2),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=800,
+    )
+
+
+def serve(
+    folder: Path, engine: dict[str, Any], batches: Sequence[Any], *, v2: bool = False
+) -> Served:
+    """Serve `batches` with the real vLLM; fail with its log if it does."""
+    done = run(folder, engine, batches, v2=v2)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-6000:]
+    out = json.loads((folder / "out.json").read_text())
+    arrays = np.load(folder / "out.npz")
+    ids = {name.split(".")[0] for name in arrays.files}
+    return Served(
+        out["results"],
+        {i: (arrays[f"{i}.positions"], arrays[f"{i}.f"]) for i in ids},
+        out["left"],
+        log,
+    )
+
+
+def random_prompts(
+    count: int, *, seed: int, shortest: int = 2, longest: int = 120, vocabulary: int = 512
+) -> list[list[int]]:
+    """Return `count` random prompts that begin with BOS (1)."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(shortest, longest, count)
+    return [[1, *rng.integers(3, vocabulary, int(n)).tolist()] for n in lengths]
+
+
+def requests(prompts: Sequence[list[int]], **params: Any) -> list[dict[str, Any]]:
+    """Return greedy requests for `prompts`."""
+    return [{"prompt": p, "params": {**GREEDY, **params}} for p in prompts]
+
+
+class Reference:
+    """Transformers computes the residual stream, SAELens encodes it."""
+
+    def __init__(self, model: Path, sae: Path, layer: int = 1) -> None:
+        """Load both."""
+        from sae_lens import SAE
+        from transformers import AutoModelForCausalLM
+
+        self.layer = layer
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.sae = SAE.load_from_disk(str(sae))
+
+    @torch.no_grad()
+    def latents(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return every latent at every token, [tokens, d_sae]."""
+        out = self.model(torch.tensor([list(tokens)]), output_hidden_states=True)
+        encoded: np.ndarray = self.sae.encode(out.hidden_states[self.layer + 1][0]).numpy()
+        return encoded
+
+    def verdicts(self, watchlist: WatchList, prompt: list[int], output: list[int]) -> list[Verdict]:
+        """Judge a served text: all but its last token, which the engine never reads."""
+        tokens = [*prompt, *output][:-1]
+        columns = [int(name.rsplit("/f", 1)[1]) for name in watchlist.features]
+        shares = self.latents(tokens)[:, columns].astype(np.float32)
+        evaluable = ~np.isin(tokens, watchlist.exclude_tokens)
+        return judge_all(watchlist, shares, evaluable, len(prompt))
+
+
+def compile_policies(settings: dict[str, Any]) -> WatchList:
+    """Return the watch list that a server with these settings runs."""
+    return load_watchlist(Settings(**settings))
+
+
+def events_by_request(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the events of a log by request id and policy."""
+    events: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in path.read_text().splitlines():
+        event = json.loads(line)
+        events.setdefault(event["request_id"].split("-")[0], {})[event["policy"]] = event
+    return events

@@ -1,0 +1,97 @@
+"""What the tap reads is what Transformers and SAELens compute, family by family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import models
+from tests.engine import engines
+
+FAMILIES = tuple(models.configs())
+TOLERANCE = 2e-4
+"""Of the largest activation: both sides compute in float32, in different orders."""
+
+pytestmark = pytest.mark.engine
+
+
+def compare(served: engines.Served, guarded: models.Guarded, settings: dict[str, object]) -> float:
+    """Return the largest difference of activations, as a share of the largest activation."""
+    reference = engines.Reference(guarded.model, guarded.sae)
+    watchlist = engines.compile_policies(settings)
+    latents = [int(name.rsplit("/f", 1)[1]) for name in watchlist.features]
+    worst = 0.0
+    for result in served.results:
+        positions, f = served.activations[result["id"]]
+        tokens = [*result["prompt"], *result["output"]][:-1]
+        assert positions.tolist() == list(range(len(tokens)))
+        expected = reference.latents(tokens)[:, latents]
+        worst = max(worst, float(np.abs(f - expected).max() / expected.max()))
+    return worst
+
+
+def check_verdicts(
+    served: engines.Served, guarded: models.Guarded, settings: dict[str, object]
+) -> int:
+    """Check every event against the reference for exactly that request; return how many."""
+    reference = engines.Reference(guarded.model, guarded.sae)
+    watchlist = engines.compile_policies(settings)
+    events = engines.events_by_request(Path(str(settings["events"])))
+    checked = 0
+    for result in served.results:
+        for verdict in reference.verdicts(watchlist, result["prompt"], result["output"]):
+            event = events[result["id"]][verdict.policy]
+            if verdict.score is not None and abs(verdict.score - 1) < 1e-3:
+                continue  # within rounding of the threshold either verdict is right
+            assert (event["verdict"], event["first_token"], event["matched_tokens"]) == (
+                verdict.outcome,
+                verdict.first_token,
+                verdict.matched_tokens,
+            ), (result["id"], verdict, event)
+            covered = event["coverage"]
+            assert covered["tokens"] == covered["evaluated"] + sum(covered["skipped"].values())
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_those_of_transformers_and_saelens(family: str, tmp_path: Path) -> None:
+    """In vLLM's default, compiled mode, in mixed batches, for every token of every request."""
+    guarded = models.make_guarded(tmp_path, family)
+    settings = guarded.settings(events=str(tmp_path / "events.jsonl"))
+    served = engines.serve(
+        tmp_path / "run",
+        {
+            "model": str(guarded.model),
+            "max_num_seqs": 8,
+            "additional_config": {"saeguard": settings},
+        },
+        [engines.requests(engines.random_prompts(16, seed=3, longest=60))],
+    )
+    worst = compare(served, guarded, settings)
+    print(f"parity {family}: largest difference {worst:.2e} of the largest activation")
+    assert worst < TOLERANCE
+    assert check_verdicts(served, guarded, settings) > 80
+    assert served.left == 0
+
+
+def test_model_runner_v2_reads_the_same(tmp_path: Path) -> None:
+    """Model Runner V2, which GPUs run, gives the same activations and verdicts."""
+    guarded = models.make_guarded(tmp_path, "llama")
+    settings = guarded.settings(events=str(tmp_path / "events.jsonl"))
+    served = engines.serve(
+        tmp_path / "run",
+        {
+            "model": str(guarded.model),
+            "max_num_seqs": 4,
+            "enforce_eager": True,
+            "additional_config": {"saeguard": settings},
+        },
+        [engines.requests(engines.random_prompts(6, seed=4, longest=24), max_tokens=5)],
+        v2=True,
+    )
+    assert "Using V2 Model Runner" in served.log
+    assert compare(served, guarded, settings) < TOLERANCE
+    assert check_verdicts(served, guarded, settings) > 25

@@ -1,0 +1,87 @@
+"""`saeguard features` searches and calibrates from files."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from saeguard.cli.features import verb
+from saeguard.features.load import load_feature_set
+from tests.guarded import LATENTS, feature_set
+from tests.tiny import D, save_model
+
+
+def _texts(file: Path, split: str, count: int = 60, *, ordinary: bool = False) -> Path:
+    """Write texts whose positives hold a `#`, which one token alone can tell."""
+    rng = random.Random(split)
+    rows = []
+    for i in range(count):
+        words = "".join(rng.choices("abcdefgh ", k=20))
+        row = {"id": f"{split}{i}", "prompt": "Say: ", "completion": words, "label": 0 if ordinary else 1 - i % 2}
+        if row["label"]:
+            row["completion"] = f"{words[:8]}#{words[9:]}"
+        rows.append(row | {"kind": "hash", "template": f"{split}{i // 6}"})
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def _run(*arguments: object) -> str:
+    result = CliRunner().invoke(verb, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_search_then_calibrate(tmp_path: Path) -> None:
+    """A search writes its findings; calibration sets the set's thresholds in place."""
+    model = save_model(tmp_path / "model")
+    features = feature_set(tmp_path / "sets", D)
+    data = _texts(tmp_path / "noise.search.jsonl", "s")
+    holdout = _texts(tmp_path / "noise.holdout.jsonl", "h")
+    benign, check = (
+        _texts(tmp_path / f"{name}.jsonl", name, 200, ordinary=True) for name in ("benign", "check")
+    )
+    out = tmp_path / "report.json"
+    common = ("--model", model, "--behaviour", "noise", "--kind", "hash", "--out", out)
+    output = _run(
+        "search", *common, "--sae", features.sae.path, "--data", data, "--holdout", holdout,
+        "--benign", benign, "--top", 3, "--group-size", 4,
+    )  # fmt: skip
+    assert "AUROC" in output
+    report = json.loads(out.read_text())
+    assert report["texts"] == {"search": 90, "holdout": 60}
+    assert report["sae"]["sha256"] == features.sae.sha256
+    probe, group, *latents = report["findings"]
+    assert probe["form"] == "probe"
+    assert probe["auroc_holdout"] > 0.9
+    assert len(group["detect"]) <= 4
+    assert sum(row["form"] == "latent" for row in latents) == 3
+    assert all(0 <= int(latent) < LATENTS for latent in group["detect"])
+
+    file = features.path
+    output = _run(
+        "calibrate", "--set", file, "--model", model, "--benign", benign, "--check", check,
+        "--labelled", tmp_path, "--fpr", 0.05, "--for", "1 of 2 tokens",
+    )  # fmt: skip
+    assert "loud: threshold" in output
+    loud = load_feature_set(file).features["loud"]
+    assert loud.evidence["fpr_calibration"]["rate"] <= 0.05
+    assert loud.evidence["window"] == "1 of 2"
+    assert {"fpr_holdout", "tpr_holdout", "snippets"} <= loud.evidence.keys()
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    """A leaky hold-out is refused with exit code 1 and no traceback."""
+    model = save_model(tmp_path / "model")
+    features = feature_set(tmp_path / "sets", D)
+    data = _texts(tmp_path / "a.jsonl", "s")
+    result = CliRunner().invoke(
+        verb,
+        ["search", "--model", str(model), "--sae", str(features.sae.path), "--data", str(data),
+         "--holdout", str(data), "--behaviour", "b", "--out", str(tmp_path / "o.json")],
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "share 10 templates" in result.output
+    assert not (tmp_path / "o.json").exists()

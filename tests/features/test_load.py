@@ -1,0 +1,178 @@
+"""Feature-set files are read strictly, pinned to their checkpoint, and written whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from saeguard.features.load import FeatureSetError, load_feature_set, save_feature_set
+from saeguard.features.probe import Probe, ProbeError, read_probe, save_probes
+from saeguard.features.types import Term
+from tests.features.planted import D
+from tests.features.test_calibrate import feature, feature_set
+
+
+def _saved(folder: Path, **changes: Any) -> Path:
+    """Write a set of one feature and return its file."""
+    features = feature_set(folder, feature(clamp=(Term(3, -1.0),), **changes))
+    save_feature_set(features, folder / "demo.yaml")
+    return folder / "demo.yaml"
+
+
+def _edited(folder: Path, *path: str, value: Any) -> Path:
+    """Change one key of a saved set; None removes it."""
+    file = _saved(folder)
+    content = yaml.safe_load(file.read_text())
+    at = content
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    if value is None:
+        del at[path[-1]]
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    """What is saved is loaded, with paths relative to the file in it."""
+    w = np.arange(D, dtype=np.float32)
+    probes = save_probes({"p": Probe(w, 0.5, "")}, tmp_path / "p.safetensors")
+    latents = feature(clamp=(Term(3, -1.0),), evidence={"auroc": 0.9})
+    probe = feature(id="probed", detect=(), probe=probes["p"])
+    features = feature_set(tmp_path, latents)
+    features = replace(features, features={"planted": latents, "probed": probe})
+    save_feature_set(features, tmp_path / "demo.yaml")
+    loaded = load_feature_set(tmp_path / "demo.yaml")
+    assert replace(loaded, digest="") == features
+    assert "path: sae" in (tmp_path / "demo.yaml").read_text()
+    assert str(tmp_path) not in (tmp_path / "demo.yaml").read_text()
+    read = read_probe(probes["p"], D)
+    assert np.array_equal(read.w, w)
+    assert read.b == 0.5
+
+
+def test_digest_ignores_layout(tmp_path: Path) -> None:
+    """Comments and order do not change the digest; a weight does."""
+    file = _saved(tmp_path)
+    first = load_feature_set(file).digest
+    content = yaml.safe_load(file.read_text())
+    file.write_text("# a comment\n" + yaml.safe_dump(content, sort_keys=True))
+    assert load_feature_set(file).digest == first
+    content["features"]["planted"]["high"] = 7.5
+    file.write_text(yaml.safe_dump(content))
+    assert load_feature_set(file).digest != first
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("schema",), "saeguard.features/v2", "schema: "),
+        (("features", "planted", "detekt"), {1: 1.0}, "detekt: unknown key; did you mean 'detect'"),
+        (("modell",), {}, "modell: unknown key; did you mean 'model'"),
+        (("features", "planted", "low"), "0", "features.planted.low: .*found '0'"),
+        (("features", "planted", "low"), 5.0, r"low \(5\) must be below high \(1\)"),
+        (("features", "planted", "high"), float("nan"), "features.planted.high: .*finite"),
+        (("features", "planted", "threshold"), 0.0, "features.planted.threshold"),
+        (("features", "planted", "detect"), None, "give either detect or probe"),
+        (("features", "planted", "detect"), {"x": 1.0}, "features.planted.detect.x"),
+        (("features", "planted", "detect"), {-1: 1.0}, "features.planted.detect.-1"),
+        (("features", "planted", "detect"), {9999: 1.0}, "names latent 9999"),
+        (("features", "planted", "clamp"), {9999: 1.0}, "names latent 9999"),
+        (("features",), {}, "features: "),
+        (("features",), {"Bad Name": {}}, "Bad Name"),
+        (("sae", "sha256"), "abc", "sae.sha256"),
+        (("sae", "layer"), 9, "sae.layer is 9"),
+        (("sae", "d_in"), 7, "sae.d_in is 7"),
+        (("model",), None, "model: Field required"),
+    ],
+)
+def test_mistakes_name_file_and_field(
+    tmp_path: Path, path: tuple[str, ...], value: Any, says: str
+) -> None:
+    """Unknown keys, wrong types and values out of range are refused."""
+    file = _edited(tmp_path, *path, value=value)
+    with pytest.raises(FeatureSetError, match=says) as caught:
+        load_feature_set(file)
+    assert str(caught.value).startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\na: 2\n", r":2:1: the key 'a' is repeated"),
+        ("a: &x [1]\nb: *x\n", r":2:4: aliases are not allowed"),
+        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("a: [1\n", ":2:1: "),
+        ("", "file: "),
+        ("- 1\n", "file: "),
+        ("[" * 5000, r"demo\.yaml"),
+    ],
+)
+def test_refuses_dangerous_or_broken_yaml(tmp_path: Path, text: str, says: str) -> None:
+    """Only plain YAML is read, and places are told."""
+    file = tmp_path / "demo.yaml"
+    file.write_text(text)
+    with pytest.raises(FeatureSetError, match=says):
+        load_feature_set(file)
+    with pytest.raises(FeatureSetError, match="none"):
+        load_feature_set(tmp_path / "none.yaml")
+
+
+class TestPinned:
+    """A feature set refuses another checkpoint than its own, and tells both values."""
+
+    def test_other_weights(self, tmp_path: Path) -> None:
+        """A changed weight file has another digest."""
+        file = _saved(tmp_path)
+        pinned = load_feature_set(file).sae.sha256
+        weights = tmp_path / "sae" / "sae_weights.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        with pytest.raises(FeatureSetError, match=f"sae.sha256 is {pinned}, but .* has [0-9a-f]+"):
+            load_feature_set(file)
+        assert load_feature_set(file, verify=False).sae.sha256 == pinned
+
+    def test_missing_sae(self, tmp_path: Path) -> None:
+        """A checkpoint that is not there is named."""
+        file = _edited(tmp_path, "sae", "path", value="elsewhere")
+        with pytest.raises(FeatureSetError, match=r"sae\.path: .*elsewhere"):
+            load_feature_set(file)
+
+    def test_other_layer(self, tmp_path: Path) -> None:
+        """A set for another layer is refused."""
+        file = _edited(tmp_path, "sae", "layer", value=2)
+        with pytest.raises(FeatureSetError, match=r"sae\.layer is 2, but .* has 1"):
+            load_feature_set(file)
+
+    def test_other_probe(self, tmp_path: Path) -> None:
+        """A changed, missing or wrongly sized probe is refused."""
+        probes = save_probes({"p": Probe(np.ones(D, np.float32), 0.0, "")}, tmp_path / "p.st")
+        file = _saved(tmp_path, detect=(), probe=probes["p"])
+        save_probes({"p": Probe(np.zeros(D, np.float32), 0.0, "")}, tmp_path / "p.st")
+        with pytest.raises(FeatureSetError, match=r"features\.planted\.probe\.sha256 is"):
+            load_feature_set(file)
+        with pytest.raises(ProbeError, match=f"has {D} entries, not 9"):
+            read_probe(probes["p"], 9)
+        (tmp_path / "p.st").unlink()
+        with pytest.raises(FeatureSetError, match=r"features\.planted\.probe\.file"):
+            load_feature_set(file)
+
+
+def test_saving_is_atomic(tmp_path: Path) -> None:
+    """A set that could not be loaded again leaves the old file as it was."""
+    file = _saved(tmp_path)
+    before = file.read_text()
+    features = load_feature_set(file)
+    broken = replace(features.features["planted"], low=9.0)
+    with pytest.raises(FeatureSetError, match="must be below"):
+        save_feature_set(replace(features, features={"planted": broken}), file)
+    assert file.read_text() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.yaml", "sae"]
+
+

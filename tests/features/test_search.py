@@ -1,0 +1,64 @@
+"""The search finds what was planted and reports nothing where nothing is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saeguard.features.probing import fit_probe
+from saeguard.features.search import SearchError, search
+from saeguard.sae import inspect
+from tests.features.planted import PLANTED, corpus, save_sae
+
+
+def test_finds_the_planted_latents(tmp_path: Path) -> None:
+    """Both planted latents come first, and their group beats either."""
+    info = inspect(save_sae(tmp_path))
+    found = search(info, corpus("search"), corpus("holdout"), top=5, seed=1)
+    assert {f.terms[0].latent for f in found.latents[:2]} == set(PLANTED)
+    assert {t.latent for t in found.group.terms} >= set(PLANTED)
+    assert found.latents[0].auroc_holdout < 0.9 < found.group.auroc_holdout
+    assert max(t.weight for t in found.group.terms) == 1.0
+    assert min(t.weight for t in found.group.terms) > 0
+    assert found.probe.auroc_holdout > 0.9
+    assert found.controls[1].auroc_holdout < 0.7
+    low, high = found.group.interval
+    assert low <= found.group.auroc_holdout <= high
+    assert [row["form"] for row in found.report()][:3] == ["probe", "group", "latent"]
+
+
+def test_is_deterministic(tmp_path: Path) -> None:
+    """One seed gives one report."""
+    info = inspect(save_sae(tmp_path))
+    texts = corpus("search"), corpus("holdout")
+    assert search(info, *texts, top=3).report() == search(info, *texts, top=3).report()
+
+
+def test_no_signal_is_reported_as_chance(tmp_path: Path) -> None:
+    """What was picked by luck on the search split is near one half on the hold-out."""
+    info = inspect(save_sae(tmp_path))
+    found = search(info, corpus("search", signal=0.0), corpus("holdout", signal=0.0), top=5)
+    for finding in (found.group, found.probe, *found.latents):
+        assert finding.interval[0] < 0.55
+        assert finding.auroc_holdout < 0.7
+
+
+def test_probe_reads_one_token_among_many() -> None:
+    """The probe's largest logit finds a single strong token."""
+    probe, validated = fit_probe(corpus("search"), seed=0)
+    held = corpus("holdout")
+    logits = probe.logits(held.x)
+    assert validated > 0.9
+    assert probe.w.dtype == np.float32
+    assert logits.shape == (len(held.tokens),)
+
+
+def test_refuses_a_leaky_or_small_holdout(tmp_path: Path) -> None:
+    """Shared templates and a handful of texts are refused."""
+    info = inspect(save_sae(tmp_path))
+    with pytest.raises(SearchError, match="share 20 templates"):
+        search(info, corpus("search"), corpus("search"))
+    with pytest.raises(SearchError, match="the hold-out split has 5 positive"):
+        search(info, corpus("search"), corpus("holdout", 10))

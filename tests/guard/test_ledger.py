@@ -1,0 +1,367 @@
+"""However a text reaches the ledger, its verdicts are those of the whole text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saeguard.guard.ledger import Ledger, as_dict, balanced
+from saeguard.guard.packet import Packet
+from saeguard.guard.rules import judge_all
+from saeguard.guard.watchlist import ClampRows, WatchList
+from saeguard.policy.types import Clamp, Name, Policy, Selection, Window
+from tests.guard import plain
+from tests.guard.test_rules import assert_same, columns, said
+from tests.guard.watchlists import (
+    FEATURES,
+    make_policy,
+    make_watchlist,
+    random_activations,
+    random_policy,
+)
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@dataclass
+class Text:
+    """A request as the engine knows it, and what the ledger should know of it."""
+
+    name: str
+    f: np.ndarray
+    excluded: np.ndarray
+    prompt: int
+    computed: int = 0
+    known: int = 0
+    """Tokens that exist: the prompt, and what was sampled."""
+    next: int = 0
+    status: list[str] = field(default_factory=list)
+    first: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        """Whether its last token was sampled."""
+        return self.known == len(self.f)
+
+    def account(self, start: int, rows: int, *, ran: bool) -> None:
+        """Note what a pass that reached the ledger told of positions `start`, ..."""
+        if start > self.next:
+            why = "untracked" if self.next else "prefix_cached"
+            self.status += [why] * (start - self.next)
+            self.next = start
+        for t in range(self.next, start + rows):
+            seen = ran and bool(np.isfinite(self.f[t]).all())
+            self.status.append(
+                "special_token" if self.excluded[t] else "evaluated" if seen else "error"
+            )
+        self.next = max(self.next, start + rows)
+
+    def ended(self) -> list[str]:
+        """Return the status of every token that exists."""
+        left = self.known - self.next
+        return self.status + ["aborted"] * (left - 1) + ["not_forwarded"] * min(left, 1)
+
+
+def random_text(rng: random.Random, name: str, *, faults: bool) -> Text:
+    """Return a text of which nothing has been computed, unless its prefix was cached."""
+    tokens = rng.randint(2, 24)
+    prompt = rng.randint(1, tokens - 1)
+    text = Text(
+        name,
+        random_activations(rng, tokens),
+        np.array([rng.random() < 0.08 for _ in range(tokens)]),
+        prompt,
+        known=prompt,
+    )
+    if faults:
+        for t in range(tokens):
+            if rng.random() < 0.05:
+                text.f[t, rng.randrange(FEATURES)] = rng.choice([np.nan, np.inf, -np.inf])
+        if rng.random() < 0.4:
+            text.computed = rng.randrange(prompt)
+    return text
+
+
+def packet(rows: Sequence[tuple[Text, int, np.ndarray]], *, ran: bool = True) -> Packet:
+    """Return the packet of a pass: of each text its first position and its rows' activations."""
+    positions = [np.arange(start, start + len(f)) for _, start, f in rows]
+    excluded = [
+        np.array([bool(p < len(t.excluded) and t.excluded[p]) for p in at])
+        for (t, _, _), at in zip(rows, positions, strict=True)
+    ]
+    return Packet(
+        request_ids=[text.name for text, _, _ in rows],
+        query_start=np.cumsum([0, *(len(f) for _, _, f in rows)]),
+        positions=np.concatenate(positions),
+        watched=~np.concatenate(excluded),
+        f=np.concatenate([f for _, _, f in rows]),
+        acted=None,
+        ran=ran,
+        watchlist="0" * 64,
+    )
+
+
+def schedule(
+    rng: random.Random, text: Text, *, always: bool = False
+) -> tuple[tuple[Text, int, np.ndarray], int] | None:
+    """Give one text its rows of the next pass, or none; return them and how many count."""
+    if text.done or (not always and rng.random() < 0.3):
+        return None
+    if text.computed and rng.random() < 0.05:  # preempted, or resumed behind what is cached now
+        text.computed = rng.choice([0, rng.randrange(text.computed + 1)])
+    start, left = text.computed, text.known - text.computed
+    rows = rng.choice([left, rng.randint(1, left)])
+    counted, f = rows, text.f[start : start + rows]
+    if rows == left:  # a token is sampled, and with drafts, more
+        drafts = rng.choice([0, 0, 0, rng.randint(1, 4)])
+        accepted = rng.randint(0, min(drafts, len(text.f) - 1 - text.known))
+        rejected = random_activations(rng, drafts - accepted) + 4
+        f = np.concatenate([text.f[start : start + rows + accepted], rejected])
+        counted += accepted
+        text.known += accepted + 1
+    text.computed += counted
+    return (text, start, f), counted
+
+
+def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple[Text, Ledger]]:
+    """Bring several texts to one ledger in random passes, until each is done or aborted."""
+    ledger = Ledger(watchlist, slots=rng.choice([1, 2, 8]))
+    texts = [random_text(rng, f"r{i}", faults=faults) for i in range(rng.randint(1, 5))]
+    for text in texts:
+        ledger.admit(text.name, text.prompt)
+    active = list(texts)
+    while active:
+        rng.shuffle(active)
+        rows = [s for text in active if (s := schedule(rng, text)) is not None]
+        if not rows:
+            continue
+        lost = faults and rng.random() < 0.08
+        ran = not (faults and rng.random() < 0.08)
+        if not lost:
+            new = ledger.ingest(packet([r for r, _ in rows], ran=ran), np.array([n for _, n in rows]))
+            for name, i in new:
+                text = next(t for t in texts if t.name == name)
+                assert i not in text.first, "a first match is told once"
+                text.first[i] = 0
+            for (text, start, _), counted in rows:
+                text.account(start, counted, ran=ran)
+        stays = [t for t in active if not t.done and not (faults and rng.random() < 0.03)]
+        active = stays
+    return [(text, ledger) for text in texts]
+
+
+def check_whole(seed: int) -> None:
+    """Compare with the judge of whole texts, where every token was evaluated or excluded."""
+    rng = random.Random(seed)
+    policies = [random_policy(rng, f"p{i}") for i in range(4)]
+    watchlist = make_watchlist(policies)
+    for text, ledger in run(rng, watchlist, faults=False):
+        seen = len(text.f) - 1
+        whole = judge_all(
+            watchlist, watchlist.shares(text.f[:seen]), ~text.excluded[:seen], text.prompt
+        )
+        own = ledger.coverage(text.name, len(text.f))
+        assert balanced(own)
+        assert own.evaluated == int((~text.excluded[:seen]).sum())
+        for i, (expected, found) in enumerate(
+            zip(whole, ledger.finish(text.name, len(text.f)), strict=True)
+        ):
+            one, other = said(expected), said(found)
+            assert (one.outcome, one.score, one.first_token, one.matched_tokens, one.features) == (
+                other.outcome, other.score, other.first_token, other.matched_tokens, other.features
+            ), policies[i]  # fmt: skip
+            assert expected.acted == found.acted
+            assert balanced(found.coverage)
+            assert (found.outcome == "match") == (i in text.first)
+        assert text.name not in ledger
+
+
+def check_faults(seed: int) -> None:
+    """Compare with the plain reading, where tokens were cached, lost, broken or cut off."""
+    rng = random.Random(seed)
+    policies = [random_policy(rng, f"p{i}") for i in range(4)]
+    watchlist = make_watchlist(policies)
+    for text, ledger in run(rng, watchlist, faults=True):
+        status = text.ended()
+        with np.errstate(invalid="ignore"):
+            shares = watchlist.shares(text.f[: text.known])
+        so_far = ledger.finish(text.name, text.known, forget=False)
+        for policy, verdict in zip(policies, so_far, strict=True):
+            expected = plain.judge(policy, columns(shares), status, text.prompt)
+            assert_same(expected, verdict, policy)
+            assert balanced(verdict.coverage)
+        own = ledger.coverage(text.name, text.known)
+        assert balanced(own)
+        assert {k: v for k, v in own.skipped.items() if v} == {
+            why: status.count(why) for why in set(status) - {"evaluated"}
+        }
+        assert ledger.finish(text.name, text.known) == so_far
+
+
+@given(SEEDS)
+@settings(derandomize=True, deadline=None, max_examples=120)
+def test_same_text_same_verdict(seed: int) -> None:
+    """Chunks, batches, rejected drafts and preemption do not show in any verdict."""
+    check_whole(seed)
+
+
+@given(SEEDS)
+@settings(derandomize=True, deadline=None, max_examples=120)
+def test_every_token_is_accounted_for(seed: int) -> None:
+    """What was cached, lost, broken or cut off is counted under its own reason."""
+    check_faults(seed)
+
+
+@pytest.mark.slow
+@given(SEEDS)
+@settings(deadline=None, max_examples=10_000)
+def test_same_text_same_verdict_at_length(seed: int) -> None:
+    """Both properties, on a hundred times as many texts."""
+    check_whole(seed)
+    check_faults(seed)
+
+
+def simple(**more: object) -> Policy:
+    """Return a policy that matches where feature 0 exceeds a half."""
+    return make_policy("p", Name("a"), {"a": Selection("f0", 0.5)}, **more)  # type: ignore[arg-type]
+
+
+def text_of(values: Sequence[float], prompt: int = 1) -> Text:
+    """Return a text whose feature 0 takes the values given."""
+    f = np.zeros((len(values), FEATURES), np.float32)
+    f[:, 0] = values
+    return Text("r", f, np.zeros(len(values), bool), prompt, known=prompt)
+
+
+def test_a_rejected_draft_never_counts() -> None:
+    """A row behind the accepted ones fires, and leaves no trace."""
+    ledger = Ledger(make_watchlist([simple(window=Window(1, 4))]))
+    text = text_of([0, 0, 9, 9])
+    ledger.admit("r", 1)
+    ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+    ledger.ingest(packet([(text, 2, np.zeros((2, FEATURES), np.float32))]), np.array([2]))
+
+    verdict = ledger.finish("r", 5)[0]
+
+    assert (verdict.outcome, verdict.score, verdict.matched_tokens) == ("no_match", 0.0, 0)
+    assert verdict.features["f0"].max == 0.0
+
+
+def test_a_request_that_is_no_longer_of_interest_is_left_alone() -> None:
+    """No valid row: nothing advances, and an unknown request is passed over."""
+    ledger = Ledger(make_watchlist([simple()]))
+    text, stranger = text_of([9, 9]), text_of([9, 9])
+    stranger.name = "stranger"
+    ledger.admit("r", 1)
+
+    new = ledger.ingest(packet([(stranger, 0, text.f), (text, 0, text.f)]), np.array([2, 0]))
+
+    assert new == []
+    assert ledger.finish("r", 2)[0].outcome == "not_evaluated"
+
+
+def test_a_pass_without_the_tap_is_an_error_not_silence() -> None:
+    """Stale activations are not read, and every such pass is counted."""
+    ledger = Ledger(make_watchlist([simple()]))
+    text = text_of([9, 9])
+    ledger.admit("r", 1)
+    ledger.ingest(packet([(text, 0, text.f)], ran=False), np.array([2]))
+
+    verdict = ledger.finish("r", 3)[0]
+
+    assert ledger.unwatched_passes == 1
+    assert (verdict.outcome, verdict.score, verdict.error) == ("error", None, "not_read")
+    assert verdict.coverage.skipped == {"error": 2, "not_forwarded": 1}
+
+
+def test_a_lost_pass_breaks_a_window() -> None:
+    """`2 of 3` does not count a token of before the gap as if it were next to what follows."""
+    ledger = Ledger(make_watchlist([simple(window=Window(2, 3))]))
+    text = text_of([9, 0, 0, 0, 9, 0])
+    ledger.admit("r", 1)
+    ledger.ingest(packet([(text, 0, text.f[:1])]), np.array([1]))
+    ledger.ingest(packet([(text, 4, text.f[4:5])]), np.array([1]))
+
+    verdict = ledger.finish("r", 6)[0]
+
+    assert verdict.outcome == "no_match"
+    assert verdict.coverage.skipped == {"untracked": 3, "not_forwarded": 1}
+
+
+def test_a_prefix_hit_is_told_apart_from_a_lost_pass() -> None:
+    """A request that starts late had its prefix cached."""
+    ledger = Ledger(make_watchlist([simple()]))
+    text = text_of([9, 9, 0, 0], prompt=3)
+    ledger.admit("r", 3)
+    ledger.ingest(packet([(text, 2, text.f[2:3])]), np.array([1]))
+
+    verdict = ledger.finish("r", 4)[0]
+
+    assert verdict.outcome == "no_match"
+    assert verdict.coverage.skipped == {"prefix_cached": 2, "not_forwarded": 1}
+    assert as_dict(verdict.coverage)["tokens"] == 4
+
+
+def test_a_request_aborted_before_it_ran_is_not_evaluated() -> None:
+    """Its tokens are counted all the same."""
+    ledger = Ledger(make_watchlist([simple()]))
+    ledger.admit("r", 5)
+
+    verdict = ledger.finish("r", 5)[0]
+
+    assert verdict.outcome == "not_evaluated"
+    assert verdict.coverage.skipped == {"aborted": 4, "not_forwarded": 1}
+
+
+def test_a_slot_that_is_used_again_remembers_nothing() -> None:
+    """The second request in a slot starts afresh."""
+    ledger = Ledger(make_watchlist([simple(window=Window(1, 4), keep=9)]), slots=1)
+    loud, quiet = text_of([9, 9]), text_of([0, 0])
+    for text in (loud, quiet):
+        ledger.admit("r", 1)
+        ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+        verdict = ledger.finish("r", 3)[0]
+
+    assert (verdict.outcome, verdict.score, verdict.matched_tokens) == ("no_match", 0.0, 0)
+    assert len(ledger) == 0
+
+
+def test_a_request_can_have_a_shadow_policy_enforced() -> None:
+    """It holds for that request only."""
+    ledger = Ledger(make_watchlist([simple(mode="shadow")]))
+    text, other = text_of([9, 9]), text_of([9, 9])
+    other.name = "other"
+    ledger.admit("r", 1, enforce=["p"])
+    ledger.admit("other", 1)
+    ledger.ingest(packet([(text, 0, text.f), (other, 0, other.f)]), np.array([2, 2]))
+
+    mine, theirs = ledger.finish("r", 3)[0], ledger.finish("other", 3)[0]
+
+    assert (mine.mode, mine.acted) == ("enforce", "flag")
+    assert (theirs.mode, theirs.acted) == ("shadow", None)
+    assert mine.outcome == theirs.outcome == "match"
+
+
+def test_a_clamp_acted_only_where_it_edited() -> None:
+    """A match that the forward did not act on is not reported as acted on."""
+    import torch  # noqa: PLC0415 - the other tests here need none
+
+    policy = simple(clamp=Clamp(("f0",), 0.0))
+    rows = ClampRows(0, (0,), (0,), (0,), torch.zeros(1), torch.zeros(1, FEATURES))
+    for acted in (False, True):
+        ledger = Ledger(make_watchlist([policy], clamps=[rows]))
+        text = text_of([9, 9])
+        ledger.admit("r", 1)
+        seen = packet([(text, 0, text.f)])
+        seen = Packet(**{f: getattr(seen, f) for f in Packet.__slots__} | {
+            "acted": np.full((2, 1), acted)
+        })  # fmt: skip
+        ledger.ingest(seen, np.array([2]))
+
+        assert ledger.finish("r", 3)[0].acted == ("clamp" if acted else None)

@@ -1,0 +1,439 @@
+"""The tap and the clamp inside it do what a plain reading of the whole text asks for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from saeguard.guard import clamp as clamping
+from saeguard.guard import tap as tapping
+from saeguard.guard.rows import lay_out
+from saeguard.guard.tap import TAPS, Tap, install_taps, tap_output
+from saeguard.guard.watchlist import ClampRows, WatchList
+from saeguard.policy.types import Clamp, Name, Not, Policy, Selection, Window
+from tests import reference
+from tests.guard.watchlists import (
+    FEATURES,
+    LOW,
+    SPAN,
+    make_hook,
+    make_policy,
+    make_watchlist,
+    random_activations,
+    random_policy,
+)
+
+SEEDS = st.integers(0, 2**32 - 1)
+CPU = torch.device("cpu")
+FAR = torch.iinfo(torch.int64).max
+MAX_TOKENS = 256
+DRAFTS = 3
+
+
+@pytest.fixture(autouse=True)
+def _no_taps_left() -> Iterator[None]:
+    """Leave no tap behind for other tests."""
+    yield
+    TAPS.clear()
+
+
+# --- the plain reading --------------------------------------------------------------------------
+
+
+def activations(residual: list[float]) -> list[float]:
+    """Return what the latents of `make_hook` make of one token's residual."""
+    return [x if j % 2 == 0 or x > 0.5 else 0.0 for j, x in enumerate(residual)]
+
+
+def first_match(policy: Policy, text: list[list[float]], watched: list[bool], prompt: int) -> int:
+    """Return the position from which a policy clamps, the text's length if it does not."""
+    shares = {
+        f"f{j}": [(f[j] - float(LOW[j])) / float(SPAN[j]) for f in map(activations, text)]
+        for j in range(FEATURES)
+    }
+    for t in range(len(text)):
+        window = range(max(0, t - policy.window.n + 1), t + 1)
+        held = [
+            u
+            for u in window
+            if watched[u]
+            and all(np.isfinite(text[u]))
+            and reference.in_scope(policy, u, prompt)
+            and reference.holds_at(policy, shares, u)
+        ]
+        if len(held) >= policy.window.k:
+            return t
+    return len(text)
+
+
+# --- a watch list of clamps and a model's worker, in small --------------------------------------
+
+
+@dataclass
+class Request:
+    """What the forward has been given of a request so far."""
+
+    slot: int
+    prompt: int
+    enforced: list[bool]
+    text: list[list[float]] = field(default_factory=list)
+    watched: list[bool] = field(default_factory=list)
+
+
+def clamping_watchlist(policies: list[Policy]) -> WatchList:
+    """Return a watch list in which policy `i` clamps latent `i`, the last one a second, too."""
+    owner = [*range(len(policies)), len(policies) - 1]
+    W_dec = torch.tensor([[((3 * i + j) % 5 - 2) / 4 for j in range(FEATURES)] for i in range(len(owner))])
+    rows = ClampRows(
+        layer=0,
+        policies=tuple(range(len(policies))),
+        columns=tuple(range(len(owner))),
+        owner=tuple(owner),
+        target=torch.tensor([0.5 * i for i in range(len(owner))]),
+        W_dec=W_dec,
+    )
+    return make_watchlist(policies, [make_hook()], [rows])
+
+
+def admit(tap: Tap, watchlist: WatchList, request: Request) -> None:
+    """Start a request, as the worker does."""
+    assert tap.clamp is not None
+    p = request.prompt
+    scopes = {"prompt": (0, p), "output": (p, FAR), "both": (0, FAR)}
+    clamping.admit(
+        tap.clamp, request.slot, request.enforced, [scopes[q.scope] for q in watchlist.policies]
+    )
+
+
+def forward(
+    tap: Tap,
+    rng: random.Random,
+    batch: list[tuple[Request, int, list[list[float]], list[bool]]],
+    *,
+    halves: bool,
+    padding: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one pass over requests' rows; return the residual before and after."""
+    total = sum(len(rows) for _, _, rows, _ in batch)
+    query_start = np.cumsum([0, *(len(rows) for _, _, rows, _ in batch)])
+    positions = torch.cat([torch.arange(s, s + len(rows)) for _, s, rows, _ in batch])
+    lay_out(tap.rows, [r.slot for r, *_ in batch], query_start, positions)
+    tap.rows.watched[:total] = torch.tensor([w for *_, flags in batch for w in flags])
+    x = torch.tensor([row for _, _, rows, _ in batch for row in rows] + [[9.0] * FEATURES] * padding)
+    residual = None
+    hidden = x.clone()
+    if halves:
+        residual = torch.tensor([[rng.randint(-8, 8) / 8 for _ in row] for row in x.tolist()])
+        hidden = x - residual
+    kept = None if residual is None else residual.clone()
+    tap.ticks.zero_()
+    torch.ops.saeguard.tap(hidden, residual, 0)
+    assert int(tap.ticks) == 1
+    assert residual is None or torch.equal(residual, kept), "one half takes the edit"
+    return x, hidden if residual is None else hidden + residual
+
+
+def check(seed: int) -> None:
+    """Run random requests through one tap in random passes; compare every row."""
+    rng = random.Random(seed)
+    policies = [
+        random_policy(rng, f"p{i}", longest=6, clamp=Clamp((f"f{i}",), 0.0)) for i in range(3)
+    ]
+    watchlist = clamping_watchlist(policies)
+    (tap,) = install_taps(watchlist, max_tokens=MAX_TOKENS, slots=4, device=CPU)
+    requests: dict[int, Request] = {}
+    for _ in range(12):
+        for slot in range(1, 5):
+            if slot not in requests or rng.random() < 0.05:  # a new request takes the slot
+                prompt = rng.randint(1, 8)
+                requests[slot] = Request(slot, prompt, [rng.random() < 0.7 for _ in policies])
+                admit(tap, watchlist, requests[slot])
+        batch = []
+        for request in rng.sample(list(requests.values()), rng.randint(1, 4)):
+            done = len(request.text)
+            # Rows are computed anew from 0 after preemption, or from the first rejected draft.
+            start = rng.choice([done, done, max(0, done - rng.randint(0, DRAFTS)), 0])
+            if start == 0 and done and rng.random() < 0.7:
+                start = done
+            n = rng.choice([1, 1, rng.randint(1, 20)])
+            rows = random_activations(rng, n).astype(float).tolist()
+            if rng.random() < 0.1:
+                rows[rng.randrange(n)][rng.randrange(FEATURES)] = rng.choice([np.nan, np.inf])
+            flags = [rng.random() < 0.9 for _ in range(n)]
+            request.text[start:], request.watched[start:] = rows, flags
+            batch.append((request, start, rows, flags))
+        x, y = forward(tap, rng, batch, halves=rng.random() < 0.5, padding=rng.choice([0, 0, 3]))
+        compare(tap, watchlist, batch, x, y)
+
+
+def compare(tap: Tap, watchlist: WatchList, batch: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Compare every row of a pass with the plain reading."""
+    (rows,) = watchlist.clamps
+    assert tap.clamp is not None
+    at = 0
+    for request, start, given, _ in batch:
+        text = request.text
+        since = [
+            first_match(p, text, request.watched, request.prompt) if on else len(text)
+            for p, on in zip(watchlist.policies, request.enforced, strict=True)
+        ]
+        for i in range(len(given)):
+            t = start + i
+            acts = [t >= first for first in since]
+            f = activations(text[t])
+            assert torch.equal(tap.f[at], torch.tensor(f)) or not np.isfinite(text[t]).all()
+            assert acts == tap.clamp.acted[at].tolist(), (t, since)
+            expected = x[at].clone()
+            for j, owner, target, w in zip(
+                rows.columns, rows.owner, rows.target, rows.W_dec, strict=True
+            ):
+                if acts[owner]:
+                    expected += (target - f[j]) * w
+            if np.isfinite(text[t]).all():
+                assert torch.allclose(expected, y[at], rtol=0, atol=1e-5), t
+            at += 1
+    assert torch.equal(x[at:], y[at:]), "padding is nobody's"
+
+
+@given(SEEDS)
+@settings(derandomize=True, deadline=None, max_examples=25)
+def test_clamps_from_the_first_match_on(seed: int) -> None:
+    """Chunks, batches, rewinds, windows, scopes, padding and NaN: the text's own edit, always."""
+    check(seed)
+
+
+@given(SEEDS)
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_clamps_alike_where_the_ring_wraps(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """The same with a ring as short as it can be."""
+    monkeypatch.setattr(clamping, "MAX_DRAFTS", DRAFTS)
+    check(seed)
+
+
+@pytest.mark.slow
+@given(SEEDS)
+@settings(deadline=None, max_examples=2_000)
+def test_clamps_from_the_first_match_on_at_length(seed: int) -> None:
+    """The same, on a hundred times as many passes."""
+    check(seed)
+
+
+# --- facts --------------------------------------------------------------------------------------
+
+
+def one_tap(policy: Policy, slots: int = 2) -> tuple[Tap, WatchList]:
+    """Install one clamping policy."""
+    rows = ClampRows(0, (0,), (0,), (0,), torch.zeros(1), torch.eye(FEATURES)[:1])
+    watchlist = make_watchlist([policy], [make_hook()], [rows])
+    return install_taps(watchlist, max_tokens=MAX_TOKENS, slots=slots, device=CPU)[0], watchlist
+
+
+def simple(**more: Any) -> Policy:
+    """Return a policy that clamps feature 0 to nothing where it exceeds a half."""
+    return make_policy(
+        "p", Name("a"), {"a": Selection("f0", 0.5)}, clamp=Clamp(("f0",), 0.0), **more
+    )
+
+
+def run(tap: Tap, slot: int, start: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Run one request's rows through the op; return them edited."""
+    positions = torch.arange(start, start + len(hidden))
+    lay_out(tap.rows, [slot], np.array([0, len(hidden)]), positions)
+    hidden = hidden.clone()
+    torch.ops.saeguard.tap(hidden, None, 0)
+    return hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_request_that_is_not_enforced_keeps_every_bit(dtype: torch.dtype) -> None:
+    """Beside one that is clamped, in one pass."""
+    tap, _ = one_tap(simple())
+    assert tap.clamp is not None
+    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    clamping.admit(tap.clamp, 2, [False], [(0, FAR)])
+    torch.manual_seed(0)
+    before = (torch.randn(20, FEATURES) + 2).to(dtype)
+    after = before.clone()
+    lay_out(tap.rows, [1, 2], np.array([0, 10, 20]), torch.arange(10).repeat(2))
+    torch.ops.saeguard.tap(after, None, 0)
+
+    assert not torch.equal(before[:10], after[:10])
+    assert before[10:].numpy(force=True).tobytes() == after[10:].numpy().tobytes() if (
+        dtype == torch.float32
+    ) else torch.equal(before[10:].view(torch.int16), after[10:].view(torch.int16))
+
+
+def test_a_match_of_a_rejected_draft_is_taken_back() -> None:
+    """The position comes again, with another token, and is not edited."""
+    tap, _ = one_tap(simple())
+    assert tap.clamp is not None
+    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    quiet, loud = torch.full((1, FEATURES), 0.25), torch.full((1, FEATURES), 2.0)
+
+    assert run(tap, 1, 0, torch.cat([quiet, loud]))[1, 0] == 0
+    assert torch.equal(quiet, run(tap, 1, 1, quiet))
+
+
+def test_a_slot_that_is_used_again_remembers_nothing() -> None:
+    """Neither the match nor the window of the request before."""
+    tap, _ = one_tap(simple(window=Window(1, 4)))
+    assert tap.clamp is not None
+    quiet, loud = torch.full((1, FEATURES), 0.25), torch.full((1, FEATURES), 2.0)
+    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    run(tap, 1, 0, loud)
+    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+
+    assert torch.equal(quiet, run(tap, 1, 1, quiet))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("negated", [False, True])
+def test_what_cannot_be_read_starts_no_clamp(bad: float, *, negated: bool) -> None:
+    """The host calls such a token an error; the forward must not act on it."""
+    policy = simple()
+    if negated:
+        policy = make_policy(
+            "p", Not(Name("a")), dict(policy.detect), clamp=policy.clamp, window=Window(1, 2)
+        )
+    tap, _ = one_tap(policy)
+    assert tap.clamp is not None
+    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    calm = torch.full((1, FEATURES), 2.0 if negated else 0.25)
+
+    run(tap, 1, 0, torch.full((1, FEATURES), bad))
+
+    assert not tap.clamp.acted[0, 0]
+    assert torch.equal(calm, run(tap, 1, 1, calm))
+
+
+def test_nan_beside_a_match_does_not_hide_it() -> None:
+    """`2 of 3` counts the two that hold, whatever lies between."""
+    tap, _ = one_tap(simple(window=Window(2, 3)))
+    assert tap.clamp is not None
+    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    rows = torch.full((3, FEATURES), 2.0)
+    rows[1] = torch.nan
+    run(tap, 1, 0, rows)
+
+    assert tap.clamp.acted[:3, 0].tolist() == [False, False, True]
+
+
+def test_nan_stays_nan() -> None:
+    """A latent below its threshold would be 0, one that cannot be told is not."""
+    watchlist = make_watchlist([simple()], [make_hook()])
+    (tap,) = install_taps(watchlist, max_tokens=8, slots=1, device=CPU)
+    torch.ops.saeguard.tap(torch.full((2, FEATURES), torch.nan), None, 0)
+
+    assert tap.f[:2].isnan().all()
+
+
+def test_an_error_in_the_encoder_is_seen_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving goes on, the activations say that nothing was read, the pass counts as run."""
+    watchlist = make_watchlist([simple()], [make_hook()])
+    (tap,) = install_taps(watchlist, max_tokens=8, slots=1, device=CPU)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tapping.torch, "addmm", fail)
+    hidden = torch.ones(2, FEATURES)
+    torch.ops.saeguard.tap(hidden, None, 0)
+
+    assert tap.f[:2].isnan().all()
+    assert int(tap.ticks) == 1
+    assert torch.equal(hidden, torch.ones(2, FEATURES))
+
+
+def test_half_precision_is_added_in_float32() -> None:
+    """`hidden + residual` loses nothing that float32 holds."""
+    watchlist = make_watchlist([simple()], [make_hook()])
+    (tap,) = install_taps(watchlist, max_tokens=8, slots=1, device=CPU)
+    hidden = torch.full((1, FEATURES), 256.0, dtype=torch.bfloat16)
+    residual = torch.full((1, FEATURES), 0.5, dtype=torch.bfloat16)
+    torch.ops.saeguard.tap(hidden, residual, 0)
+
+    assert tap.f[0].tolist() == [256.5] * FEATURES
+
+
+def test_no_tap_no_effect() -> None:
+    """A graph that outlived its guard goes on; the self-test reports it."""
+    TAPS.clear()
+    hidden = torch.ones(1, FEATURES)
+    torch.ops.saeguard.tap(hidden, None, 0)
+
+    assert torch.equal(hidden, torch.ones(1, FEATURES))
+
+
+class Block(nn.Module):
+    """A decoder layer that returns two halves, as most of vLLM's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((FEATURES,), 2.0))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a block's output and the residual it has not been added to."""
+        return x * self.scale, residual + x
+
+
+class Stack(nn.Module):
+    """Two blocks; the tap lies between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks[0].register_forward_hook(lambda _m, _a, output: tap_output(output, 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum of both halves."""
+        hidden, residual = self.blocks[0](x, torch.zeros_like(x))
+        hidden, residual = self.blocks[1](hidden, residual)
+        return hidden + residual
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_tap_is_traced_into_the_graph(backend: str) -> None:
+    """Compiled without a graph break, it sees and edits what it does uncompiled."""
+    tap, _ = one_tap(simple())
+    assert tap.clamp is not None
+    model = Stack().requires_grad_(requires_grad=False)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    x = torch.arange(4 * FEATURES).reshape(4, FEATURES) / 8
+    seen = []
+    for run_model in (model, compiled):
+        clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+        lay_out(tap.rows, [1], np.array([0, 4]), torch.arange(4))
+        tap.ticks.zero_()
+        tap.f.zero_()
+        seen.append((run_model(x), tap.f[:4].clone(), tap.clamp.acted[:4].clone()))
+        assert int(tap.ticks) == 1
+
+    for eager, other in zip(*seen, strict=True):
+        assert torch.equal(eager, other)
+    assert seen[0][2].any()
+    TAPS.clear()
+    assert not torch.equal(seen[0][0], compiled(x)), "the graph asks for the tap on each run"
+
+
+def test_passes_of_other_lengths_do_not_disturb() -> None:
+    """Rows that are shorter than the buffers leave the rest alone."""
+    watchlist = make_watchlist([simple()], [make_hook()])
+    (tap,) = install_taps(watchlist, max_tokens=8, slots=1, device=CPU)
+    tap.f.fill_(7)
+    torch.ops.saeguard.tap(torch.ones(3, FEATURES), None, 0)
+
+    assert (tap.f[3:] == 7).all()

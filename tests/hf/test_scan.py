@@ -1,0 +1,123 @@
+"""`saeguard scan` writes one line per text and policy, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from saeguard.cli.scan import verb
+from tests.guarded import feature_set
+from tests.tiny import D, save_model
+
+POLICY = """\
+schema: saeguard.policy/v1
+id: noise.loud
+title: Loud texts
+owner: noise@example.com
+severity: low
+mode: shadow
+action: flag
+scope: {scope}
+feature_set: demo
+rationale: Fires on loud texts.
+detect:
+  loud: {{feature: loud, above: {above}}}
+condition: loud
+"""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Files of one scan."""
+
+    folder: Path
+
+    def run(self, *lines: object, above: float = 0.5, scope: str = "output") -> Result:
+        """Write the texts and a policy, and scan."""
+        texts = self.folder / "in.jsonl"
+        texts.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        policies = self.folder / "policies"
+        policies.mkdir(exist_ok=True)
+        (policies / "loud.yaml").write_text(POLICY.format(above=above, scope=scope))
+        app = typer.Typer()
+        app.command()(verb)
+        arguments = [str(texts), "--model", str(self.folder / "model")]
+        arguments += ["--policies", str(policies), "--feature-sets", str(self.folder / "sets")]
+        return CliRunner().invoke(app, [*arguments, "--out", str(self.out)])
+
+    @property
+    def out(self) -> Path:
+        """The file that is written."""
+        return self.folder / "out" / "verdicts.jsonl"
+
+    def lines(self) -> list[dict[str, object]]:
+        """What was written."""
+        return [json.loads(line) for line in self.out.read_text().splitlines()]
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    """A tiny model with a feature set."""
+    save_model(tmp_path / "model")
+    feature_set(tmp_path / "sets", D)
+    return Setup(tmp_path)
+
+
+def test_verdicts(setup: Setup) -> None:
+    """Lines come in the order of the texts, with coverage that adds up."""
+    chat = [{"role": "user", "content": "Tell me a secret."}]
+    result = setup.run(
+        {"id": "long", "prompt": chat, "completion": "No, I had rather not tell you that one."},
+        {"id": "short", "text": "hi<|end|>"},
+        {"id": "none", "prompt": chat, "completion": ""},
+    )
+    assert result.exit_code == 0, result.output
+    long, short, none = setup.lines()
+    assert [line["id"] for line in (long, short, none)] == ["long", "short", "none"]
+    assert long["coverage"] == {"tokens": 39, "evaluated": 39, "skipped": {}}
+    assert short["coverage"] == {"tokens": 3, "evaluated": 2, "skipped": {"special_token": 1}}
+    assert (none["verdict"], none["score"]) == ("not_evaluated", None)
+    assert {line["verdict"] for line in (long, short)} <= {"match", "no_match"}
+    assert (long["policy"], long["threshold"], long["mode"]) == ("noise.loud", 1.0, "shadow")
+
+
+def test_threshold_decides(setup: Setup) -> None:
+    """The score is in thresholds: halving `above` doubles it; a match names its first token."""
+    text = {"id": "a", "text": "Which of these letters is loud?"}
+    setup.run(text, above=0.5)
+    (once,) = setup.lines()
+    setup.run(text, above=0.25)
+    (twice,) = setup.lines()
+    assert twice["score"] == pytest.approx(2 * once["score"])
+    result = setup.run(text, above=0.01)
+    (match,) = setup.lines()
+    assert (match["verdict"], isinstance(match["first_token"], int)) == ("match", True)
+    assert "1 of 1 texts match" in result.output
+
+
+def test_bad_line_writes_nothing(setup: Setup) -> None:
+    """A mistake names file, line and field, and an older output stays as it was."""
+    setup.run({"id": "a", "text": "x"})
+    before = setup.out.read_text()
+    result = setup.run({"id": "a", "text": "x"}, {"id": "b"})
+    assert result.exit_code == 1
+    assert "in.jsonl:2: line: give either `text`" in result.output
+    assert setup.out.read_text() == before
+    assert [p.name for p in setup.out.parent.iterdir()] == ["verdicts.jsonl"]
+
+
+def test_other_model_is_refused(setup: Setup) -> None:
+    """A feature set does not run on a model of another shape."""
+    file = setup.folder / "sets" / "demo.yaml"
+    file.write_text(file.read_text().replace("num_layers: 3", "num_layers: 4"))
+    result = setup.run({"id": "a", "text": "x"})
+    assert result.exit_code == 1
+    assert "model.num_layers is 4" in result.output
+    assert not setup.out.exists()
+
+
