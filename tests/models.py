@@ -65,7 +65,13 @@ def make_model(family: str, path: Path, seed: int = 0) -> Path:
 
 
 def make_sae(
-    path: Path, *, layer: int = 1, d_in: int = HIDDEN, d_sae: int = 256, kind: str = "jumprelu", seed: int = 0
+    path: Path,
+    *,
+    layer: int = 1,
+    d_in: int = HIDDEN,
+    d_sae: int = 256,
+    kind: str = "jumprelu",
+    seed: int = 0,
 ) -> Path:
     """Save a random SAE with SAELens's own code."""
     torch.manual_seed(seed)

@@ -13,6 +13,8 @@ VERBS = {
     "doctor": "Say what is wrong with this environment, and what to do.",
     "check": "Check policy files, with file, line and column of every mistake.",
     "test": "Run the tests that lie beside the policies.",
+    "scan": "Judge a file of texts with a Hugging Face model.",
+    "features": "Find latents that detect a behaviour; calibrate feature sets.",
     "policy": "Check, test, and print the schema of policy files.",
 }
 """Each verb is `saeguard.cli.<verb>.verb`: a function, or a `typer.Typer` with verbs of its own."""

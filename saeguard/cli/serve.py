@@ -114,8 +114,10 @@ def startup_report(settings: dict[str, Any]) -> list[str]:
 
     watchlist = load_watchlist(parse_settings(settings))
     lines = [
-        f"{len(watchlist.policies)} policies, {len(watchlist.features)} features, "
-        f"watch list {watchlist.digest[:12]}, {watchlist.nbytes() / 2**20:.2f} MiB of weights"
+        (
+            f"{len(watchlist.policies)} policies, {len(watchlist.features)} features, "
+            f"watch list {watchlist.digest[:12]}, {watchlist.nbytes() / 2**20:.2f} MiB of weights"
+        )
     ]
     lines += [
         f"layer {hook.layer}: {hook.W.shape[0]} encoder rows of width {hook.d_in}"

@@ -47,6 +47,9 @@ class Sink:
     def put(self, build: Callable[[], Mapping[str, Any]]) -> None:
         """Queue one event; `build` makes it on the writer's thread. Never blocks or raises."""
         self.produced += 1
+        if self._closed:
+            self.dropped += 1
+            return
         try:
             self._queue.put_nowait(build)
         except queue.Full:
@@ -62,7 +65,8 @@ class Sink:
         self._thread.join(timeout_s)
         self.dropped = self.produced - self.written
         if not self._thread.is_alive():
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is counted above
+                self._file.close()
 
     def _run(self) -> None:
         while (build := self._queue.get()) is not _END:

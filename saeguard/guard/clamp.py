@@ -147,14 +147,15 @@ def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> No
     before = clamp.first[slot]
     before = torch.where(before >= start[:, None], NEVER, before)
 
-    score = _scores(
-        clamp, _evidence(clamp, f, slot, position, rows.watched[:n]), slot, position, offset
-    )
+    # What cannot be read supports nothing, as on the host, and what to subtract is unknown.
+    readable = f.isfinite().all(dim=1)
+    looked = rows.watched[:n] & readable
+    score = _scores(clamp, _evidence(clamp, f, slot, position, looked), slot, position, offset)
     match = (score > THRESHOLD) & clamp.enforced[slot]
     here = torch.where(match, position[:, None], NEVER)
     clamp.first.index_copy_(0, slot, before)
     clamp.first.scatter_reduce_(0, slot[:, None].expand_as(here), here, "amin")
-    acted = (position[:, None] >= clamp.first[slot]) & clamp.enforced[slot]
+    acted = (position[:, None] >= clamp.first[slot]) & clamp.enforced[slot] & readable[:, None]
     clamp.acted[:n].copy_(acted)
 
     change = torch.where(acted[:, clamp.owner], clamp.target - f[:, clamp.columns], 0.0)
@@ -162,9 +163,9 @@ def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> No
 
 
 def _evidence(
-    clamp: Clamp, f: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, watched: torch.Tensor
+    clamp: Clamp, f: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, looked: torch.Tensor
 ) -> torch.Tensor:
-    """Return [rows, rules] float64, -inf out of scope and for excluded tokens."""
+    """Return [rows, rules] float64, -inf out of scope and where a row is not looked at."""
     shares = ((f @ clamp.mix - clamp.low) / clamp.span).double()
     columns = [
         evidence(
@@ -175,8 +176,8 @@ def _evidence(
         for rule in clamp.rules
     ]
     scope = clamp.scope[slot]
-    looked = (position[:, None] >= scope[..., 0]) & (position[:, None] < scope[..., 1])
-    return torch.where(looked & watched[:, None], torch.stack(columns, 1), -torch.inf)
+    inside = (position[:, None] >= scope[..., 0]) & (position[:, None] < scope[..., 1])
+    return torch.where(inside & looked[:, None], torch.stack(columns, 1), -torch.inf)
 
 
 def _scores(

@@ -167,7 +167,7 @@ class Ledger:
         known = (slots >= 0) & (valid > 0)
         together = known & (valid == 1) & (positions == self._state.next[slots])
         alone = np.flatnonzero(known & ~together)
-        before = len(self._clamped) and packet.acted is not None
+        acted = packet.acted if self._clamped else None
 
         with np.errstate(invalid="ignore", over="ignore"):  # non-finite rows are set apart below
             shares = self.watchlist.shares(packet.f)
@@ -188,8 +188,8 @@ class Ledger:
             if matched is not None:
                 ids = np.flatnonzero(together)
                 new += [(packet.request_ids[ids[i]], int(p)) for i, p in np.argwhere(matched)]
-            if before:
-                self._state.acted[np.ix_(at, self._clamped)] |= packet.acted[rows]
+            if acted is not None:
+                self._state.acted[np.ix_(at, self._clamped)] |= acted[rows]
         for i in alone:
             span = slice(starts[i], starts[i] + valid[i])
             slot = int(slots[i])
@@ -204,8 +204,8 @@ class Ledger:
                     finite[span][fresh],
                 )
                 new += [(packet.request_ids[i], p) for p in matches]
-            if before:
-                self._state.acted[slot, self._clamped] |= packet.acted[span].any(axis=0)
+            if acted is not None:
+                self._state.acted[slot, self._clamped] |= acted[span].any(axis=0)
         return new
 
     def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> list[Verdict]:
@@ -402,7 +402,6 @@ class Ledger:
         if policy.action == "clamp":
             acts = acts and bool(s.acted[slot, i])
         score = float(s.score[slot, i])
-        terms = np.flatnonzero(self._terms.policy == i)
         return Verdict(
             policy=policy.id,
             digest=policy.digest,
@@ -414,16 +413,20 @@ class Ledger:
             first_token=int(s.first[slot, i]) if matched else None,
             matched_tokens=int(s.matched[slot, i]),
             acted=policy.action if acts else None,
-            features={
-                self._terms.name[q]: Fired(
-                    int(s.fired[slot, q]), float(s.peak[slot, q]), int(s.peak_at[slot, q])
-                )
-                for q in terms
-                if s.peak_at[slot, q] >= 0
-            },
+            features=self._fired(slot, i),
             coverage=coverage,
             error="not_read" if error else None,
         )
+
+    def _fired(self, slot: int, i: int) -> dict[str, Fired]:
+        s = self._state
+        fired: dict[str, Fired] = {}
+        for q in np.flatnonzero(self._terms.policy == i):
+            name, count = self._terms.name[q], int(s.fired[slot, q])
+            if s.peak_at[slot, q] < 0 or (name in fired and fired[name].count >= count):
+                continue
+            fired[name] = Fired(count, float(s.peak[slot, q]), int(s.peak_at[slot, q]))
+        return fired
 
 
 def _terms(watchlist: WatchList) -> Terms:

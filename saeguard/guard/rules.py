@@ -11,14 +11,16 @@ The semantics, which serving follows token by token:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from saeguard.guard.evidence import evidence
 from saeguard.guard.verdict import THRESHOLD, Coverage, Fired, Outcome, Reason, Verdict
-from saeguard.guard.watchlist import WatchList
 from saeguard.policy.types import Policy
+
+if TYPE_CHECKING:
+    from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
@@ -146,7 +148,9 @@ def _fired(
         at = int(trace.argmax()) if len(trace) else 0
         if looked.any():
             count = int((trace > selection.above).sum())
-            fired[selection.feature] = Fired(count, float(trace[at]), at)
+            other = fired.get(selection.feature)
+            if other is None or count > other.count:  # of two thresholds, the lower one counts
+                fired[selection.feature] = Fired(count, float(trace[at]), at)
     return fired
 
 

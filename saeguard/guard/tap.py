@@ -7,6 +7,7 @@ writes persistent buffers only, never waits for the device, and is found by its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Tap:
 TAPS: dict[int, Tap] = {}
 """The taps of this process's model, by layer. Filled once at start-up."""
 
-_library = torch.library.Library("saeguard", "DEF")
+_library: Any = torch.library.Library("saeguard", "DEF")  # type: ignore[no-untyped-call]
 _library.define("tap(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from safetensors import safe_open
 
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
 from saeguard.guard.evidence import evidence
-from saeguard.policy.types import Policy
+from saeguard.policy.types import SUPPORTED_ACTIONS, Policy
 from saeguard.sae import SaeError, inspect, read_decoder_rows, read_rows
 
-SUPPORTED_ACTIONS = frozenset({"log", "flag", "clamp"})
+RowKey: TypeAlias = tuple[str, int | str]
+"""A watched row: feature set, and latent or probe."""
 
 
 class WatchListError(ValueError):
@@ -129,39 +131,27 @@ def build_watchlist(
             policies clamp one latent to different values, or a checkpoint does not fit.
     """
     policies = tuple(sorted(policies, key=lambda p: (p.id, p.mode)))
-    for policy in policies:
-        if policy.action not in SUPPORTED_ACTIONS:
-            raise WatchListError(
-                f"{policy.path}: action: {policy.action} is not supported yet by this version; "
-                f"use one of {', '.join(sorted(SUPPORTED_ACTIONS))}"
-            )
+    _refuse_unsupported(policies)
     used: dict[str, tuple[FeatureSet, Feature]] = {}
     for policy in policies:
         for name in _features_of(policy):
             used[f"{policy.feature_set}/{name}"] = _lookup(policy, name, feature_sets)
 
-    rows: dict[tuple[str, int | str], None] = {}
-    for name, (_, feature) in used.items():
-        for key in _row_keys(feature):
-            rows[_set_of(name), key] = None
-    by_layer: dict[int, list[tuple[str, int | str]]] = {}
+    rows = dict.fromkeys(
+        (_set_of(name), key) for name, (_, feature) in used.items() for key in _row_keys(feature)
+    )
+    by_layer: dict[int, list[RowKey]] = {}
     for set_id, key in rows:
         by_layer.setdefault(feature_sets[set_id].sae.layer, []).append((set_id, key))
 
     hooks: list[Hook] = []
-    column: dict[tuple[str, int | str], int] = {}
+    column: dict[RowKey, int] = {}
     for layer in sorted(by_layer):
         hook = _read_hook(layer, by_layer[layer], feature_sets, first_column=len(column))
         column |= {key: len(column) + i for i, key in enumerate(by_layer[layer])}
         hooks.append(hook)
 
     names = tuple(used)
-    mix = np.zeros((len(column), len(names)), np.float32)
-    for j, (name, (_, feature)) in enumerate(used.items()):
-        if feature.probe is not None:
-            mix[column[_set_of(name), _probe_key(feature.probe)], j] = 1.0
-        for term in feature.detect:
-            mix[column[_set_of(name), term.latent], j] = term.weight
     low = np.array([f.low for _, f in used.values()], np.float32)
     high = np.array([f.high for _, f in used.values()], np.float32)
 
@@ -181,7 +171,7 @@ def build_watchlist(
         hooks=tuple(hooks),
         clamps=_clamps(policies, feature_sets, hooks, column, may_enforce),
         features=names,
-        mix=mix,
+        mix=_mix(used, column),
         low=low,
         span=high - low,
         selection_feature=np.array([f for f, _ in selections], np.intp),
@@ -194,6 +184,37 @@ def build_watchlist(
             + [f"{s.id} {s.digest} {s.sae.sha256}" for s in sets.values()]
         ),
     )
+
+
+def _refuse_unsupported(policies: Sequence[Policy]) -> None:
+    for policy in policies:
+        if policy.action not in SUPPORTED_ACTIONS:
+            raise WatchListError(
+                f"{policy.path}: action: {policy.action} is not supported yet by this version; "
+                f"use one of {', '.join(SUPPORTED_ACTIONS)}"
+            )
+        if policy.on_error == "stop":
+            raise WatchListError(
+                f"{policy.path}: on_error: stop is not supported yet by this version, which cannot "
+                "end a request; use allow, and alert on verdicts that are `error`"
+            )
+        if policy.exceptions:
+            raise WatchListError(
+                f"{policy.path}: exceptions are not supported yet by this version, which does not "
+                "know tenants; remove them, or keep the policy out of this server"
+            )
+
+
+def _mix(
+    used: Mapping[str, tuple[FeatureSet, Feature]], column: Mapping[RowKey, int]
+) -> np.ndarray:
+    mix = np.zeros((len(column), len(used)), np.float32)
+    for j, (name, (_, feature)) in enumerate(used.items()):
+        if feature.probe is not None:
+            mix[column[_set_of(name), _probe_key(feature.probe)], j] = 1.0
+        for term in feature.detect:
+            mix[column[_set_of(name), term.latent], j] = term.weight
+    return mix
 
 
 def _features_of(policy: Policy) -> list[str]:
@@ -235,7 +256,7 @@ def _row_keys(feature: Feature) -> Iterable[int | str]:
 
 def _read_hook(
     layer: int,
-    keys: Sequence[tuple[str, int | str]],
+    keys: Sequence[RowKey],
     feature_sets: Mapping[str, FeatureSet],
     *,
     first_column: int,
@@ -281,7 +302,7 @@ def _clamps(
     policies: Sequence[Policy],
     feature_sets: Mapping[str, FeatureSet],
     hooks: Sequence[Hook],
-    column: Mapping[tuple[str, int | str], int],
+    column: Mapping[RowKey, int],
     may_enforce: frozenset[str],
 ) -> tuple[ClampRows, ...]:
     clamps = []

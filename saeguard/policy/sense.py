@@ -44,7 +44,7 @@ def _actions(document: Document) -> Iterator[PolicyError]:
             'action is clamp, but the key "clamp" is missing; add clamp: {features: [...], to: 0}'
         )
         yield document.error("clamp-missing", message, ("action",))
-    if "clamp" in data and data.get("action") in {"log", "flag", "stop"}:
+    if "clamp" in data and data.get("action") in ("log", "flag", "stop"):
         message = (
             f"there is a clamp, but action is {data['action']}; write action: clamp, or remove it"
         )

@@ -55,6 +55,7 @@ def _translated(
 def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tuple[Code, str]:
     mistake: str = error["type"]
     value = error["input"]
+    found = kind(value) if isinstance(value, dict | list) else show(value)
     context: Mapping[str, Any] = error.get("ctx", {})
     code: Code
     if mistake == "extra_forbidden":
@@ -69,14 +70,14 @@ def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tupl
         what += _quotes(value, mistake)
     elif mistake == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        hint = did_you_mean(str(value), allowed)
-        code, what = "not-allowed", f"found {show(value)}; {hint}allowed: {', '.join(allowed)}"
+        hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+        code, what = "not-allowed", f"found {found}; {hint}allowed: {', '.join(allowed)}"
     elif mistake in _BOUNDS:
         bound, words = _BOUNDS[mistake]
-        code, what = "out-of-range", f"found {show(value)}; write a number {words} "
+        code, what = "out-of-range", f"found {found}; write a number {words} "
         what += f"{context[bound]:g}"
     elif mistake == "string_pattern_mismatch":
-        code, what = "bad-name", f"found {show(value)}; write {FORMS[context['pattern']]}"
+        code, what = "bad-name", f"found {found}; write {FORMS[context['pattern']]}"
     elif mistake.endswith("too_long"):
         unit = "characters" if isinstance(value, str) else "entries"
         code, what = "too-long", f"at most {context['max_length']} {unit} are allowed here"
@@ -84,7 +85,7 @@ def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tupl
         code, what = "empty-value", "there is nothing here; write a value"
     else:
         code = "bad-phrase" if mistake == "bad-phrase" else "invalid-value"
-        what = f"found {show(value)}; {error['msg']}"
+        what = f"found {found}; {error['msg']}"
     return code, what
 
 

@@ -37,19 +37,14 @@ def read_rows(info: SaeInfo, latents: Sequence[int]) -> EncoderRows:
     """
     require_readable(info)
     _check_latents(info, latents)
-    with opened(info.weights) as file:
-        encoder = file.get_slice("W_enc")  # [d, N], so that a latent is a column
-        columns = [encoder[:, j : j + 1] for j in latents]
-        wide = torch.cat(columns, 1) if columns else torch.empty(info.d_in, 0)
-        return _canonical(info, file, wide, list(latents))
+    spans = [slice(latent, latent + 1) for latent in latents]
+    return _read(info, spans, list(latents))
 
 
 def read_block(info: SaeInfo, start: int, stop: int) -> EncoderRows:
     """Read the encoder rows of the latents `[start, stop)`, in one piece."""
     require_readable(info)
-    with opened(info.weights) as file:
-        wide = file.get_slice("W_enc")[:, start:stop]
-        return _canonical(info, file, wide, list(range(start, stop)))
+    return _read(info, [slice(start, stop)], list(range(start, stop)))
 
 
 def read_decoder_rows(info: SaeInfo, latents: Sequence[int]) -> torch.Tensor:
@@ -61,22 +56,28 @@ def read_decoder_rows(info: SaeInfo, latents: Sequence[int]) -> torch.Tensor:
     require_readable(info)
     _check_latents(info, latents)
     with opened(info.weights) as file:
-        decoder = file.get_slice("W_dec")
-        rows = [decoder[j : j + 1] for j in latents]
-        W_dec = torch.cat(rows) if rows else torch.empty(0, info.d_in)
+        W_dec = _pick(file, "W_dec", [slice(latent, latent + 1) for latent in latents])
     _check_finite(info, "W_dec", W_dec, latents)
     return W_dec.float().contiguous()
 
 
-def _canonical(info: SaeInfo, file: Any, wide: torch.Tensor, latents: list[int]) -> EncoderRows:
-    """Return rows with the decoder bias folded in, from `wide` [d_in, latents]."""
-    index = torch.tensor(latents, dtype=torch.int64)
-    b = file.get_tensor("b_enc")[index].double()
-    if info.apply_b_dec_to_input:
-        b -= file.get_tensor("b_dec").double() @ wide.double()
-    theta = torch.zeros(len(latents))
-    if info.architecture == "jumprelu":
-        theta = file.get_tensor("threshold")[index].float()
+def _pick(file: Any, name: str, spans: Sequence[slice]) -> torch.Tensor:
+    """Read parts of a tensor along its first axis."""
+    part = file.get_slice(name)
+    return torch.cat([part[span] for span in spans] or [part[0:0]])
+
+
+def _read(info: SaeInfo, spans: Sequence[slice], latents: list[int]) -> EncoderRows:
+    """Read the latents in `spans`, with the decoder bias folded in."""
+    with opened(info.weights) as file:
+        encoder = file.get_slice("W_enc")  # [d, N], so that a latent is a column
+        wide = torch.cat([encoder[:, span] for span in spans] or [encoder[:, 0:0]], 1)
+        b = _pick(file, "b_enc", spans).double()
+        if info.apply_b_dec_to_input:
+            b -= file.get_tensor("b_dec").double() @ wide.double()
+        theta = torch.zeros(len(latents))
+        if info.architecture == "jumprelu":
+            theta = _pick(file, "threshold", spans).float()
     for name, rows in (("W_enc", wide.t()), ("b_enc", b), ("threshold", theta)):
         _check_finite(info, name, rows, latents)
     if (theta < 0).any():

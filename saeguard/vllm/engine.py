@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ class EngineGuard:
         if self.sink is not None:
             for verdict in verdicts:
                 self.sink.put(
-                    lambda v=verdict: verdict_event(
-                        v,
+                    partial(
+                        verdict_event,
+                        verdict,
                         request_id=request_id,
                         model=self.model,
                         watchlist=self.watchlist.digest,

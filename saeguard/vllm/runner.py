@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 
 from saeguard.vllm import contract, worker
 from saeguard.vllm.config import settings_of
 from saeguard.vllm.selftest import EAGER, PREFIX, SERVED, Observation
 from saeguard.vllm.worker import WorkerGuard
+
+log = structlog.get_logger("saeguard")
 
 ATTRIBUTE = "saeguard"
 """Where a runner keeps its `WorkerGuard`, and an output its `Packet`."""
@@ -81,7 +84,24 @@ def end(runner: Any, guard: WorkerGuard) -> None:
             guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
         elif request_ids[0] == SERVED:
             guard.tested, guard.observation = True, None
+            _report(runner, guard)
     guard.after()
+
+
+def _report(runner: Any, guard: WorkerGuard) -> None:
+    rows = runner.scheduler_config.max_num_seqs
+    held, microseconds = worker.cost(guard, rows)
+    log.info(
+        "saeguard ready",
+        policies=len(guard.watchlist.policies),
+        watch_list=guard.watchlist.digest[:12],
+        layers=[tap.layer for tap in guard.taps],
+        encoder_rows=guard.watchlist.columns,
+        clamps=guard.clamps,
+        held_mib=round(held, 3),
+        pass_us=round(microseconds, 1),
+        pass_rows=rows,
+    )
 
 
 def deliver(guard: WorkerGuard, result: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class WorkerGuard:
         }
         if self.device.type == "cuda":
             host = {k: [_to_pinned(t) for t in ts] for k, ts in device.items()}
-            event = torch.cuda.Event()
+            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         else:
             host = {k: [t.clone() for t in ts] for k, ts in device.items()}
@@ -152,6 +153,26 @@ class WorkerGuard:
             ran=all(int(t) == 1 for t in host["ticks"]),
             watchlist=self.watchlist.digest,
         )
+
+
+def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float]:
+    """Measure what the watch list costs: MiB held, and microseconds of a pass of `rows` rows."""
+    tensors: set[torch.Tensor] = {guard.excluded}
+    for tap in guard.taps:
+        for part in (tap, tap.rows, tap.clamp):
+            values = [] if part is None else [getattr(part, f.name) for f in fields(part)]
+            tensors |= {v for v in values if isinstance(v, torch.Tensor)}
+    held = sum(t.untyped_storage().nbytes() for t in tensors) / 2**20
+    guard.taps[0].rows.slot.zero_()  # the slot of nobody: nothing is clamped
+    samples = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for tap in guard.taps:
+            torch.ops.saeguard.tap(tap.W.new_zeros(rows, tap.W.shape[0]), None, tap.layer)
+        if guard.device.type == "cuda":
+            torch.cuda.synchronize(guard.device)
+        samples.append(time.perf_counter() - started)
+    return held, 1e6 * sorted(samples)[repeats // 2]
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,9 @@ ABOVE, TO, COUNT = 0.9, -6.0, 24
 class ClampedReference(engines.Reference):
     """Transformers with a plain forward hook that clamps; the whole text again at every step."""
 
-    def __init__(self, guarded: models.Guarded, detect: int, clamp: int, window: tuple[int, int]):
+    def __init__(
+        self, guarded: models.Guarded, detect: int, clamp: int, window: tuple[int, int]
+    ) -> None:
         """Watch latent `detect`; from its first match on, set latent `clamp` to `TO`."""
         super().__init__(guarded.model, guarded.sae)
         self.detect, self.clamp, self.window, self.scope_from = detect, clamp, window, 0

@@ -14,7 +14,7 @@ from saeguard.features.corpus import peaks
 from saeguard.features.probe import Probe, save_probes
 from saeguard.features.types import Feature, FeatureSet, ModelRef, SaeRef, Term
 from saeguard.sae import inspect
-from tests.features.planted import D, N, PLANTED, corpus, save_sae
+from tests.features.planted import PLANTED, D, N, corpus, save_sae
 
 
 def feature_set(folder: Path, feature: Feature) -> FeatureSet:

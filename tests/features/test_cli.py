@@ -16,11 +16,16 @@ from tests.tiny import D, save_model
 
 def _texts(file: Path, split: str, count: int = 60, *, ordinary: bool = False) -> Path:
     """Write texts whose positives hold a `#`, which one token alone can tell."""
-    rng = random.Random(split)
+    rng = random.Random(split)  # noqa: S311 - seeded texts, not secrets
     rows = []
     for i in range(count):
         words = "".join(rng.choices("abcdefgh ", k=20))
-        row = {"id": f"{split}{i}", "prompt": "Say: ", "completion": words, "label": 0 if ordinary else 1 - i % 2}
+        row = {
+            "id": f"{split}{i}",
+            "prompt": "Say: ",
+            "completion": words,
+            "label": 0 if ordinary else 1 - i % 2,
+        }
         if row["label"]:
             row["completion"] = f"{words[:8]}#{words[9:]}"
         rows.append(row | {"kind": "hash", "template": f"{split}{i // 6}"})

@@ -174,5 +174,3 @@ def test_saving_is_atomic(tmp_path: Path) -> None:
         save_feature_set(replace(features, features={"planted": broken}), file)
     assert file.read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.yaml", "sae"]
-
-

@@ -24,6 +24,7 @@ from tests.guard.watchlists import (
     make_watchlist,
     random_activations,
     random_policy,
+    seeded,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -144,7 +145,9 @@ def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple
         lost = faults and rng.random() < 0.08
         ran = not (faults and rng.random() < 0.08)
         if not lost:
-            new = ledger.ingest(packet([r for r, _ in rows], ran=ran), np.array([n for _, n in rows]))
+            new = ledger.ingest(
+                packet([r for r, _ in rows], ran=ran), np.array([n for _, n in rows])
+            )
             for name, i in new:
                 text = next(t for t in texts if t.name == name)
                 assert i not in text.first, "a first match is told once"
@@ -158,7 +161,7 @@ def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple
 
 def check_whole(seed: int) -> None:
     """Compare with the judge of whole texts, where every token was evaluated or excluded."""
-    rng = random.Random(seed)
+    rng = seeded(seed)
     policies = [random_policy(rng, f"p{i}") for i in range(4)]
     watchlist = make_watchlist(policies)
     for text, ledger in run(rng, watchlist, faults=False):
@@ -184,7 +187,7 @@ def check_whole(seed: int) -> None:
 
 def check_faults(seed: int) -> None:
     """Compare with the plain reading, where tokens were cached, lost, broken or cut off."""
-    rng = random.Random(seed)
+    rng = seeded(seed)
     policies = [random_policy(rng, f"p{i}") for i in range(4)]
     watchlist = make_watchlist(policies)
     for text, ledger in run(rng, watchlist, faults=True):
@@ -350,7 +353,7 @@ def test_a_request_can_have_a_shadow_policy_enforced() -> None:
 
 def test_a_clamp_acted_only_where_it_edited() -> None:
     """A match that the forward did not act on is not reported as acted on."""
-    import torch  # noqa: PLC0415 - the other tests here need none
+    import torch
 
     policy = simple(clamp=Clamp(("f0",), 0.0))
     rows = ClampRows(0, (0,), (0,), (0,), torch.zeros(1), torch.zeros(1, FEATURES))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,6 +21,7 @@ from tests.guard.watchlists import (
     random_activations,
     random_condition,
     random_policy,
+    seeded,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -56,7 +55,7 @@ def columns(shares: np.ndarray) -> dict[str, list[float]]:
 
 def check_world(seed: int) -> None:
     """Judge one random text by random policies, fast and plain."""
-    rng = random.Random(seed)
+    rng = seeded(seed)
     tokens = rng.randint(1, 14)
     prompt = rng.randint(0, tokens)
     policies = [random_policy(rng, f"p{i}", longest=20) for i in range(4)]
@@ -98,7 +97,7 @@ def test_judge_all_is_the_plain_reading_at_length(seed: int) -> None:
 @settings(derandomize=True, deadline=None, max_examples=200)
 def test_judge_is_the_reference(seed: int) -> None:
     """The judge of policy tests agrees with the reference interpreter."""
-    rng = random.Random(seed)
+    rng = seeded(seed)
     tokens = rng.randint(1, 14)
     prompt = rng.randint(0, tokens)
     policy = random_policy(rng, "p", longest=20)
@@ -116,9 +115,9 @@ def test_judge_is_the_reference(seed: int) -> None:
 @settings(derandomize=True, deadline=None, max_examples=100)
 def test_evidence_is_the_same_on_torch(seed: int) -> None:
     """The clamp inside the forward and the rules on the host read a condition alike."""
-    import torch  # noqa: PLC0415 - the other tests here need none
+    import torch
 
-    rng = random.Random(seed)
+    rng = seeded(seed)
     condition = random_condition(rng, 3)
     values = {n: np.array([rng.randint(0, 16) / 8 for _ in range(8)]) for n in "abcd"}
 
@@ -214,7 +213,7 @@ def test_keep_extends_a_match() -> None:
     """`keep: 2` stays on for two further tokens."""
     on = on_tokens(np.array([False, True, False, False, False]), 2)
 
-    assert [False, True, True, True, False] == on.tolist()
+    assert on.tolist() == [False, True, True, True, False]
 
 
 def test_the_strongest_action_wins_and_ties_are_listed() -> None:

@@ -30,6 +30,7 @@ from tests.guard.watchlists import (
     make_watchlist,
     random_activations,
     random_policy,
+    seeded,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -92,7 +93,9 @@ class Request:
 def clamping_watchlist(policies: list[Policy]) -> WatchList:
     """Return a watch list in which policy `i` clamps latent `i`, the last one a second, too."""
     owner = [*range(len(policies)), len(policies) - 1]
-    W_dec = torch.tensor([[((3 * i + j) % 5 - 2) / 4 for j in range(FEATURES)] for i in range(len(owner))])
+    W_dec = torch.tensor(
+        [[((3 * i + j) % 5 - 2) / 4 for j in range(FEATURES)] for i in range(len(owner))]
+    )
     rows = ClampRows(
         layer=0,
         policies=tuple(range(len(policies))),
@@ -128,23 +131,29 @@ def forward(
     positions = torch.cat([torch.arange(s, s + len(rows)) for _, s, rows, _ in batch])
     lay_out(tap.rows, [r.slot for r, *_ in batch], query_start, positions)
     tap.rows.watched[:total] = torch.tensor([w for *_, flags in batch for w in flags])
-    x = torch.tensor([row for _, _, rows, _ in batch for row in rows] + [[9.0] * FEATURES] * padding)
+    x = torch.tensor(
+        [row for _, _, rows, _ in batch for row in rows] + [[9.0] * FEATURES] * padding
+    )
     residual = None
     hidden = x.clone()
     if halves:
+        # Halves that add up exactly, values beside the grid included.
         residual = torch.tensor([[rng.randint(-8, 8) / 8 for _ in row] for row in x.tolist()])
+        residual = torch.where(x * 8 == (x * 8).round(), residual, x / 2)
         hidden = x - residual
+        residual, hidden = residual.nan_to_num(), torch.where(x.isfinite(), hidden, x)
     kept = None if residual is None else residual.clone()
     tap.ticks.zero_()
     torch.ops.saeguard.tap(hidden, residual, 0)
     assert int(tap.ticks) == 1
-    assert residual is None or torch.equal(residual, kept), "one half takes the edit"
+    if residual is not None:  # one half takes the edit
+        torch.testing.assert_close(residual, kept, rtol=0, atol=0, equal_nan=True)
     return x, hidden if residual is None else hidden + residual
 
 
 def check(seed: int) -> None:
     """Run random requests through one tap in random passes; compare every row."""
-    rng = random.Random(seed)
+    rng = seeded(seed)
     policies = [
         random_policy(rng, f"p{i}", longest=6, clamp=Clamp((f"f{i}",), 0.0)) for i in range(3)
     ]
@@ -180,15 +189,15 @@ def compare(tap: Tap, watchlist: WatchList, batch: Any, x: torch.Tensor, y: torc
     (rows,) = watchlist.clamps
     assert tap.clamp is not None
     at = 0
-    for request, start, given, _ in batch:
+    for request, start, passed, _ in batch:
         text = request.text
         since = [
             first_match(p, text, request.watched, request.prompt) if on else len(text)
             for p, on in zip(watchlist.policies, request.enforced, strict=True)
         ]
-        for i in range(len(given)):
+        for i in range(len(passed)):
             t = start + i
-            acts = [t >= first for first in since]
+            acts = [t >= first and bool(np.isfinite(text[t]).all()) for first in since]
             f = activations(text[t])
             assert torch.equal(tap.f[at], torch.tensor(f)) or not np.isfinite(text[t]).all()
             assert acts == tap.clamp.acted[at].tolist(), (t, since)
@@ -272,9 +281,11 @@ def test_a_request_that_is_not_enforced_keeps_every_bit(dtype: torch.dtype) -> N
     torch.ops.saeguard.tap(after, None, 0)
 
     assert not torch.equal(before[:10], after[:10])
-    assert before[10:].numpy(force=True).tobytes() == after[10:].numpy().tobytes() if (
-        dtype == torch.float32
-    ) else torch.equal(before[10:].view(torch.int16), after[10:].view(torch.int16))
+    assert (
+        before[10:].numpy(force=True).tobytes() == after[10:].numpy().tobytes()
+        if (dtype == torch.float32)
+        else torch.equal(before[10:].view(torch.int16), after[10:].view(torch.int16))
+    )
 
 
 def test_a_match_of_a_rejected_draft_is_taken_back() -> None:
@@ -405,7 +416,7 @@ class Stack(nn.Module):
         return hidden + residual
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_tap_is_traced_into_the_graph(backend: str) -> None:
     """Compiled without a graph break, it sees and edits what it does uncompiled."""
     tap, _ = one_tap(simple())

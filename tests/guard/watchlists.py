@@ -73,6 +73,11 @@ def make_policy(  # noqa: D103 - a policy with defaults for what a test does not
     )
 
 
+def seeded(seed: int) -> random.Random:
+    """Return the randomness of one example."""
+    return random.Random(seed)  # noqa: S311 - texts, not secrets
+
+
 def random_condition(rng: random.Random, depth: int = 2) -> Expr:
     """Return a condition over `NAMES`."""
     kind = rng.choice(["name", "not", "and", "or", "of"]) if depth else "name"
@@ -151,7 +156,7 @@ def make_watchlist(
 
 
 def make_hook(layer: int = 0) -> Hook:
-    """Return a hook whose latent `j` reads entry `j` of the residual; every other has a threshold."""
+    """Return a hook whose latent `j` reads residual entry `j`; every other has a threshold."""
     theta = torch.full((FEATURES,), -torch.inf)
     theta[1::2] = 0.5
     return Hook(layer, FEATURES, torch.eye(FEATURES), torch.zeros(FEATURES), theta, 0)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -25,9 +22,9 @@ PROMPT = 6
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LanguageModel]:
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     """A tiny random model."""
-    yield load_model(save_model(tmp_path_factory.mktemp("model")))
+    return load_model(save_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

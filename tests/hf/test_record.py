@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import LAYERS, D, save_model
 from torch import nn
 
 from saeguard.hf.model import ModelError, find_layers, load_model
 from saeguard.hf.record import record
+from tests.tiny import LAYERS, D, save_model
 
 TEXTS = [[1, 5, 6, 7], [1, 9], [1, *range(20, 60)], [], [1, 8, 8, 8, 8, 8, 8]]
 

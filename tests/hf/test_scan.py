@@ -119,5 +119,3 @@ def test_other_model_is_refused(setup: Setup) -> None:
     assert result.exit_code == 1
     assert "model.num_layers is 4" in result.output
     assert not setup.out.exists()
-
-

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import BOS, tokenizer
 
 from saeguard.hf.texts import TextError, read_texts
+from tests.tiny import BOS, tokenizer
 
 
 def _write(folder: Path, *lines: Any) -> Path:

