@@ -35,7 +35,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _model(family: str) -> Any:
-    from transformers import (  # noqa: PLC0415 - half of these are slow to import
+    from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
         GPTNeoXConfig,

@@ -141,7 +141,7 @@ def outcome(*, matched: bool, error: bool, evaluated: int) -> Outcome:
 def _fired(
     policy: Policy, traces: Mapping[str, np.ndarray], looked: np.ndarray
 ) -> dict[str, Fired]:
-    fired = {}
+    fired: dict[str, Fired] = {}
     for name, selection in policy.detect.items():
         # float64, as evidence is: NumPy would round the threshold to the trace's own float32.
         trace = np.where(looked, traces[name].astype(np.float64), -np.inf)

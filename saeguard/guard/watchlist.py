@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
+from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
 from saeguard.guard.evidence import evidence
 from saeguard.policy.types import SUPPORTED_ACTIONS, Policy
@@ -288,14 +288,11 @@ def _read_hook(
 
 
 def _read_probe(probe: ProbeRef, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:
-    with safe_open(probe.path, framework="pt") as file:
-        w = file.get_tensor(f"{probe.name}.weight").float().reshape(-1)
-        b = file.get_tensor(f"{probe.name}.bias").float().reshape(())
-    if w.numel() != d_in:
-        raise WatchListError(
-            f"{probe.path}: {probe.name}.weight has {w.numel()} entries, the layer is {d_in} wide"
-        )
-    return w, b
+    try:
+        read = read_probe(probe, d_in)
+    except ProbeError as error:
+        raise WatchListError(str(error)) from error
+    return torch.from_numpy(read.w), torch.tensor(read.b)
 
 
 def _clamps(

@@ -77,15 +77,16 @@ def end(runner: Any, guard: WorkerGuard) -> None:
     if guard.opened is None:
         return
     request_ids, query_start, _ = guard.opened
-    if not guard.tested and request_ids[0].startswith(PREFIX):
+    testing = not guard.tested and request_ids[0].startswith(PREFIX)
+    rows = int(query_start[-1])
+    if testing:
         guard.observation.stop()
-        rows = int(query_start[-1])
         if rows > 1:
             guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
-        elif request_ids[0] == SERVED:
-            guard.tested, guard.observation = True, None
-            _report(runner, guard)
     guard.after()
+    if testing and rows == 1 and request_ids[0] == SERVED:
+        guard.tested, guard.observation = True, None
+        _report(runner, guard)
 
 
 def _report(runner: Any, guard: WorkerGuard) -> None:

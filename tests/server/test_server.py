@@ -202,7 +202,7 @@ def test_a_stop_string_keeps_the_verdict(server: Server) -> None:
 
 
 def test_a_request_can_be_stricter_but_not_choose_freely(server: Server) -> None:
-    """An allowed shadow clamp changes the text; any other wish is a 400 that says what is allowed."""
+    """An allowed shadow clamp changes the text; any other wish is a 400 that names the allowed."""
     free = chat(server)
     clamped = chat(server, extra_body={"vllm_xargs": {"saeguard_enforce": "test.hidden"}})
     assert clamped.saeguard["action"] == "clamp"
