@@ -33,7 +33,8 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Crowd:
     guarded = models.make_guarded(root, "llama")
     settings = guarded.settings(events=str(root / "events.jsonl"))
     engine = {"model": str(guarded.model), "max_num_seqs": 32, "max_num_batched_tokens": 512}
-    batches = [engines.requests(engines.random_prompts(REQUESTS, seed=5))]
+    long = engines.requests(engines.random_prompts(1, seed=6, shortest=200, longest=201))
+    batches = [engines.requests(engines.random_prompts(REQUESTS, seed=5)), long, long]
     watched = engines.serve(
         root / "watched", {**engine, "additional_config": {"saeguard": settings}}, batches
     )
@@ -43,10 +44,20 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Crowd:
 def test_every_event_is_that_of_its_own_request(crowd: Crowd) -> None:
     """Of 240 concurrent requests of random lengths, each event equals the reference's."""
     events = engines.events_by_request(Path(str(crowd.settings["events"])))
-    assert len(events) == REQUESTS
+    assert len(events) == REQUESTS + 2
     checked = check_verdicts(crowd.watched, crowd.guarded, crowd.settings)
     assert checked > 0.97 * REQUESTS * 6
     assert crowd.watched.left == 0
+
+
+def test_cached_tokens_are_told(crowd: Crowd) -> None:
+    """A prompt read from the prefix cache counts as not evaluated, with the reason and number."""
+    first, second = crowd.watched.results[-2:]
+    assert (first["cached"], second["cached"] > 0) == (0, True)
+    assert "prefix_cached" not in first["saeguard"]["coverage"]["skipped"]
+    covered = second["saeguard"]["coverage"]
+    assert covered["skipped"]["prefix_cached"] == second["cached"]
+    assert covered["evaluated"] + sum(covered["skipped"].values()) == covered["tokens"]
 
 
 def test_watching_does_not_change_a_token(crowd: Crowd) -> None:
