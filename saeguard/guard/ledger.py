@@ -266,11 +266,14 @@ class Ledger:
 
         t = self._terms
         trace = np.where(looked[:, t.policy], shares[:, t.feature], -np.inf)
-        s.fired[at] += trace > t.above
+        above = trace > t.above
+        if above.any():
+            s.fired[at] += above
         peak = s.peak[at]
         higher = trace > peak
-        s.peak[at] = np.where(higher, trace, peak)
-        s.peak_at[at] = np.where(higher, position[:, None], s.peak_at[at])
+        if higher.any():  # seldom, once a request has some tokens
+            s.peak[at] = np.where(higher, trace, peak)
+            s.peak_at[at] = np.where(higher, position[:, None], s.peak_at[at])
 
         match = score > THRESHOLD
         on_until = s.on_until[at]

@@ -75,7 +75,8 @@ class WorkerGuard:
                 clamping.admit(
                     tap.clamp,
                     slot,
-                    [p.mode == "enforce" or p.id in enforce for p in policies],
+                    # The self-test compares with what the next block consumes: no edits before.
+                    [self.tested and (p.mode == "enforce" or p.id in enforce) for p in policies],
                     [scopes[p.scope] for p in policies],
                 )
         return slot

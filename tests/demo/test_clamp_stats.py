@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from demo import controls
-from demo.evaluate_clamp import aims
+from demo.evaluate_clamp import aims, document
 from demo.stats import change, wilson
 
 
@@ -68,7 +68,7 @@ def test_a_control_has_the_size_and_strength_asked_for(monkeypatch: pytest.Monke
 
 
 def test_aims_that_are_missed_are_said_to_be() -> None:
-    """Each of the four is compared with its own bound."""
+    """Each is compared with its own bound."""
 
     def row(value: float) -> dict[str, object]:
         return {"change": value, "change_interval": (value - 0.01, value + 0.01)}
@@ -80,6 +80,32 @@ def test_aims_that_are_missed_are_said_to_be() -> None:
             "control 2": row(-0.3),
             "controls together": row(-0.1),
         },
-        "benign_loss": {"on": row(0.01)},
+        "benign_loss": {"on": row(0.01), "on, dialogues only": row(0.2)},
     }
-    assert [aim["met"] for aim in aims(results)] == [False, True, False, True]
+    assert [aim["met"] for aim in aims(results)] == [False, True, False, True, False]
+
+
+def test_the_page_says_what_was_measured() -> None:
+    """Every number of the page comes from the results."""
+    change = {"change": -0.9, "change_interval": (-0.95, -0.8), "edit_norm": 3.0}
+    arm = {
+        "completions": 207, "with_finding": 9, "share": 0.0435, "interval": (0.02, 0.08),
+        "valid_python": 201, "valid_without_finding": 193, "policy_matched": 200,
+    }  # fmt: skip
+    loss = {"loss": 2.0, "tokens": 21010, "texts": 480, "texts_edited": 7}
+    where = {
+        "policy": "p", "latents": {"p": [1, 2]}, "layer": 3, "clamp_to": -0.5,
+        "residual_norm": 110.7, "calibrated_edit_norm": 3.0, "vllm": "0", "bandit": "1",
+        "prompts": 69, "samples": 3, "temperature": 0.7, "max_tokens": 128, "seconds": 9,
+        "model_sha256": "m" * 64, "sae_sha256": "s" * 64, "policy_digest": "d" * 64,
+    }  # fmt: skip
+    names = ["on", "control 1", "controls together"]
+    results = {
+        "conditions": where,
+        "completions": {"off": arm, **dict.fromkeys(names, arm | change)},
+        "benign_loss": {"off": loss, "on": loss | change, "on, dialogues only": loss | change},
+    }
+    page = document(results)
+    assert "more with the policy | -90.0% (-95.0% to -80.0%) | met |" in page
+    assert "| off | 207 | 9 (4.3%) | 2.0% to 8.0% |  | 201 | 193 |  |  |" in page
+    assert "| on, dialogues only | 2.0000 | -90.00% (-95.00% to -80.00%) | 7 of 480 |" in page

@@ -54,7 +54,10 @@ def judge(
         trace = shares[s.feature]
         if looked:
             at = max(looked, key=lambda t: (trace[t], -t))
-            features[s.feature] = (sum(trace[t] > s.above for t in looked), trace[at], at)
+            lowest = min(
+                other.above for other in policy.detect.values() if other.feature == s.feature
+            )
+            features[s.feature] = (sum(trace[t] > lowest for t in looked), trace[at], at)
     if match:
         outcome = "match"
     elif skipped["error"]:

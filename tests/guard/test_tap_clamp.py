@@ -20,6 +20,7 @@ from saeguard.guard.rows import lay_out
 from saeguard.guard.tap import TAPS, Tap, install_taps, tap_output
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.policy.types import Clamp, Name, Not, Policy, Selection, Window
+from saeguard.vllm.worker import WorkerGuard
 from tests import reference
 from tests.guard.watchlists import (
     FEATURES,
@@ -341,6 +342,23 @@ def test_nan_beside_a_match_does_not_hide_it() -> None:
     run(tap, 1, 0, rows)
 
     assert tap.clamp.acted[:3, 0].tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_the_self_test_is_not_clamped(*, tested: bool) -> None:
+    """It compares with what the next block consumes, so nothing may be edited before it passed."""
+    tap, watchlist = one_tap(simple())
+    assert tap.clamp is not None
+    guard = WorkerGuard(
+        watchlist, (tap,), torch.zeros(8, dtype=torch.bool), CPU, {"r": (1, ())}, free=[1]
+    )
+    guard.tested = tested
+    hidden = torch.full((2, FEATURES), 2.0)
+    guard.before(["r"], np.array([0, 2]), torch.tensor([3, 4]), torch.arange(2))
+    torch.ops.saeguard.tap(hidden, None, 0)
+
+    assert tap.clamp.acted[:2, 0].tolist() == [tested] * 2
+    assert torch.equal(hidden, torch.full((2, FEATURES), 2.0)) != tested
 
 
 def test_nan_stays_nan() -> None:
