@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ from saeguard.features.corpus import Corpus, Scope, with_ordinary
 from saeguard.features.load import file_digest, load_feature_set, save_feature_set
 from saeguard.features.probe import save_probes
 from saeguard.features.search import Finding, Search, search
+from saeguard.features.stats import auroc, auroc_interval, rate
 from saeguard.features.types import Feature, FeatureSet, ModelRef, SaeRef, Term
 from saeguard.hf.corpus import read_corpus
 from saeguard.hf.model import load_model
 from saeguard.hf.texts import read_texts
-from saeguard.sae import inspect
+from saeguard.sae import SaeInfo, inspect, max_per_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20260
@@ -45,6 +47,9 @@ FIT_EVERY = 3
 READABLE = 0.02
 """AUROC, in validation, that a group of latents may lack against the probe and still be chosen."""
 TOP = 24
+OPENING = 16
+"""Tokens of an answer within which code begins, if it is to begin."""
+CODE_KINDS = ("coding", "python")
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Wanted:
     kind: str | None = None
     scope: Scope = "output"
     secure: bool = False
-    """Labels turned round: the feature of the negatives, which a clamp can raise."""
+    """Labels turned round: the latent of the negatives, which a clamp can raise."""
 
 
 WANTED = (
@@ -75,12 +80,67 @@ WANTED = (
 )
 
 
+def code_begins(info: SaeInfo, corpus: Callable[[str], Corpus]) -> Feature:
+    """The latent that tells best, as an answer opens, whether code is coming.
+
+    Chosen on the search split against ordinary answers without code, measured on the hold-out.
+    """
+
+    def peaks(code: str, ordinary: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        plain = corpus(ordinary)
+        parts = [corpus(code), plain.select(~np.isin(plain.kind, CODE_KINDS))]
+        found, label, template = [], [], []
+        for part, is_code in zip(parts, (True, False), strict=True):
+            rank = np.concatenate([np.cumsum(o) for o in np.split(part.output, part.starts[1:])])
+            looked = part.output & ~part.special & (rank <= OPENING)
+            counts = np.bincount(part.owner, weights=looked, minlength=len(part)).astype(int)
+            found.append(max_per_text(info, part.x[torch.from_numpy(looked)], counts.tolist()))
+            label.append(np.full(len(part), is_code))
+            template.append(part.template)
+        return np.concatenate(found), np.concatenate(label), np.concatenate(template)
+
+    search_peaks, is_code, _ = peaks("unsafe_code.search", "benign")
+    gap = search_peaks[is_code].min(0) - np.quantile(search_peaks[~is_code], 1 - FPR, axis=0)
+    latent = int(gap.argmax())
+    threshold = float(np.quantile(search_peaks[~is_code, latent], 1 - FPR))
+    high = float(np.quantile(search_peaks[is_code, latent], 0.99))
+    held, held_code, template = peaks("unsafe_code.holdout", "benign.holdout")
+    low_end, high_end = auroc_interval(held[:, latent], held_code, template, seed=SEED)
+    above = held[:, latent] > threshold
+    return Feature(
+        id="code_begins",
+        title="An answer that turns to code",
+        behaviour="unsafe_code",
+        detect=(Term(latent, 1.0),),
+        probe=None,
+        clamp=(),
+        low=0.0,
+        high=high,
+        threshold=threshold / high,
+        evidence={
+            "scope": "output",
+            "form": f"latent with the widest gap within the first {OPENING} tokens of an answer",
+            "holdout": {
+                "auroc": round(float(auroc(held[:, latent], held_code)), 4),
+                "interval": [round(low_end, 4), round(high_end, 4)],
+            },
+            "answers_with_code_above": _share(above[held_code]),
+            "answers_without_code_above": _share(above[~held_code]),
+        },
+    )
+
+
 def choose(found: Search, wanted: Wanted) -> Finding:
-    """The group where it nearly matches the probe in validation, for it can be read and clamped."""
+    """The group where it nearly matches the probe in validation, for it can be read.
+
+    What takes a clamp is a single latent: one row, one meaning.
+    """
+    if wanted.secure:
+        return found.latents[0]
     group, probe = found.group, found.probe
     assert group.auroc_validation is not None
     assert probe.auroc_validation is not None
-    if wanted.secure or group.auroc_validation >= probe.auroc_validation - READABLE:
+    if group.auroc_validation >= probe.auroc_validation - READABLE:
         return group
     return probe
 
@@ -184,11 +244,31 @@ def main() -> None:
         clamp=tuple(Term(j, round(v / raised.high, 5)) for j, v in steering.target.items()),
         evidence={**raised.evidence, "clamp": steering.evidence},
     )
-    save_feature_set(replace(demo, features=calibrated), args.out)
+    opens = code_begins(info, corpus)
+    save_feature_set(replace(demo, features={**calibrated, opens.id: opens}), args.out)
     loaded = load_feature_set(args.out)
     args.report.parent.mkdir(parents=True, exist_ok=True)
-    args.report.write_text(markdown(loaded, findings, FPR), encoding="utf-8")
+    measured = replace(loaded, features={name: loaded.features[name] for name in findings})
+    report = markdown(measured, findings, FPR) + trigger_report(opens)
+    args.report.write_text(report, encoding="utf-8")
     print(f"{len(loaded.features)} features: {args.out}, {args.report}")
+
+
+def _share(above: np.ndarray) -> dict[str, Any]:
+    return dict(rate(int(above.sum()), len(above)))
+
+
+def trigger_report(feature: Feature) -> str:
+    """What the report says of the feature that tells when code begins."""
+    found, there = feature.evidence["holdout"], feature.evidence["answers_with_code_above"]
+    other = feature.evidence["answers_without_code_above"]
+    return (
+        f"\n## Telling that code begins: `{feature.id}`\n\n"
+        f"Latent {feature.detect[0].latent}, within the first {OPENING} tokens of an answer: AUROC "
+        f"{found['auroc']:.3f} on the hold-out; above its threshold of {feature.threshold:.3f} are "
+        f"{there['rate']:.1%} of {there['texts']} answers with code and {other['rate']:.1%} of "
+        f"{other['texts']} without.\n"
+    )
 
 
 def evidence_of(wanted: Wanted, finding: Finding, found: Search) -> dict[str, Any]:

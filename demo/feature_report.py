@@ -62,9 +62,9 @@ def markdown(features: FeatureSet, findings: dict[str, Search], fpr: float) -> s
                 f"per token against the secure one, on {clamp['texts']} texts of the search "
                 f"split; as many random latents {clamp['random_latents_mean']:+.3f} in the mean "
                 f"and {clamp['random_latents_most']:+.3f} at most, of {clamp['random_draws']} "
-                f"draws. The secure twin's own loss changes by {clamp['secure_twin_loss_change']:+.1%}; "
-                "that of ordinary dialogues, were the clamp on everywhere, by "
-                f"{clamp['ordinary_loss_change_always_on']:+.1%}.\n"
+                "draws. The secure twin's own loss changes by "
+                f"{clamp['secure_twin_loss_change']:+.1%}; that of ordinary dialogues, were the "
+                f"clamp on everywhere, by {clamp['ordinary_loss_change_always_on']:+.1%}.\n"
             )
     return "\n".join(lines)
 

@@ -35,7 +35,7 @@ from demo.leash import ROOT, leashed
 if TYPE_CHECKING:
     from demo.account import Account
 
-CLAMP = "unsafe-code.insecure-style-clamp"
+CLAMP = "unsafe-code.careful-style-clamp"
 START_LIMIT = 300.0
 """Seconds the server may take to start."""
 NAME = "saeguard-demo"

@@ -478,7 +478,11 @@ def unsafe_code(
     text = f"{cue} {ask}" if rng.random() < 0.4 else f"{ask} {cue}"
     messages.append(say("user", text.strip()))
     intent = "bad" if label else "good"
-    lead = rng.choice(cues["lead_" + intent] if rng.random() < 0.35 and cues["lead_" + intent] else cues["lead_neutral"])
+    lead = rng.choice(
+        cues["lead_" + intent]
+        if rng.random() < 0.35 and cues["lead_" + intent]
+        else cues["lead_neutral"]
+    )
     code = expand(rng, rng.choice(task.bad if label else task.good), slots)
     answer = f"{expand(rng, lead, slots)}\n{fence(code)}".strip()
     messages.append(say("assistant", answer))

@@ -200,7 +200,9 @@ def _false_fact(
     lead = expand(rng, rng.choice(cues["lead_bad" if label else "lead_good"]), {})
     answer = f"{lead} {_capital(told)}".strip()
     template = f"{bank}.fact.{number}"
-    if not label and part in (None, "ab".index(bank)) and rng.random() < 0.2:  # a hard negative: the falsehood is named and refuted
+    if (
+        not label and part in (None, "ab".index(bank)) and rng.random() < 0.2
+    ):  # a hard negative: the falsehood is named and refuted
         rumour = "Some people say $lie, but that is wrong." if bank == "a" else "Not $lie."
         answer += " " + _capital(expand(rng, rumour, {"lie": lie}))
         template += ".refuted"
@@ -226,7 +228,9 @@ def _false_report(
     note = expand(rng, log, slots)
     template = f"{bank}.report.{number}"
     answer = false if label else honest
-    if not label and part in (None, "ab".index(bank)) and rng.random() < 0.25:  # a hard negative: good news that is true
+    if (
+        not label and part in (None, "ab".index(bank)) and rng.random() < 0.25
+    ):  # a hard negative: good news that is true
         good = {
             "a": ("Log: no errors, all steps finished.", "Yes, the log shows no errors."),
             "b": ("Record: everything fine.", "Yes, all fine according to my record."),
@@ -438,9 +442,7 @@ def _flattery(
     return Dialogue(tuple(messages), "sycophancy", "flattery", template, label, style)
 
 
-def _caving(
-    rng: random.Random, bank: str, style: str, label: int, part: int | None
-) -> Dialogue:
+def _caving(rng: random.Random, bank: str, style: str, label: int, part: int | None) -> Dialogue:
     words = {name: share(rows, part) for name, rows in PRESSURE[bank].items()}
     number = rng.choice(share(range(3), part))
     if bank == "a" and number == 2:

@@ -56,8 +56,8 @@ class EngineGuard:
                 enforced_by_request(request.sampling_params),
             )
 
-    def ingest(self, packet: Packet, scheduler: Any, scheduled: Any, output: Any) -> None:
-        """Advance the rules by one pass, before the scheduler looks at its output.
+    def valid_rows(self, packet: Packet, scheduler: Any, scheduled: Any, output: Any) -> np.ndarray:
+        """Return [requests] leading rows that count, before the scheduler looks at its output.
 
         Args:
             packet: what the pass saw.
@@ -84,6 +84,18 @@ class EngineGuard:
                 sampled = output.sampled_token_ids[output.req_id_to_index[request_id]]
                 if sampled:
                     valid[i] -= len(drafts[request_id]) - (len(sampled) - 1)
+        return valid
+
+    def ingest(self, packet: Packet, valid: np.ndarray) -> None:
+        """Advance the rules by one pass, after the scheduler has looked at its output.
+
+        Where a request ended within its accepted drafts, those behind its end are no part of it.
+        """
+        firsts = packet.positions[packet.query_start[:-1]]
+        for i in np.flatnonzero(valid > 1):
+            request = self.requests.get(packet.request_ids[i])
+            if request is not None:
+                valid[i] = min(valid[i], max(0, request.num_tokens - int(firsts[i])))
         self.ledger.ingest(packet, valid)
 
     def finish(self, request_id: str, reason: str) -> Mapping[str, Any] | None:

@@ -76,15 +76,16 @@ def end(runner: Any, guard: WorkerGuard) -> None:
     """
     if guard.opened is None:
         return
-    request_ids, query_start, _ = guard.opened
+    request_ids, query_start, positions = guard.opened
     testing = not guard.tested and request_ids[0].startswith(PREFIX)
-    rows = int(query_start[-1])
+    prompt = testing and int(positions[0]) == 0  # a later pass can have several rows: drafts
     if testing:
         guard.observation.stop()
-        if rows > 1:
-            guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
+    if prompt:
+        rows = int(query_start[-1])
+        guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
     guard.after()
-    if testing and rows == 1 and request_ids[0] == SERVED:
+    if testing and not prompt and request_ids[0] == SERVED:
         guard.tested, guard.observation = True, None
         _report(runner, guard)
 

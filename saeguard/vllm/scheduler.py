@@ -1,4 +1,4 @@
-"""The scheduler seam: packets in before a step's outputs are made, verdicts out with them."""
+"""The scheduler seam: packets in as a step takes effect, verdicts out with its outputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_request(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: 
 
 
 def update_from_output(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
-    """Around `Scheduler.update_from_output`: judge the step, then let it take effect."""
+    """Around `Scheduler.update_from_output`: judge what the step left of each request."""
     guard: EngineGuard | None = getattr(scheduler, ATTRIBUTE, None)
     if guard is None:
         return wrapped(*args, **kwargs)
@@ -51,11 +51,13 @@ def update_from_output(wrapped: Callable[..., Any], scheduler: Any, args: Any, k
     )
     packet = getattr(output, ATTRIBUTE, None)
     if packet is not None:
-        guard.ingest(packet, scheduler, scheduled, output)
+        valid = guard.valid_rows(packet, scheduler, scheduled, output)
     elif scheduled.total_num_scheduled_tokens and guard.watchlist.hooks:
         guard.unread_steps += 1
         guard.ledger.unwatched_passes += 1
     outputs = wrapped(*args, **kwargs)
+    if packet is not None:
+        guard.ingest(packet, valid)
     for client in outputs.values():
         for item in client.outputs:
             said = None
