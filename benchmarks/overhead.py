@@ -272,6 +272,7 @@ def timed_parts() -> Iterator[None]:
         (WorkerGuard, "before", "worker.before"),
         (WorkerGuard, "after", "worker.after"),
         (WorkerGuard, "collect", "collect"),
+        (EngineGuard, "valid_rows", "engine.ingest"),
         (EngineGuard, "ingest", "engine.ingest"),
         (EngineGuard, "finish", "engine.finish"),
     ]

@@ -63,6 +63,8 @@ CLAUSES: tuple[Clause, ...] = (
     Clause(
         "vllm.v1.engine.core", "EngineCore.__init__", ("vllm_config",), "scheduler:engine_core_init"
     ),
+    Clause("vllm.v1.engine.core", "EngineCoreProc.run_busy_loop", (), "scheduler:run_busy_loop"),
+    Clause("vllm.v1.engine.core", "DPEngineCoreProc.run_busy_loop", (), "scheduler:run_busy_loop"),
     Clause("vllm.v1.engine.core", "EngineCore.add_request", ("request",)),
     Clause("vllm.v1.engine.core", "EngineCore.post_step", ("model_executed",)),
     Clause(

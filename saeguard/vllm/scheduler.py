@@ -97,8 +97,23 @@ def shutdown(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any
 def engine_core_init(wrapped: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> None:
     """Around `EngineCore.__init__`: nothing is served before the guard has seen a request."""
     wrapped(*args, **kwargs)
+    _test_once(core)
+
+
+def run_busy_loop(wrapped: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> Any:
+    """Around `EngineCoreProc.run_busy_loop`, for a core in a process of its own.
+
+    There plugins are loaded while `EngineCore.__init__` runs already, too late to be around it.
+    Requests wait until the loop begins, so none is served before the test; if it fails, the
+    engine core dies and takes the server with it.
+    """
+    _test_once(core)
+    return wrapped(*args, **kwargs)
+
+
+def _test_once(core: Any) -> None:
     guard: EngineGuard | None = getattr(core.scheduler, ATTRIBUTE, None)
-    if guard is not None and guard.watchlist.hooks:
+    if guard is not None and guard.watchlist.hooks and not guard.self_test:
         selftest.run(core)
 
 
