@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
@@ -599,7 +599,7 @@ def parse() -> argparse.Namespace:
     add = functools.partial(parser.add_argument, metavar="N")
     add("--batches", default="1,8,32", help="requests in a step, at most 32 (default 1,8,32)")
     add("--rounds", type=int, default=24, help="rounds; each runs every state once (default 24)")
-    add("--steps", type=int, default=4, help="decode steps of a state in a round (default 4)")
+    add("--steps", type=int, default=16, help="decode steps of a state in a round (default 16)")
     add("--tokens", type=int, default=32, help="prompt tokens of a request (default 32)")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--out", type=Path, help="JSON file (default results/overhead-<cpu>.json)")

@@ -26,6 +26,10 @@ VISIBLE = frozenset({"flag", "clamp", "stop"})
 """Actions that the application sees; `log` and shadow verdicts are the operator's."""
 
 
+PASSES = 16
+"""Passes judged together, unless a request ends before."""
+
+
 class PacketError(RuntimeError):
     """The model's process runs another watch list than the engine core."""
 
@@ -45,6 +49,7 @@ class EngineGuard:
         )
         self.unread_steps = 0
         self.self_test: dict[str, Coverage] = {}
+        self._waiting: list[tuple[Packet, np.ndarray]] = []
 
     def admit(self, request: Any) -> None:
         """Start the account of a request that enters the scheduler."""
@@ -87,7 +92,11 @@ class EngineGuard:
         return valid
 
     def ingest(self, packet: Packet, valid: np.ndarray) -> None:
-        """Advance the rules by one pass, after the scheduler has looked at its output.
+        """Take in one pass, after the scheduler has looked at its output.
+
+        No action of this version needs a verdict in the step that made it: clamps decide on the
+        device. So passes wait for a few others and are judged together, while the rules' code
+        and state are warm, which costs a fraction of coming back to them after every forward.
 
         Where a request ended within its accepted drafts, those behind its end are no part of it.
         """
@@ -96,13 +105,22 @@ class EngineGuard:
             request = self.requests.get(packet.request_ids[i])
             if request is not None:
                 valid[i] = min(valid[i], max(0, request.num_tokens - int(firsts[i])))
-        self.ledger.ingest(packet, valid)
+        self._waiting.append((packet, valid))
+        if len(self._waiting) >= PASSES:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Judge the passes that wait."""
+        for packet, valid in self._waiting:
+            self.ledger.ingest(packet, valid)
+        self._waiting.clear()
 
     def finish(self, request_id: str, reason: str) -> Mapping[str, Any] | None:
         """End a request: write its events, return what the response says."""
         request = self.requests.pop(request_id, None)
         if request is None:
             return None
+        self.catch_up()
         coverage = self.ledger.coverage(request_id, request.num_tokens)
         verdicts = self.ledger.finish(request_id, request.num_tokens)
         if request_id.startswith(SELF_TEST):
@@ -131,6 +149,7 @@ class EngineGuard:
         request = self.requests.get(request_id)
         if request is None:
             return None
+        self.catch_up()
         verdicts = self.ledger.finish(request_id, request.num_tokens, forget=False)
         coverage = self.ledger.coverage(request_id, request.num_tokens)
         return response(verdicts, as_dict(coverage), self.watchlist.digest)

@@ -226,6 +226,29 @@ def test_an_aborted_stream_is_accounted_for(server: Server) -> None:
         assert covered["tokens"] == covered["evaluated"] + sum(covered["skipped"].values())
 
 
+def test_a_blind_server_ends(server: Server, tmp_path: Path) -> None:
+    """Where the tap is not in the graph, the whole server ends, and its log says why."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import saeguard.vllm.worker as w\nw.hook_layer = lambda layers, index: None\n"
+    )
+    env = engines.environment()
+    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
+    env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+    command = ["serve", str(server.guarded.model), "--policies", str(server.guarded.policies)]
+    command += ["--feature-sets", str(server.guarded.feature_sets), "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, "-m", "saeguard", *command, "--host", "127.0.0.1"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "saeguard self-test: the tap at layer 1 ran 0 times" in done.stdout + done.stderr
+
+
 def test_many_at_once_then_a_clean_end(server: Server) -> None:
     """Forty concurrent requests, then SIGTERM: every request has its events, no process is left."""
     before = len(events(server, 0))
