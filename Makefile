@@ -10,7 +10,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all check format bench doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all check format bench build doctor clean
 
 setup: $(READY)
 
@@ -66,6 +66,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead
+
+build: setup
+	$(BIN)/python -m build
 
 doctor: setup
 	$(BIN)/saeguard doctor

@@ -61,6 +61,9 @@ class Wanted:
     behaviour: str
     kind: str | None = None
     scope: Scope = "output"
+    single: bool = False
+    """The best single latent, for want of a group that carries over: every feature but a few
+    probes shall be read off latents."""
     secure: bool = False
     """Labels turned round: the latent of the negatives, which a clamp can raise."""
 
@@ -76,7 +79,13 @@ WANTED = (
     Wanted("false_statement", "States something false", "deception", "false_fact"),
     Wanted("false_report", "Reports work that was not done", "deception", "false_report"),
     Wanted("flattery", "Praises beyond what is deserved", "sycophancy", "flattery"),
-    Wanted("caving_in", "Gives up a right answer under pressure", "sycophancy", "caving"),
+    Wanted(
+        "caving_in",
+        "Gives up a right answer under pressure",
+        "sycophancy",
+        "caving",
+        single=True,
+    ),
 )
 
 
@@ -135,7 +144,7 @@ def choose(found: Search, wanted: Wanted) -> Finding:
 
     What takes a clamp is a single latent: one row, one meaning.
     """
-    if wanted.secure:
+    if wanted.secure or wanted.single:
         return found.latents[0]
     group, probe = found.group, found.probe
     assert group.auroc_validation is not None

@@ -33,7 +33,8 @@ def markdown(features: FeatureSet, findings: dict[str, Search], fpr: float) -> s
         "|---|---|---|---|---|---|",
     ]
     for name, found in findings.items():
-        form = "probe" if features.features[name].probe else f"{len(found.group.terms)} latents"
+        terms = features.features[name].detect
+        form = "probe" if not terms else f"{len(terms)} latents" if terms[1:] else "one latent"
         cells = [_area(f) for f in (found.probe, found.group, found.latents[0], found.controls[0])]
         lines.append(f"| `{name}` | {form} | " + " | ".join(cells) + " |")
     lines += [

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
+
+import structlog
 
 from saeguard.vllm import selftest
 from saeguard.vllm.config import load_watchlist, settings_of
 from saeguard.vllm.engine import EngineGuard
 from saeguard.vllm.runner import ATTRIBUTE
+
+log = structlog.get_logger("saeguard")
 
 
 def init(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> None:
@@ -104,10 +111,18 @@ def run_busy_loop(wrapped: Callable[..., Any], core: Any, args: Any, kwargs: Any
     """Around `EngineCoreProc.run_busy_loop`, for a core in a process of its own.
 
     There plugins are loaded while `EngineCore.__init__` runs already, too late to be around it.
-    Requests wait until the loop begins, so none is served before the test; if it fails, the
-    engine core dies and takes the server with it.
+    Requests wait until the loop begins, so none is served before the test. If it fails, the
+    process that started this one is told to end, too: an API server that is still starting
+    would wait for its dead engine for ever.
     """
-    _test_once(core)
+    try:
+        _test_once(core)
+    except Exception:
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid is not None:
+            log.exception("saeguard: the server ends, it would be unguarded")
+            os.kill(parent.pid, signal.SIGTERM)
+        raise
     return wrapped(*args, **kwargs)
 
 

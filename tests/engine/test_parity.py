@@ -17,9 +17,11 @@ TOLERANCE = 2e-4
 pytestmark = pytest.mark.engine
 
 
-def compare(served: engines.Served, guarded: models.Guarded, settings: dict[str, object]) -> float:
+def compare(
+    served: engines.Served, guarded: models.Guarded, settings: dict[str, object], layer: int = 1
+) -> float:
     """Return the largest difference of activations, as a share of the largest activation."""
-    reference = engines.Reference(guarded.model, guarded.sae)
+    reference = engines.Reference(guarded.model, guarded.sae, layer)
     watchlist = engines.compile_policies(settings)
     latents = [int(name.rsplit("/f", 1)[1]) for name in watchlist.features]
     worst = 0.0
@@ -77,6 +79,29 @@ def test_activations_are_those_of_transformers_and_saelens(family: str, tmp_path
     assert worst < TOLERANCE
     assert check_verdicts(served, guarded, settings) > 80
     assert served.left == 0
+
+
+def test_the_demo_model(tmp_path: Path) -> None:
+    """The demo's own model and SAE, at its hook point, one block before the last."""
+    demo = engines.ROOT / "demo"
+    latents = (1720, 1521, 2714, 2125, 1904, 28, 521, 1360)
+    sets, policies = tmp_path / "feature_sets", tmp_path / "policies"
+    models.write_feature_set(sets / "tiny.yaml", demo / "sae", latents=latents, layers=5, high=20.0)
+    models.random_policies(policies, latents)
+    guarded = models.Guarded(demo / "model", demo / "sae", policies, sets, latents)
+    settings = guarded.settings(events=str(tmp_path / "events.jsonl"))
+    served = engines.serve(
+        tmp_path / "run",
+        {
+            "model": str(guarded.model),
+            "max_num_seqs": 8,
+            "additional_config": {"saeguard": settings},
+        },
+        [engines.requests(engines.random_prompts(12, seed=3, longest=60, vocabulary=2560))],
+    )
+    worst = compare(served, guarded, settings, layer=3)
+    print(f"parity demo model: largest difference {worst:.2e} of the largest activation")
+    assert worst < TOLERANCE
 
 
 def test_model_runner_v2_reads_the_same(tmp_path: Path) -> None:
