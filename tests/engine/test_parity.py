@@ -10,7 +10,7 @@ import pytest
 from tests import models
 from tests.engine import engines
 
-FAMILIES = tuple(models.configs())
+FAMILIES = tuple(f for f in models.configs() if f != "gpt_neox")  # see docs/parity.md
 TOLERANCE = 2e-4
 """Of the largest activation: both sides compute in float32, in different orders."""
 
