@@ -31,9 +31,6 @@ class Settings(BaseModel):
     request_may_enforce: tuple[str, ...] = Field(
         (), description="Ids of shadow policies that a request may have enforced for itself."
     )
-    required: bool = Field(
-        default=True, description="Whether a guard that cannot start stops the server."
-    )
     graph: str | None = Field(None, description="Set by the guard: digest of what it traces in.")
 
 
