@@ -73,6 +73,7 @@ def policy(action: Action, *, mode: Mode = "enforce", above: float = 0.5) -> Pol
         action=action,
         on_error="allow",
         scope="output",
+        uncached="count",
         feature_set="demo",
         rationale="",
         falsepositives=(),

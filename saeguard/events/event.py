@@ -42,3 +42,18 @@ def verdict_event(
         "error": verdict.error,
         "finished": finished,
     }
+
+
+def mismatch_event(
+    coverage: Mapping[str, Any], *, request_id: str, model: str, watchlist: str, finished: str
+) -> Mapping[str, Any]:
+    """Return the event of a request whose tokens are not all accounted for: a fault of ours."""
+    return {
+        "event": "ledger_mismatch",
+        "schema": SCHEMA,
+        "request_id": request_id,
+        "model": model,
+        "watchlist": watchlist,
+        "coverage": coverage,
+        "finished": finished,
+    }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
 from saeguard.events.event import SCHEMA
 
@@ -107,9 +107,31 @@ class Event(Part):
     )
 
 
+class Mismatch(Part):
+    """A request whose tokens are not all accounted for: a fault of the guard, never silent."""
+
+    event: Literal["ledger_mismatch"] = Field(description="Kind of the line.")
+    schema_: Literal["saeguard.event/v1"] = Field(
+        alias="schema", description="Version of this schema."
+    )
+    request_id: str = Field(min_length=1, description="The engine's own id of the request.")
+    model: str = Field(description="Name the model is served under.")
+    watchlist: str = Field(description="sha256 over policies, feature sets and checkpoints.")
+    coverage: Coverage = Field(description="The request's own ledger, which does not add up.")
+    finished: str | None = Field(description="Why the request ended, in the engine's words.")
+    time: AwareDatetime | None = Field(
+        None, description="When the event was written, UTC; added by the sink."
+    )
+
+
+LINE: TypeAdapter[Event | Mismatch] = TypeAdapter(
+    Annotated[Event | Mismatch, Field(discriminator="event")]
+)
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of one event line, as `event.v1.json` holds it."""
-    return {"$schema": URL, "$id": SCHEMA, **Event.model_json_schema(by_alias=True)}
+    return {"$schema": URL, "$id": SCHEMA, **LINE.json_schema(by_alias=True)}
 
 
 if __name__ == "__main__":

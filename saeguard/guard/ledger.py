@@ -1,123 +1,73 @@
-"""Rule state and coverage of the requests in flight, a few array operations a step.
-
-The semantics are those of `saeguard.guard.rules`, advanced by what each pass brings. Requests
-that bring one row (decoding) are advanced together; a request that brings several (prefill,
-accepted drafts) is advanced on its own, all its tokens at once.
-"""
+"""The account of every request in flight: what was seen of each of its tokens, and concluded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Container, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from saeguard.guard.advance import (
+    CACHED,
+    OUTPUT,
+    PROMPT,
+    UNTRACKED,
+    Tokens,
+    advance_many,
+    advance_one,
+    compile_rules,
+    looked,
+    skip,
+)
+from saeguard.guard.conclude import add, coverage_of, verdict_of
+from saeguard.guard.memory import Memory
 from saeguard.guard.packet import Packet
-from saeguard.guard.rules import outcome
-from saeguard.guard.verdict import THRESHOLD, Coverage, Fired, Reason, Verdict
+from saeguard.guard.state import State, copy_slot, grown, make_state, write_slot
+from saeguard.guard.verdict import Coverage, Verdict
 from saeguard.guard.watchlist import WatchList
 
-PROMPT, OUTPUT = 0, 1
-EVALUATED, SPECIAL, CACHED, ERROR, UNTRACKED = range(5)
-_REASONS: dict[int, Reason] = {
-    SPECIAL: "special_token",
-    CACHED: "prefix_cached",
-    ERROR: "error",
-    UNTRACKED: "untracked",
-}
+RECALLED_ROWS = 4096
+"""Cached tokens judged at once, which bounds what a long prompt holds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The selections of all policies in one row: whose, of which feature, above what."""
+class Hit(NamedTuple):
+    """A policy that matched a request for the first time, or could not read it."""
 
-    policy: np.ndarray
-    feature: np.ndarray
-    above: np.ndarray
-    name: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Struct of arrays over request slots; `P` policies, `Q` terms."""
-
-    next: np.ndarray
-    """[slots] the position expected next; what lies before it has been accounted for."""
-    prompt: np.ndarray
-    """[slots] prompt tokens."""
-    counts: np.ndarray
-    """[slots, prompt or output, evaluated or why not] tokens."""
-    score: np.ndarray
-    """[slots, P] highest window score."""
-    first: np.ndarray
-    """[slots, P] position of the first match, -1 before it."""
-    matched: np.ndarray
-    """[slots, P] tokens on which the policy was on."""
-    on_until: np.ndarray
-    """[slots, P] last position kept on by the latest match."""
-    acted: np.ndarray
-    """[slots, P] bool: a clamp edited a row."""
-    enforced: np.ndarray
-    """[slots, P] bool."""
-    ring: np.ndarray
-    """[slots, longest window, P] evidence by `position % longest window`."""
-    fired: np.ndarray
-    """[slots, Q] tokens above the selection's threshold."""
-    peak: np.ndarray
-    """[slots, Q] highest share."""
-    peak_at: np.ndarray
-    """[slots, Q] its position."""
-
-
-def _state(slots: int, policies: int, terms: int, longest: int) -> State:
-    def full(value: Any, *shape: int, dtype: Any = np.int64) -> np.ndarray:
-        return np.full((slots, *shape), value, dtype)
-
-    return State(
-        next=full(0),
-        prompt=full(0),
-        counts=full(0, 2, 5),
-        score=full(-np.inf, policies, dtype=np.float64),
-        first=full(-1, policies),
-        matched=full(0, policies),
-        on_until=full(-1, policies),
-        acted=full(False, policies, dtype=bool),
-        enforced=full(False, policies, dtype=bool),
-        ring=full(-np.inf, longest if longest > 1 else 0, policies, dtype=np.float64),
-        fired=full(0, terms),
-        peak=full(-np.inf, terms, dtype=np.float32),
-        peak_at=full(-1, terms),
-    )
+    request_id: str
+    policy: int
+    """Index into the watch list's policies."""
+    position: int
+    error: bool = False
 
 
 class Ledger:
     """The requests in flight: `admit`, `ingest` what each pass saw, `finish` into verdicts."""
 
-    def __init__(self, watchlist: WatchList, slots: int = 64) -> None:
-        """Start empty; `slots` is a first guess and grows with the load."""
+    def __init__(
+        self, watchlist: WatchList, slots: int = 64, *, memory: Memory | None = None
+    ) -> None:
+        """Start empty.
+
+        Args:
+            watchlist: the compiled policies.
+            slots: a first guess; it grows with the load.
+            memory: what was seen of tokens in the prefix cache; None where there is no cache.
+        """
         self.watchlist = watchlist
-        policies = watchlist.policies
-        self._prompt_scope = np.array([p.scope in ("prompt", "both") for p in policies], bool)
-        self._output_scope = np.array([p.scope in ("output", "both") for p in policies], bool)
-        self._enforced = np.array([p.mode == "enforce" for p in policies], bool)
-        self._keep = np.array([p.keep for p in policies], np.int64)
-        windows = sorted({(p.window.k, p.window.n) for p in policies})
-        self._windows = [
-            (
-                k,
-                n,
-                np.array([i for i, p in enumerate(policies) if (p.window.k, p.window.n) == (k, n)]),
-            )
-            for k, n in windows
-        ]
-        self._longest = max((n for _, n in windows), default=1)
-        self._terms = _terms(watchlist)
-        self._slot: dict[str, int] = {}
-        self._free = list(range(slots))[::-1]
-        self._state = _state(slots, len(policies), len(self._terms.name), self._longest)
-        self._clamped = [i for clamp in watchlist.clamps for i in clamp.policies]
+        self.memory = memory
         self.unwatched_passes = 0
+        policies = watchlist.policies
+        self._rules = compile_rules(watchlist)
+        self._enforced = np.array([p.mode == "enforce" for p in policies], bool)
+        self._stops_on_error = np.array([p.on_error == "stop" for p in policies], bool)
+        self._clamped = [i for clamp in watchlist.clamps for i in clamp.policies]
+        self._slot: dict[str, int] = {}
+        self._keys: dict[int, Sequence[bytes]] = {}
+        """By slot: the keys of its whole blocks, a list that the engine extends."""
+        self._unkeyed: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+        """Whole blocks whose key is not there yet: (slot, block, activations, watched)."""
+        self._free = list(range(slots))[::-1]
+        self._state = self._make_state(slots)
 
     def __contains__(self, request_id: str) -> bool:
         """Return whether the request is in flight."""
@@ -127,86 +77,119 @@ class Ledger:
         """Return the number of requests in flight."""
         return len(self._slot)
 
-    def admit(self, request_id: str, prompt_tokens: int, enforce: Sequence[str] = ()) -> None:
+    def admit(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        enforce: Sequence[str] = (),
+        keys: Sequence[bytes] = (),
+    ) -> None:
         """Start a request of which nothing has been seen.
 
         Args:
             request_id: the engine's own id, never the client's.
             prompt_tokens: length of its prompt.
             enforce: ids of shadow policies to enforce for it.
+            keys: of its whole blocks in the prefix cache; may grow while it runs.
         """
         if not self._free:
-            self._grow()
+            slots = len(self._state.next)
+            self._state = grown(self._state, self._make_state(slots))
+            self._free = list(range(slots, 2 * slots))[::-1]
         slot = self._free.pop()
         self._slot[request_id] = slot
+        self._keys[slot] = keys
         s = self._state
-        fresh = _state(1, len(self.watchlist.policies), len(self._terms.name), self._longest)
-        for field in State.__dataclass_fields__:
-            getattr(s, field)[slot] = getattr(fresh, field)[0]
+        write_slot(s, slot, self._make_state(1))
         s.prompt[slot] = prompt_tokens
         s.enforced[slot] = self._enforced
         if enforce:
             s.enforced[slot] |= [p.id in enforce for p in self.watchlist.policies]
 
-    def ingest(self, packet: Packet, valid: np.ndarray) -> list[tuple[str, int]]:
+    def ingest(
+        self, packet: Packet, valid: np.ndarray, entering: Container[str] | None = None
+    ) -> list[Hit]:
         """Advance every request by the rows of one pass.
 
         Args:
             packet: what the pass saw.
             valid: [requests] leading rows that count; rejected drafts lie behind them, and a
                 request that is no longer of interest has 0.
+            entering: requests that start or resume in this pass, and may skip tokens whose KV is
+                cached; any other gap is a pass that was lost. None: those of which nothing was
+                seen yet.
 
         Returns:
-            (request id, policy index) of each policy that matched for the first time.
+            Each policy that matched for the first time, and each with `on_error: stop` whose
+            tokens could not be read.
         """
         if not packet.ran:
             self.unwatched_passes += 1
+        self._store_keyed()
         slots = np.array([self._slot.get(r, -1) for r in packet.request_ids], np.int64)
         starts = packet.query_start[:-1]
         positions = packet.positions[starts]
         known = (slots >= 0) & (valid > 0)
         together = known & (valid == 1) & (positions == self._state.next[slots])
         alone = np.flatnonzero(known & ~together)
-        acted = packet.acted if self._clamped else None
 
         with np.errstate(invalid="ignore", over="ignore"):  # non-finite rows are set apart below
             shares = self.watchlist.shares(packet.f)
             evidence = self.watchlist.evidence(shares)
         finite = np.isfinite(packet.f).all(axis=1) if packet.ran else np.zeros(len(packet.f), bool)
-        new: list[tuple[str, int]] = []
-        rows = starts[together]
-        if len(rows):
-            at = slots[together]
-            matched = self._advance(
-                at,
-                positions[together],
-                shares[rows],
-                evidence[rows],
-                packet.watched[rows],
-                finite[rows],
-            )
-            if matched is not None:
-                ids = np.flatnonzero(together)
-                new += [(packet.request_ids[ids[i]], int(p)) for i, p in np.argwhere(matched)]
-            if acted is not None:
-                self._state.acted[np.ix_(at, self._clamped)] |= acted[rows]
-        for i in alone:
-            span = slice(starts[i], starts[i] + valid[i])
-            slot = int(slots[i])
-            fresh = packet.positions[span] >= self._state.next[slot]
-            if fresh.any():
-                matches = self._advance_one(
-                    slot,
-                    packet.positions[span][fresh],
-                    shares[span][fresh],
-                    evidence[span][fresh],
-                    packet.watched[span][fresh],
-                    finite[span][fresh],
-                )
-                new += [(packet.request_ids[i], p) for p in matches]
-            if acted is not None:
-                self._state.acted[slot, self._clamped] |= acted[span].any(axis=0)
-        return new
+        tokens = Tokens(packet.positions, shares, evidence, packet.watched, finite)
+
+        hits = self._ingest_together(packet, np.flatnonzero(together), slots[together], tokens)
+        # In the order of their positions: requests can share a prefix that is computed in the
+        # very pass in which another one reads it.
+        for i in alone[np.argsort(positions[alone], kind="stable")]:
+            request_id, slot, start = packet.request_ids[i], int(slots[i]), int(starts[i])
+            expected = int(self._state.next[slot])
+            if positions[i] > expected:
+                enters = expected == 0 if entering is None else request_id in entering
+                hits += self._pass_over(request_id, slot, int(positions[i]), enters=enters)
+            rows = np.arange(start, start + int(valid[i]))
+            hits += self._ingest_alone(packet, request_id, slot, rows, tokens)
+        return hits
+
+    def _ingest_together(
+        self, packet: Packet, which: np.ndarray, at: np.ndarray, tokens: Tokens
+    ) -> list[Hit]:
+        """Advance the requests `which`, in slots `at`, by one row each."""
+        if not len(which):
+            return []
+        rows = packet.query_start[which]
+        mine = _take(tokens, rows)
+        hits: list[Hit] = []
+        matched = advance_many(self._rules, self._state, at, mine)
+        if matched is not None:
+            hits += [
+                Hit(packet.request_ids[which[i]], int(p), int(mine.position[i]))
+                for i, p in np.argwhere(matched)
+            ]
+        for i in np.flatnonzero(~mine.finite):
+            one = _take(mine, slice(i, i + 1))
+            hits += self._broken(packet.request_ids[which[i]], int(at[i]), one)
+        if self.memory is not None:
+            self._note(at, mine.position, packet.f[rows], mine.watched, ran=packet.ran)
+        if packet.acted is not None and self._clamped:
+            self._state.acted[np.ix_(at, np.asarray(self._clamped))] |= packet.acted[rows]
+        return hits
+
+    def _ingest_alone(
+        self, packet: Packet, request_id: str, slot: int, rows: np.ndarray, tokens: Tokens
+    ) -> list[Hit]:
+        """Advance one request by consecutive rows, those left out that were seen before."""
+        hits: list[Hit] = []
+        fresh = rows[packet.positions[rows] >= self._state.next[slot]]
+        if len(fresh):
+            mine = _take(tokens, fresh)
+            hits = self._advance_alone(request_id, slot, mine)
+            if self.memory is not None:
+                self._note_run(slot, mine.position, packet.f[fresh], mine.watched, ran=packet.ran)
+        if packet.acted is not None and self._clamped:
+            self._state.acted[slot, self._clamped] |= packet.acted[rows].any(axis=0)
+        return hits
 
     def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> list[Verdict]:
         """Return one verdict per policy for a request of `tokens` tokens.
@@ -217,257 +200,190 @@ class Ledger:
             forget: end the request; False gives its verdicts so far.
         """
         slot = self._slot[request_id]
-        covered = [self._coverage(slot, scope, tokens) for scope in (PROMPT, OUTPUT)]
-        verdicts = [self._verdict(slot, i, covered) for i in range(len(self.watchlist.policies))]
+        covered = [coverage_of(self._state, slot, scope, tokens) for scope in (PROMPT, OUTPUT)]
+        verdicts = [
+            verdict_of(self._rules, self._state, slot, i, policy, covered)
+            for i, policy in enumerate(self.watchlist.policies)
+        ]
         if forget:
-            del self._slot[request_id]
-            self._free.append(slot)
+            self.forget(request_id)
         return verdicts
+
+    def forget(self, request_id: str) -> None:
+        """End a request, and remember what was seen of its last whole blocks."""
+        self._store_keyed()
+        slot = self._slot.pop(request_id)
+        self._unkeyed = [entry for entry in self._unkeyed if entry[0] != slot]
+        self._keys.pop(slot)
+        self._free.append(slot)
 
     def coverage(self, request_id: str, tokens: int) -> Coverage:
         """Return the request's own ledger, whatever the policies' scopes."""
         slot = self._slot[request_id]
-        return _add([self._coverage(slot, scope, tokens) for scope in (PROMPT, OUTPUT)])
+        return add([coverage_of(self._state, slot, scope, tokens) for scope in (PROMPT, OUTPUT)])
 
-    def _grow(self) -> None:
-        s = self._state
-        slots = len(s.next)
-        more = _state(slots, len(self.watchlist.policies), len(self._terms.name), self._longest)
-        self._state = State(
-            *(np.concatenate([getattr(s, f), getattr(more, f)]) for f in State.__dataclass_fields__)
-        )
-        self._free = list(range(slots, 2 * slots))[::-1]
+    def seen(self, request_id: str) -> int:
+        """Return the position up to which a request's tokens have been accounted for."""
+        return int(self._state.next[self._slot[request_id]])
 
-    def _looked(self, is_prompt: np.ndarray, usable: np.ndarray) -> np.ndarray:
-        """Return [tokens, policies]: in the policy's scope, and evaluated."""
-        scope = np.where(is_prompt[:, None], self._prompt_scope, self._output_scope)
-        looked: np.ndarray = scope & usable[:, None]
-        return looked
+    def enforces(self, request_id: str, policy: int) -> bool:
+        """Return whether a policy's action is to be taken for a request."""
+        return bool(self._state.enforced[self._slot[request_id], policy])
 
-    def _advance(
-        self,
-        at: np.ndarray,
-        position: np.ndarray,
-        shares: np.ndarray,
-        evidence: np.ndarray,
-        watched: np.ndarray,
-        finite: np.ndarray,
-    ) -> np.ndarray | None:
-        """Advance distinct slots `at` by one token each; return where a first match came."""
-        s = self._state
-        is_prompt = position < s.prompt[at]
-        looked = self._looked(is_prompt, watched & finite)
-        e = np.where(looked, evidence, -np.inf)
-        score = self._window_scores(at, position, e)
-        s.next[at] = position + 1
-        what = np.where(watched, np.where(finite, EVALUATED, ERROR), SPECIAL)
-        s.counts[at, np.where(is_prompt, PROMPT, OUTPUT), what] += 1
-        s.score[at] = np.maximum(s.score[at], score)
+    def save(self, request_id: str) -> State:
+        """Return a copy of all that is known of a request, for `restore`."""
+        return copy_slot(self._state, self._slot[request_id])
 
-        t = self._terms
-        trace = np.where(looked[:, t.policy], shares[:, t.feature], -np.inf)
-        above = trace > t.above
-        if above.any():
-            s.fired[at] += above
-        peak = s.peak[at]
-        higher = trace > peak
-        if higher.any():  # seldom, once a request has some tokens
-            s.peak[at] = np.where(higher, trace, peak)
-            s.peak_at[at] = np.where(higher, position[:, None], s.peak_at[at])
-
-        match = score > THRESHOLD
-        on_until = s.on_until[at]
-        if not match.any() and not (on_until >= position[:, None]).any():
-            return None
-        on_until = np.where(match, position[:, None] + self._keep, on_until)
-        s.on_until[at] = on_until
-        s.matched[at] += on_until >= position[:, None]
-        first = match & (s.first[at] < 0)
-        s.first[at] = np.where(first, position[:, None], s.first[at])
-        return first if first.any() else None
-
-    def _window_scores(self, at: np.ndarray, position: np.ndarray, e: np.ndarray) -> np.ndarray:
-        if self._longest == 1:
-            return e
-        ring = self._state.ring
-        ring[at, position % self._longest] = e
-        back = (position[:, None] - np.arange(self._longest)) % self._longest
-        window = ring[at[:, None], back]
-        score = np.empty_like(e)
-        for k, n, policies in self._windows:
-            kth = np.partition(window[:, :n][:, :, policies], n - k, axis=1)[:, n - k]
-            score[:, policies] = kth
-        return score
-
-    def _advance_one(
-        self,
-        slot: int,
-        position: np.ndarray,
-        shares: np.ndarray,
-        evidence: np.ndarray,
-        watched: np.ndarray,
-        finite: np.ndarray,
-    ) -> list[int]:
-        """Advance one slot by consecutive tokens; return the policies that first matched."""
-        s = self._state
-        self._skip(slot, int(position[0]))
-        is_prompt = position < s.prompt[slot]
-        looked = self._looked(is_prompt, watched & finite)
-        e = np.where(looked, evidence, -np.inf)
-        what = np.where(watched, np.where(finite, EVALUATED, ERROR), SPECIAL)
-        np.add.at(s.counts[slot], (np.where(is_prompt, PROMPT, OUTPUT), what), 1)
-
-        history = self._longest - 1
-        if history:
-            back = np.arange(position[0] - history, position[0]) % self._longest
-            padded = np.concatenate([s.ring[slot, back], e])
-            s.ring[slot, position[-self._longest :] % self._longest] = e[-self._longest :]
-        else:
-            padded = e
-        score = np.empty_like(e)
-        for k, n, policies in self._windows:
-            windows = np.lib.stride_tricks.sliding_window_view(
-                padded[history - n + 1 :, policies], n, axis=0
-            )
-            score[:, policies] = np.partition(windows, n - k, axis=-1)[..., n - k]
-        s.score[slot] = np.maximum(s.score[slot], score.max(axis=0))
-        s.next[slot] = position[-1] + 1
-
-        t = self._terms
-        trace = np.where(looked[:, t.policy], shares[:, t.feature], -np.inf)
-        s.fired[slot] += (trace > t.above).sum(axis=0)
-        top = trace.argmax(axis=0)
-        peak = trace[top, np.arange(len(top))]
-        higher = peak > s.peak[slot]
-        s.peak[slot] = np.where(higher, peak, s.peak[slot])
-        s.peak_at[slot] = np.where(higher, position[top], s.peak_at[slot])
-
-        match = score > THRESHOLD
-        last = np.where(match, position[:, None] + self._keep, -1)
-        last = np.maximum.accumulate(np.concatenate([s.on_until[slot][None], last]))[1:]
-        s.on_until[slot] = last[-1]
-        s.matched[slot] += (last >= position[:, None]).sum(axis=0)
-        first = np.flatnonzero(match.any(axis=0) & (s.first[slot] < 0))
-        s.first[slot, first] = position[match[:, first].argmax(axis=0)]
-        return [int(p) for p in first]
-
-    def _skip(self, slot: int, position: int) -> None:
-        """Account for tokens before `position` of which no activations came.
-
-        A request that starts late had its prefix cached; a gap later on is a pass that was
-        lost, and must not look like a cache hit.
-        """
-        s = self._state
-        gap = position - int(s.next[slot])
-        if gap <= 0:
-            return
-        why = UNTRACKED if s.next[slot] else CACHED
-        prompt = int(np.clip(s.prompt[slot] - s.next[slot], 0, gap))
-        s.counts[slot, PROMPT, why] += prompt
-        s.counts[slot, OUTPUT, why] += gap - prompt
-        if self._longest > 1:
-            missed = np.arange(max(int(s.next[slot]), position - self._longest), position)
-            s.ring[slot, missed % self._longest] = -np.inf
-        s.next[slot] = position
-
-    def _coverage(self, slot: int, scope: int, tokens: int) -> Coverage:
-        s = self._state
-        prompt = int(min(s.prompt[slot], tokens))
-        lo, hi = (0, prompt) if scope == PROMPT else (prompt, tokens)
-        skipped: dict[Reason, int] = {
-            reason: int(s.counts[slot, scope, what])
-            for what, reason in _REASONS.items()
-            if s.counts[slot, scope, what]
-        }
-        # The last token is never fed back; what else is missing was cut off.
-        left = hi - max(lo, min(int(s.next[slot]), hi))
-        last = 1 if left and hi == tokens else 0
-        if last:
-            skipped["not_forwarded"] = 1
-        if left - last:
-            skipped["aborted"] = left - last
-        return Coverage(hi - lo, int(s.counts[slot, scope, EVALUATED]), skipped)
-
-    def _verdict(self, slot: int, i: int, covered: Sequence[Coverage]) -> Verdict:
-        s = self._state
-        policy = self.watchlist.policies[i]
-        scopes = [
-            c
-            for c, looks in zip(
-                covered, (self._prompt_scope[i], self._output_scope[i]), strict=True
-            )
-            if looks
+    def restore(self, request_id: str, saved: State) -> None:
+        """Take back what was ingested of a request since `save`."""
+        slot = self._slot[request_id]
+        write_slot(self._state, slot, saved)
+        seen = int(saved.next[0])
+        self._unkeyed = [
+            e for e in self._unkeyed if e[0] != slot or (e[1] + 1) * self._block <= seen
         ]
-        coverage = _add(scopes)
-        matched = bool(s.first[slot, i] >= 0)
-        error = coverage.skipped.get("error", 0) > 0
-        acts = matched and bool(s.enforced[slot, i])
-        if policy.action == "clamp":
-            acts = acts and bool(s.acted[slot, i])
-        score = float(s.score[slot, i])
-        return Verdict(
-            policy=policy.id,
-            digest=policy.digest,
-            mode="enforce" if s.enforced[slot, i] else "shadow",
-            action=policy.action,
-            severity=policy.severity,
-            outcome=outcome(matched=matched, error=error, evaluated=coverage.evaluated),
-            score=score if np.isfinite(score) else None,
-            first_token=int(s.first[slot, i]) if matched else None,
-            matched_tokens=int(s.matched[slot, i]),
-            acted=policy.action if acts else None,
-            features=self._fired(slot, i),
-            coverage=coverage,
-            error="not_read" if error else None,
+
+    def _make_state(self, slots: int) -> State:
+        return make_state(
+            slots,
+            policies=len(self.watchlist.policies),
+            terms=len(self._rules.terms.name),
+            longest=self._rules.longest,
+            block=self._block,
+            columns=self.watchlist.columns if self._block else 0,
         )
 
-    def _fired(self, slot: int, i: int) -> dict[str, Fired]:
+    @property
+    def _block(self) -> int:
+        return 0 if self.memory is None else self.memory.block
+
+    def _advance_alone(self, request_id: str, slot: int, tokens: Tokens) -> list[Hit]:
+        matches = advance_one(self._rules, self._state, slot, tokens)
+        hits = [Hit(request_id, p, int(self._state.first[slot, p])) for p in matches]
+        return hits if tokens.finite.all() else hits + self._broken(request_id, slot, tokens)
+
+    def _broken(self, request_id: str, slot: int, tokens: Tokens) -> list[Hit]:
+        """Return the policies that ask for a stop where they cannot read a token in scope."""
+        if not self._stops_on_error.any():
+            return []
+        is_prompt = tokens.position < self._state.prompt[slot]
+        unread = looked(self._rules, is_prompt, tokens.watched & ~tokens.finite)
+        unread &= self._stops_on_error
+        where = unread.argmax(axis=0)
+        return [
+            Hit(request_id, int(p), int(tokens.position[where[p]]), error=True)
+            for p in np.flatnonzero(unread.any(axis=0))
+        ]
+
+    # --- the prefix cache -----------------------------------------------------------------------
+
+    def _pass_over(self, request_id: str, slot: int, position: int, *, enters: bool) -> list[Hit]:
+        """Account for tokens before `position` that this pass did not compute.
+
+        A request that starts or resumes read them from the prefix cache, where what was seen of
+        them is remembered; anything else is a pass that was lost, and must not look like it.
+        """
+        hits: list[Hit] = []
+        if enters and self.memory is not None:
+            block, keys = self.memory.block, self._keys[slot]
+            i = int(self._state.next[slot]) // block
+            while i < position // block and i < len(keys):
+                run = self._recall(keys[i : min(position // block, i + RECALLED_ROWS // block)])
+                if run is None:
+                    skip(self._rules, self._state, slot, (i + 1) * block, CACHED)
+                    i += 1
+                    continue
+                f, watched = run
+                first = int(self._state.next[slot])
+                fresh = slice(first - i * block, None)
+                shares = self.watchlist.shares(f[fresh])
+                tokens = Tokens(
+                    np.arange(first, i * block + len(f)),
+                    shares,
+                    self.watchlist.evidence(shares),
+                    watched[fresh],
+                    np.isfinite(f[fresh]).all(axis=1),
+                )
+                hits += self._advance_alone(request_id, slot, tokens)
+                i += len(f) // block
+        skip(self._rules, self._state, slot, position, CACHED if enters else UNTRACKED)
+        return hits
+
+    def _recall(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return activations and watched of the leading blocks that are remembered."""
+        assert self.memory is not None
+        found = []
+        for key in keys:
+            seen = self.memory.get(key)
+            if seen is None:
+                break
+            found.append(seen)
+        if not found:
+            return None
+        return np.concatenate([f for f, _ in found]), np.concatenate([w for _, w in found])
+
+    def _note(
+        self, at: np.ndarray, position: np.ndarray, f: np.ndarray, watched: np.ndarray, *, ran: bool
+    ) -> None:
+        """Keep one row of each of several slots until its block is whole."""
+        if not ran:
+            self._state.whole_from[at] = position + 1
+            return
+        inside = position % self._block
+        self._state.recent[at, inside] = f
+        self._state.recent_watched[at, inside] = watched
+        for j in np.flatnonzero(inside == self._block - 1):
+            self._complete(int(at[j]), int(position[j]) // self._block)
+        self._store_keyed()
+
+    def _note_run(
+        self, slot: int, position: np.ndarray, f: np.ndarray, watched: np.ndarray, *, ran: bool
+    ) -> None:
+        """Keep consecutive rows of one slot: whole blocks now, the rest until theirs is."""
+        s, block = self._state, self._block
+        first, end = int(position[0]), int(position[-1]) + 1
+        if not ran:
+            s.whole_from[slot] = end
+            return
+        start = min(end, -(-first // block) * block)  # of the whole blocks, if there is one
+        stop = max(start, end // block * block)
+        self._note_part(slot, position[: start - first], f, watched)
+        if start > first and start % block == 0:
+            self._complete(slot, start // block - 1)
+        for o in range(start - first, stop - first, block):
+            rows = slice(o, o + block)
+            self._unkeyed.append((slot, (first + o) // block, f[rows], watched[rows]))
+        rest = slice(stop - first, None)
+        self._note_part(slot, position[rest], f[rest], watched[rest])
+        self._store_keyed()
+
+    def _note_part(
+        self, slot: int, position: np.ndarray, f: np.ndarray, watched: np.ndarray
+    ) -> None:
+        inside = position % self._block
+        self._state.recent[slot, inside] = f[: len(inside)]
+        self._state.recent_watched[slot, inside] = watched[: len(inside)]
+
+    def _complete(self, slot: int, i: int) -> None:
+        """Take a block whose last row has come, if none of its rows is missing."""
         s = self._state
-        fired: dict[str, Fired] = {}
-        for q in np.flatnonzero(self._terms.policy == i):
-            name, count = self._terms.name[q], int(s.fired[slot, q])
-            if s.peak_at[slot, q] < 0 or (name in fired and fired[name].count >= count):
-                continue
-            fired[name] = Fired(count, float(s.peak[slot, q]), int(s.peak_at[slot, q]))
-        return fired
+        if s.whole_from[slot] <= i * self._block:
+            self._unkeyed.append((slot, i, s.recent[slot].copy(), s.recent_watched[slot].copy()))
+
+    def _store_keyed(self) -> None:
+        """Remember the whole blocks whose key the engine has made; drafts have none yet."""
+        if not self._unkeyed:
+            return
+        assert self.memory is not None
+        ready = [e for e in self._unkeyed if e[1] < len(self._keys[e[0]])]
+        self._unkeyed = [e for e in self._unkeyed if e[1] >= len(self._keys[e[0]])]
+        if ready:
+            self.memory.put(
+                [self._keys[slot][i] for slot, i, _, _ in ready],
+                np.stack([f for _, _, f, _ in ready]),
+                np.stack([watched for _, _, _, watched in ready]),
+            )
 
 
-def _terms(watchlist: WatchList) -> Terms:
-    rows = [
-        (
-            i,
-            watchlist.selection_feature[j],
-            watchlist.selection_above[j],
-            policy.detect[name].feature,
-        )
-        for i, (policy, names) in enumerate(
-            zip(watchlist.policies, watchlist.policy_selections, strict=True)
-        )
-        for name, j in names.items()
-    ]
-    policy, feature, above, name = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return Terms(
-        np.array(policy, np.intp), np.array(feature, np.intp), np.array(above, np.float64), name
-    )
-
-
-def _add(parts: Sequence[Coverage]) -> Coverage:
-    skipped: dict[Reason, int] = {}
-    for part in parts:
-        for reason, n in part.skipped.items():
-            skipped[reason] = skipped.get(reason, 0) + n
-    return Coverage(sum(p.tokens for p in parts), sum(p.evaluated for p in parts), skipped)
-
-
-def balanced(coverage: Coverage) -> bool:
-    """Return whether every token is accounted for."""
-    return coverage.evaluated + sum(coverage.skipped.values()) == coverage.tokens
-
-
-def as_dict(coverage: Coverage) -> Mapping[str, Any]:
-    """Return the coverage as events and responses show it."""
-    return {
-        "tokens": coverage.tokens,
-        "evaluated": coverage.evaluated,
-        "skipped": dict(coverage.skipped),
-    }
+def _take(tokens: Tokens, rows: np.ndarray | slice) -> Tokens:
+    return Tokens(*(field[rows] for field in tokens))

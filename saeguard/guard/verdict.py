@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from saeguard.policy.types import Action, Mode, Severity
 
@@ -65,3 +65,17 @@ class Verdict:
     exception: str | None = None
     """Id of the exception that waived the action."""
     error: str | None = None
+
+
+def balanced(coverage: Coverage) -> bool:
+    """Return whether every token is accounted for."""
+    return coverage.evaluated + sum(coverage.skipped.values()) == coverage.tokens
+
+
+def as_dict(coverage: Coverage) -> Mapping[str, Any]:
+    """Return the coverage as events and responses show it."""
+    return {
+        "tokens": coverage.tokens,
+        "evaluated": coverage.evaluated,
+        "skipped": dict(coverage.skipped),
+    }

@@ -13,7 +13,7 @@ import torch
 from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
 from saeguard.guard.evidence import evidence
-from saeguard.policy.types import SUPPORTED_ACTIONS, Policy
+from saeguard.policy.types import Policy
 from saeguard.sae import SaeError, inspect, read_decoder_rows, read_rows
 
 RowKey: TypeAlias = tuple[str, int | str]
@@ -188,16 +188,6 @@ def build_watchlist(
 
 def _refuse_unsupported(policies: Sequence[Policy]) -> None:
     for policy in policies:
-        if policy.action not in SUPPORTED_ACTIONS:
-            raise WatchListError(
-                f"{policy.path}: action: {policy.action} is not supported yet by this version; "
-                f"use one of {', '.join(SUPPORTED_ACTIONS)}"
-            )
-        if policy.on_error == "stop":
-            raise WatchListError(
-                f"{policy.path}: on_error: stop is not supported yet by this version, which cannot "
-                "end a request; use allow, and alert on verdicts that are `error`"
-            )
         if policy.exceptions:
             raise WatchListError(
                 f"{policy.path}: exceptions are not supported yet by this version, which does not "

@@ -61,7 +61,6 @@ Code: TypeAlias = Literal[
     "on-error-missing",
     "clamp-missing",
     "clamp-unused",
-    "action-unsupported",
     "duplicate-id",
     "duplicate-name",
     "exception-expired",

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from saeguard.policy.errors import Code, Level, PolicyError, did_you_mean, show
 from saeguard.policy.load import locate
-from saeguard.policy.types import SUPPORTED_ACTIONS, Policy
+from saeguard.policy.types import Policy
 from saeguard.policy.yamlmarks import Loc
 
 
@@ -46,7 +46,7 @@ def resolve(
     return tuple(
         finding
         for policy in policies
-        for findings in (_features(policy, feature_sets), _engine(policy), _dates(policy, today))
+        for findings in (_features(policy, feature_sets), _dates(policy, today))
         for finding in findings
     )
 
@@ -82,15 +82,6 @@ def _features(policy: Policy, feature_sets: Mapping[str, Features]) -> Iterator[
                 f"those that do: {', '.join(sorted(able)) or 'none'}"
             )
             yield _at(policy, "no-clamp-latents", message, loc)
-
-
-def _engine(policy: Policy) -> Iterator[PolicyError]:
-    if policy.action not in SUPPORTED_ACTIONS:
-        message = (
-            f"action {policy.action} is not supported yet by this version; "
-            f"use one of {', '.join(SUPPORTED_ACTIONS)}"
-        )
-        yield _at(policy, "action-unsupported", message, ("action",))
 
 
 def _dates(policy: Policy, today: date) -> Iterator[PolicyError]:

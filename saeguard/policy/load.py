@@ -86,6 +86,7 @@ def read_policy(path: Path) -> tuple[Policy | None, list[PolicyError]]:
         action=content.action,
         on_error=content.on_error,
         scope=content.scope,
+        uncached=content.uncached,
         feature_set=content.feature_set,
         rationale=content.rationale,
         falsepositives=tuple(content.falsepositives),

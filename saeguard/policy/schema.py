@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstra
 from pydantic_core import PydanticCustomError
 
 from saeguard.policy import condition, phrases
-from saeguard.policy.types import Action, Mode, OnError, Scope, Severity, Window
+from saeguard.policy.types import Action, Mode, OnError, Scope, Severity, Uncached, Window
 
 POLICY_ID = r"^[a-z0-9]+([.-][a-z0-9]+)*$"
 SELECTION = rf"^{condition.NAME}$"
@@ -107,6 +107,11 @@ class PolicyFile(Section):
         "Has to be written where mode is enforce.",
     )
     scope: Scope = Field(description="Which tokens are looked at.")
+    uncached: Uncached = Field(
+        default="count",
+        description="What happens to prompt tokens whose KV is cached but which the guard has not "
+        "seen, such as KV that came from elsewhere: count them as not evaluated, or recompute.",
+    )
     feature_set: Annotated[str, StringConstraints(pattern=FEATURE_SET, max_length=200)] = Field(
         description="The feature set that the features come from, by its path without .yaml."
     )

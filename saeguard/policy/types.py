@@ -12,13 +12,11 @@ Severity: TypeAlias = Literal["low", "medium", "high", "critical"]
 Mode: TypeAlias = Literal["shadow", "enforce"]
 Action: TypeAlias = Literal["log", "flag", "clamp", "stop"]
 OnError: TypeAlias = Literal["allow", "stop"]
+Uncached: TypeAlias = Literal["count", "recompute"]
 Scope: TypeAlias = Literal["prompt", "output", "both"]
 
 ACTIONS: tuple[Action, ...] = ("log", "flag", "clamp", "stop")
 """Weakest first; the strongest matching action wins."""
-
-SUPPORTED_ACTIONS: tuple[Action, ...] = ("log", "flag", "clamp")
-"""What this version of the engine can do; it refuses to start with a policy that asks for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +105,8 @@ class Policy:
     action: Action
     on_error: OnError
     scope: Scope
+    uncached: Uncached
+    """What happens to cached tokens that the guard has not seen: counted, or computed again."""
     feature_set: str
     rationale: str
     falsepositives: tuple[str, ...]

@@ -12,10 +12,22 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
+from saeguard.events.counts import show
 from saeguard.vllm.config import settings_of
 
 KEY = "saeguard"
 DATA = "data: "
+
+
+def process_outputs(
+    wrapped: Callable[..., Any], _processor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Around `OutputProcessor.process_outputs`: totals reach `/metrics` whoever is still there."""
+    for output in args[0] if args else kwargs["engine_core_outputs"]:
+        params = output.kv_transfer_params
+        if params and KEY in params:
+            show(params[KEY].pop("counts", ()))
+    return wrapped(*args, **kwargs)
 
 
 def make_request_output(

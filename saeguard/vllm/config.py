@@ -28,6 +28,9 @@ class Settings(BaseModel):
     feature_sets: str = Field("feature_sets", description="Directory of feature sets.")
     events: str | None = Field(None, description="File the events are appended to, JSON lines.")
     event_queue: int = Field(65536, ge=1, description="Events that may wait for the writer.")
+    memory_mib: int = Field(
+        1024, ge=1, description="Most that may be held of what was seen of cached prefixes."
+    )
     request_may_enforce: tuple[str, ...] = Field(
         (), description="Ids of shadow policies that a request may have enforced for itself."
     )

@@ -31,6 +31,7 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _CPU_RUNNER = "vllm.v1.worker.cpu_model_runner"
 _RUNNER_2 = "vllm.v1.worker.gpu.model_runner"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
+_KV = "vllm.v1.core.kv_cache_manager"
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving"
 _COMPLETION = "vllm.entrypoints.openai.completion.serving"
 _OUTPUTS = "vllm.v1.engine.output_processor"
@@ -58,6 +59,12 @@ CLAUSES: tuple[Clause, ...] = (
         ("scheduler_output", "model_runner_output"),
         "scheduler:update_from_output",
     ),
+    Clause(
+        _SCHEDULER,
+        "Scheduler._update_request_with_output",
+        ("request", "new_token_ids"),
+        "scheduler:update_request",
+    ),
     Clause(_SCHEDULER, "Scheduler.finish_requests", (), "scheduler:finish_requests"),
     Clause(_SCHEDULER, "Scheduler.shutdown", (), "scheduler:shutdown"),
     Clause(
@@ -73,12 +80,21 @@ CLAUSES: tuple[Clause, ...] = (
         ("request",),
         "scheduler:preprocess_add_request",
     ),
+    Clause(_KV, "KVCacheManager.get_computed_blocks", ("request",), "scheduler:computed_blocks"),
+    Clause(_KV, "KVCacheManager.reset_prefix_cache", (), "scheduler:reset_prefix_cache"),
+    Clause("vllm.v1.core.block_pool", "BlockHashToBlockMap.get_one_block", ("key",)),
+    Clause("vllm.v1.core.kv_cache_utils", "make_block_hash_with_group_id"),
     Clause("vllm.v1.request", "Request.num_tokens"),
+    Clause("vllm.v1.request", "Request.update_block_hashes"),
+    Clause("vllm.v1.request", "RequestStatus.FINISHED_STOPPED"),
     Clause(
         _OUTPUTS,
         "RequestState.make_request_output",
         ("new_token_ids", "pooling_output", "finish_reason", "stop_reason", "kv_transfer_params"),
         "api:make_request_output",
+    ),
+    Clause(
+        _OUTPUTS, "OutputProcessor.process_outputs", ("engine_core_outputs",), "api:process_outputs"
     ),
     Clause(_OUTPUTS, "RequestState._new_completion_output", (), "api:new_completion_output"),
     Clause("vllm.outputs", "RequestOutput.add", ("next_output",), "api:add_output"),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
 
-from saeguard.events.event import verdict_event
+from saeguard.events.counts import Counts
+from saeguard.events.event import mismatch_event, verdict_event
 from saeguard.events.sink import Sink
-from saeguard.guard.ledger import Ledger, as_dict, balanced
+from saeguard.guard.ledger import Hit, Ledger
+from saeguard.guard.memory import Memory
 from saeguard.guard.packet import Packet
-from saeguard.guard.verdict import Coverage, Verdict
+from saeguard.guard.state import State
+from saeguard.guard.verdict import Coverage, Verdict, as_dict, balanced
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm.config import Settings
 from saeguard.vllm.selftest import PREFIX as SELF_TEST
@@ -34,22 +37,53 @@ class PacketError(RuntimeError):
     """The model's process runs another watch list than the engine core."""
 
 
+class Stop(NamedTuple):
+    """Why a request ends, and how much of it stays."""
+
+    policy: str
+    tokens: int
+    """Tokens that stay: up to the one that fired, which the client has already."""
+    error: bool
+
+
 class EngineGuard:
     """Judges the requests of one engine core."""
 
-    def __init__(self, watchlist: WatchList, settings: Settings, model: str) -> None:
+    def __init__(
+        self,
+        watchlist: WatchList,
+        settings: Settings,
+        model: str,
+        *,
+        memory: Memory | None = None,
+    ) -> None:
         """Start with no request in flight; open the event log if there is to be one."""
         self.watchlist = watchlist
         self.settings = settings
         self.model = model
-        self.ledger = Ledger(watchlist)
+        self.memory = memory
+        self.ledger = Ledger(watchlist, memory=memory)
         self.requests: dict[str, Any] = {}
+        self.departed: dict[str, Any] = {}
+        """Aborted requests of which passes are still under way: others may read their KV."""
+        self.stopping: dict[str, Stop] = {}
         self.sink = (
             Sink(Path(settings.events), capacity=settings.event_queue) if settings.events else None
         )
-        self.unread_steps = 0
+        self.counts = Counts()
+        self.lost = 0
+        """Passes of which no packet came."""
         self.self_test: dict[str, Coverage] = {}
-        self._waiting: list[tuple[Packet, np.ndarray]] = []
+        self._waiting: list[tuple[Packet, np.ndarray, frozenset[str]]] = []
+        self._saved: list[tuple[int, State]] = []
+        may_act = [
+            p
+            for p in watchlist.policies
+            if p.mode == "enforce" or p.id in settings.request_may_enforce
+        ]
+        self.can_stop = any(p.action == "stop" or p.on_error == "stop" for p in may_act)
+        """Whether a verdict may be needed in the step that makes it."""
+        self._recomputes = frozenset(p.id for p in may_act if p.uncached == "recompute")
 
     def admit(self, request: Any) -> None:
         """Start the account of a request that enters the scheduler."""
@@ -59,14 +93,16 @@ class EngineGuard:
                 request.request_id,
                 request.num_prompt_tokens,
                 enforced_by_request(request.sampling_params),
+                request.block_hashes,
             )
 
-    def valid_rows(self, packet: Packet, scheduler: Any, scheduled: Any, output: Any) -> np.ndarray:
-        """Return [requests] leading rows that count, before the scheduler looks at its output.
+    # --- one step -------------------------------------------------------------------------------
+
+    def before_update(self, packet: Packet, scheduled: Any, output: Any) -> None:
+        """Take in a pass before the scheduler looks at its output; find what must stop in it.
 
         Args:
             packet: what the pass saw.
-            scheduler: vLLM's scheduler, for the requests and their state.
             scheduled: the `SchedulerOutput` of the pass.
             output: its `ModelRunnerOutput`.
 
@@ -78,42 +114,117 @@ class EngineGuard:
                 f"saeguard: the worker watches {packet.watchlist[:12]}, the engine core "
                 f"{self.watchlist.digest[:12]}: policy files changed during start-up; start again"
             )
-        valid = np.diff(packet.query_start)
-        drafts = scheduled.scheduled_spec_decode_tokens
-        for i, request_id in enumerate(packet.request_ids):
-            request = scheduler.requests.get(request_id)
-            if request is None or request.is_finished() or _stale(request):
-                valid[i] = 0
-                continue
-            if drafts and request_id in drafts:
-                sampled = output.sampled_token_ids[output.req_id_to_index[request_id]]
-                if sampled:
-                    valid[i] -= len(drafts[request_id]) - (len(sampled) - 1)
-        return valid
+        valid = self._valid_rows(packet, scheduled, output)
+        entering = frozenset(
+            {
+                *(new.req_id for new in scheduled.scheduled_new_reqs),
+                *scheduled.scheduled_cached_reqs.resumed_req_ids,
+            }
+        )
+        self._waiting.append((packet, valid, entering))
+        if self.can_stop:
+            if scheduled.scheduled_spec_decode_tokens:  # the request may end within its drafts
+                self._saved = [
+                    (i, self.ledger.save(packet.request_ids[i]))
+                    for i in np.flatnonzero(valid > 1)
+                    if packet.request_ids[i] in scheduled.scheduled_spec_decode_tokens
+                ]
+            self.catch_up()
 
-    def ingest(self, packet: Packet, valid: np.ndarray) -> None:
-        """Take in one pass, after the scheduler has looked at its output.
+    def after_update(self, packet: Packet) -> None:
+        """Correct what is known of the pass now: where a request ended within its drafts.
 
-        No action of this version needs a verdict in the step that made it: clamps decide on the
-        device. So passes wait for a few others and are judged together, while the rules' code
-        and state are warm, which costs a fraction of coming back to them after every forward.
-
-        Where a request ended within its accepted drafts, those behind its end are no part of it.
+        Without a policy that stops, no action needs a verdict in the step that made it: clamps
+        decide on the device. So passes wait for a few others and are judged together, while the
+        rules' code and state are warm, which costs a fraction of coming back to them after
+        every forward.
         """
         firsts = packet.positions[packet.query_start[:-1]]
+        if self.can_stop:
+            for i, state in self._saved:
+                request_id = packet.request_ids[i]
+                request = self.requests[request_id]
+                if self.ledger.seen(request_id) > request.num_tokens:
+                    self.ledger.restore(request_id, state)
+                    again = np.zeros(len(firsts), np.int64)
+                    again[i] = request.num_tokens - int(firsts[i])
+                    self.ledger.ingest(packet, again, ())
+            self._saved = []
+            return
+        valid = self._waiting[-1][1]
         for i in np.flatnonzero(valid > 1):
             request = self.requests.get(packet.request_ids[i])
             if request is not None:
                 valid[i] = min(valid[i], max(0, request.num_tokens - int(firsts[i])))
-        self._waiting.append((packet, valid))
         if len(self._waiting) >= PASSES:
             self.catch_up()
 
+    def _valid_rows(self, packet: Packet, scheduled: Any, output: Any) -> np.ndarray:
+        """Return [requests] leading rows that count.
+
+        Rows hold a request's tokens as far as these are known. Behind them lie drafts, of which
+        the accepted ones count, and under asynchronous scheduling a token whose sampling was
+        taken back by a preemption.
+        """
+        valid = np.diff(packet.query_start)
+        drafts = scheduled.scheduled_spec_decode_tokens
+        for i, request_id in enumerate(packet.request_ids):
+            request = self.requests.get(request_id) or self.departed.get(request_id)
+            if request is None:
+                valid[i] = 0
+                continue
+            first = int(packet.positions[packet.query_start[i]])
+            accepted = 0
+            if drafts and request_id in drafts and not _stale(request):
+                sampled = output.sampled_token_ids[output.req_id_to_index[request_id]]
+                accepted = max(0, len(sampled) - 1)
+            valid[i] = np.clip(request.num_tokens + accepted - first, 0, valid[i])
+        return valid
+
     def catch_up(self) -> None:
         """Judge the passes that wait."""
-        for packet, valid in self._waiting:
-            self.ledger.ingest(packet, valid)
-        self._waiting.clear()
+        waiting, self._waiting = self._waiting, []
+        for packet, valid, entering in waiting:
+            for hit in self.ledger.ingest(packet, valid, entering):
+                self._consider(hit)
+
+    def _consider(self, hit: Hit) -> None:
+        """Note that a request must stop, if the policy says so and is enforced for it."""
+        policy = self.watchlist.policies[hit.policy]
+        if (
+            (hit.error or policy.action == "stop")
+            and hit.request_id in self.requests
+            and not hit.request_id.startswith(SELF_TEST)
+            and self.ledger.enforces(hit.request_id, hit.policy)
+        ):
+            stop = Stop(policy.id, hit.position + 1, hit.error)
+            earlier = self.stopping.get(hit.request_id)
+            if earlier is None or stop.tokens < earlier.tokens:
+                self.stopping[hit.request_id] = stop
+
+    def lost_pass(self, request_ids: Iterable[str]) -> None:
+        """Note a pass of which nothing came; policies with `on_error: stop` end its requests."""
+        self.lost += 1
+        for request_id in request_ids:
+            if request_id in self.requests:
+                for i, policy in enumerate(self.watchlist.policies):
+                    if policy.on_error == "stop":
+                        seen = self.requests[request_id].num_tokens
+                        self._consider(Hit(request_id, i, seen - 1, error=True))
+
+    def recomputes(self, request: Any, cached_tokens: int) -> bool:
+        """Return whether a request must compute cached tokens again, to have them looked at."""
+        if not self._recomputes or self.memory is None:
+            return False
+        asked = self._recomputes & set(enforced_by_request(request.sampling_params))
+        if not asked and not any(
+            p.id in self._recomputes and p.mode == "enforce" for p in self.watchlist.policies
+        ):
+            return False
+        self.catch_up()
+        return not self.memory.knows(request.block_hashes[: cached_tokens // self.memory.block])
+
+    # --- the end of a request -------------------------------------------------------------------
 
     def finish(self, request_id: str, reason: str) -> Mapping[str, Any] | None:
         """End a request: write its events, return what the response says."""
@@ -121,28 +232,54 @@ class EngineGuard:
         if request is None:
             return None
         self.catch_up()
+        self.stopping.pop(request_id, None)
         coverage = self.ledger.coverage(request_id, request.num_tokens)
-        verdicts = self.ledger.finish(request_id, request.num_tokens)
+        aborted = reason == "abort"
+        verdicts = self.ledger.finish(request_id, request.num_tokens, forget=not aborted)
+        if aborted:
+            self.departed[request_id] = request
         if request_id.startswith(SELF_TEST):
             self.self_test[request_id] = coverage
             return None
-        if not balanced(coverage):
+        self._report(request_id, verdicts, coverage, reason)
+        return response(verdicts, as_dict(coverage), self.watchlist.digest)
+
+    def _report(
+        self, request_id: str, verdicts: Sequence[Verdict], coverage: Coverage, reason: str
+    ) -> None:
+        known = {"request_id": request_id, "model": self.model, "watchlist": self.watchlist.digest}
+        self.counts.request(verdicts, coverage)
+        if not all(map(balanced, (coverage, *(v.coverage for v in verdicts)))):
+            self.counts.add("ledger_mismatches")
             log.error(
                 "saeguard ledger does not balance", request_id=request_id, **as_dict(coverage)
             )
+            self._put(partial(mismatch_event, as_dict(coverage), **known, finished=reason))
+        for verdict in verdicts:
+            self._put(partial(verdict_event, verdict, **known, finished=reason))
+
+    def _put(self, build: Callable[[], Mapping[str, Any]]) -> None:
         if self.sink is not None:
-            for verdict in verdicts:
-                self.sink.put(
-                    partial(
-                        verdict_event,
-                        verdict,
-                        request_id=request_id,
-                        model=self.model,
-                        watchlist=self.watchlist.digest,
-                        finished=reason,
-                    )
-                )
-        return response(verdicts, as_dict(coverage), self.watchlist.digest)
+            self.sink.put(build)
+
+    def counted(self) -> list[list[Any]]:
+        """Return what moved since the last call, for the API server's metrics."""
+        if self.sink is not None:
+            for state in ("produced", "written", "dropped"):
+                self.counts.total("events", state, n=getattr(self.sink, state))
+        if self.memory is not None:
+            self.counts.total("memory_dropped", n=self.memory.dropped)
+        self.counts.total("unread_passes", n=self.lost + self.ledger.unwatched_passes)
+        return self.counts.take()
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Forget aborted requests, once no pass with them is under way."""
+        gone = [r for r in request_ids if r in self.departed]
+        if gone:
+            self.catch_up()
+        for request_id in gone:
+            del self.departed[request_id]
+            self.ledger.forget(request_id)
 
     def so_far(self, request_id: str) -> Mapping[str, Any] | None:
         """Return what the response would say now, for stops that only the API server sees."""

@@ -6,17 +6,22 @@ import hashlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
 
+from saeguard.guard.memory import Memory
+from saeguard.guard.watchlist import WatchList
 from saeguard.vllm import selftest
-from saeguard.vllm.config import load_watchlist, settings_of
+from saeguard.vllm.config import Settings, load_watchlist, settings_of
 from saeguard.vllm.engine import EngineGuard
 from saeguard.vllm.runner import ATTRIBUTE
 
 log = structlog.get_logger("saeguard")
+
+COUNTS = "counts"
+"""Key of what moved in the running totals, taken out again by the API server."""
 
 
 def init(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> None:
@@ -27,12 +32,49 @@ def init(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) ->
     if settings is not None:
         model = scheduler.vllm_config.model_config
         name = model.served_model_name
+        watchlist = load_watchlist(settings)
         guard = EngineGuard(
-            load_watchlist(settings),
+            watchlist,
             settings,
             name[0] if isinstance(name, list) else name or model.model,
+            memory=_memory(scheduler, watchlist, settings),
         )
     setattr(scheduler, ATTRIBUTE, guard)
+    setattr(scheduler.kv_cache_manager, ATTRIBUTE, guard)
+
+
+def _memory(scheduler: Any, watchlist: WatchList, settings: Settings) -> Memory | None:
+    """Return a memory as large as the prefix cache, None where nothing is cached or watched."""
+    manager = scheduler.kv_cache_manager
+    if not manager.enable_caching or not watchlist.hooks:
+        return None
+    from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+    block, cached = scheduler.hash_block_size, manager.block_pool.cached_block_hash_to_block
+    groups = range(manager.num_kv_cache_groups)
+    tokens = manager.block_pool.num_gpu_blocks * scheduler.block_size
+
+    def in_cache(key: bytes) -> bool:
+        return any(
+            cached.get_one_block(make_block_hash_with_group_id(key, group)) is not None
+            for group in groups
+        )
+
+    memory = Memory(
+        block,
+        watchlist.columns,
+        blocks=tokens // block,
+        limit_bytes=settings.memory_mib * 2**20,
+        in_cache=in_cache,
+    )
+    most = min(memory.worst_bytes, memory.limit_bytes) / 2**20
+    log.info(
+        "saeguard remembers cached prefixes",
+        kv_cache_tokens=tokens,
+        at_most_mib=round(most, 1),
+        bytes_per_fired_latent=8,
+    )
+    return memory
 
 
 def add_request(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
@@ -58,23 +100,90 @@ def update_from_output(wrapped: Callable[..., Any], scheduler: Any, args: Any, k
     )
     packet = getattr(output, ATTRIBUTE, None)
     if packet is not None:
-        valid = guard.valid_rows(packet, scheduler, scheduled, output)
+        guard.before_update(packet, scheduled, output)
     elif scheduled.total_num_scheduled_tokens and guard.watchlist.hooks:
-        guard.unread_steps += 1
-        guard.ledger.unwatched_passes += 1
+        guard.lost_pass(scheduled.num_scheduled_tokens)
+    if guard.stopping:
+        _answer_for(guard.stopping, output)
     outputs = wrapped(*args, **kwargs)
     if packet is not None:
-        guard.ingest(packet, valid)
+        guard.after_update(packet)
+    guard.release(scheduled.finished_req_ids)
     for client in outputs.values():
         for item in client.outputs:
-            said = None
-            if item.finish_reason is not None:
-                said = guard.finish(item.request_id, str(item.finish_reason))
-            elif _stops_outside(guard.requests.get(item.request_id)):
-                said = guard.so_far(item.request_id)
-            if said is not None:
-                item.kv_transfer_params = {**(item.kv_transfer_params or {}), ATTRIBUTE: said}
+            _say(guard, item)
     return outputs
+
+
+def _say(guard: EngineGuard, item: Any) -> None:
+    """Let a request's last output carry its verdicts, and what moved in the running totals."""
+    said = None
+    if item.finish_reason is not None:
+        said = guard.finish(item.request_id, str(item.finish_reason))
+    elif _stops_outside(guard.requests.get(item.request_id)):
+        said = guard.so_far(item.request_id)
+    if said is not None:
+        said = {**said, COUNTS: guard.counted()}
+        item.kv_transfer_params = {**(item.kv_transfer_params or {}), ATTRIBUTE: said}
+
+
+def _answer_for(stopping: Iterable[str], output: Any) -> None:
+    """Let the scheduler look at requests that must stop though they sampled nothing.
+
+    A prompt can match in any of its chunks. The token that stands in is dropped in
+    `update_request`, before anything of it is kept.
+    """
+    if not output.sampled_token_ids:
+        output.sampled_token_ids = [[] for _ in output.req_ids]
+    for request_id in stopping:
+        i = output.req_id_to_index.get(request_id)
+        if i is not None and len(output.sampled_token_ids[i]) == 0:
+            output.sampled_token_ids[i] = [0]
+
+
+def update_request(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
+    """Around `Scheduler._update_request_with_output`: end what must stop, keep what is out.
+
+    Only the tokens up to the one that fired stay, as without speculation.
+    """
+    guard: EngineGuard | None = getattr(scheduler, ATTRIBUTE, None)
+    request = args[0] if args else kwargs["request"]
+    stop = guard.stopping.pop(request.request_id, None) if guard is not None else None
+    if stop is None:
+        return wrapped(*args, **kwargs)
+    sampled = args[1] if len(args) > 1 else kwargs["new_token_ids"]
+    kept = sampled[: max(0, stop.tokens - request.num_tokens)]
+    rest = {k: v for k, v in kwargs.items() if k not in {"request", "new_token_ids"}}
+    kept, ended = wrapped(request, kept, *args[2:], **rest)
+    if not ended:
+        from vllm.v1.request import RequestStatus
+
+        request.status = RequestStatus.FINISHED_STOPPED
+        request.stop_reason = f"saeguard:{stop.policy}" + (":error" if stop.error else "")
+    return kept, True
+
+
+def computed_blocks(wrapped: Callable[..., Any], manager: Any, args: Any, kwargs: Any) -> Any:
+    """Around `KVCacheManager.get_computed_blocks`: `uncached: recompute` reads only what was seen.
+
+    The whole prompt is computed again, and so is looked at.
+    """
+    found = wrapped(*args, **kwargs)
+    guard: EngineGuard | None = getattr(manager, ATTRIBUTE, None)
+    request = args[0] if args else kwargs["request"]
+    if guard is None or not found[1] or not guard.recomputes(request, found[1]):
+        return found
+    return (manager.empty_kv_cache_blocks, *(0 for _ in found[1:]))
+
+
+def reset_prefix_cache(wrapped: Callable[..., Any], manager: Any, args: Any, kwargs: Any) -> Any:
+    """Around `KVCacheManager.reset_prefix_cache`: KV is dropped where weights have changed."""
+    done = wrapped(*args, **kwargs)
+    guard: EngineGuard | None = getattr(manager, ATTRIBUTE, None)
+    if guard is not None and guard.memory is not None and done:
+        guard.catch_up()
+        guard.memory.clear()
+    return done
 
 
 def _stops_outside(request: Any) -> bool:

@@ -21,15 +21,15 @@ def record_activations() -> dict[str, dict[int, np.ndarray]]:
     from saeguard.vllm.engine import EngineGuard
 
     rows: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
-    ingest = EngineGuard.ingest
+    before_update = EngineGuard.before_update
 
     def recording(self: Any, packet: Any, *args: Any) -> None:
         for i, request_id in enumerate(packet.request_ids):
             for row in range(packet.query_start[i], packet.query_start[i + 1]):
                 rows[request_id.split("-")[0]][int(packet.positions[row])] = packet.f[row].copy()
-        ingest(self, packet, *args)
+        before_update(self, packet, *args)
 
-    EngineGuard.ingest = recording  # type: ignore[method-assign]
+    EngineGuard.before_update = recording  # type: ignore[method-assign]
     return rows
 
 

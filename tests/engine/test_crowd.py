@@ -50,14 +50,12 @@ def test_every_event_is_that_of_its_own_request(crowd: Crowd) -> None:
     assert crowd.watched.left == 0
 
 
-def test_cached_tokens_are_told(crowd: Crowd) -> None:
-    """A prompt read from the prefix cache counts as not evaluated, with the reason and number."""
+def test_a_cached_prompt_is_not_blind(crowd: Crowd) -> None:
+    """A prompt read from the prefix cache gets the very verdict it got when it was computed."""
     first, second = crowd.watched.results[-2:]
     assert (first["cached"], second["cached"] > 0) == (0, True)
-    assert "prefix_cached" not in first["saeguard"]["coverage"]["skipped"]
-    covered = second["saeguard"]["coverage"]
-    assert covered["skipped"]["prefix_cached"] == second["cached"]
-    assert covered["evaluated"] + sum(covered["skipped"].values()) == covered["tokens"]
+    assert second["saeguard"]["coverage"]["skipped"] == {"special_token": 1, "not_forwarded": 1}
+    assert second["saeguard"] == first["saeguard"]
 
 
 def test_watching_does_not_change_a_token(crowd: Crowd) -> None:

@@ -46,8 +46,6 @@ def check_verdicts(
     events = engines.events_by_request(Path(str(settings["events"])))
     checked = 0
     for result in served.results:
-        if result["cached"]:
-            continue  # its coverage is not that of the whole text
         for verdict in reference.verdicts(watchlist, result["prompt"], result["output"]):
             event = events[result["id"]][verdict.policy]
             if verdict.score is not None and abs(verdict.score - 1) < 1e-3:

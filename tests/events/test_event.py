@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard.events.event import SCHEMA, verdict_event
+from saeguard.events.event import SCHEMA, mismatch_event, verdict_event
 from saeguard.events.schema import Event, Skipped, json_schema
 from saeguard.events.sink import Sink
 from saeguard.guard.rules import judge_all
@@ -63,7 +63,7 @@ def test_the_shipped_schema_is_a_schema() -> None:
     """It is valid itself, names its version, and describes every property."""
     jsonschema.Draft202012Validator.check_schema(SHIPPED)
     assert SHIPPED["$id"] == SCHEMA
-    parts = [SHIPPED, *SHIPPED["$defs"].values()]
+    parts = SHIPPED["$defs"].values()
     assert [
         n for part in parts for n, p in part["properties"].items() if not p.get("description")
     ] == []
@@ -123,13 +123,25 @@ def test_a_missing_key_is_refused() -> None:
 
 def test_closed_lists_are_the_guards_own() -> None:
     """The schema names the outcomes, reasons, actions, modes and severities that there are."""
-    properties = SHIPPED["properties"]
+    properties = SHIPPED["$defs"]["Event"]["properties"]
 
     assert properties["verdict"]["enum"] == list(get_args(Outcome))
     assert list(Skipped.model_fields) == list(get_args(Reason))
     assert properties["action"]["enum"] == list(get_args(Action))
     assert properties["mode"]["enum"] == list(get_args(Mode))
     assert properties["severity"]["enum"] == list(get_args(Severity))
+
+
+def test_a_ledger_that_does_not_add_up_is_an_event() -> None:
+    """Under the same schema, told apart by its kind."""
+    coverage = {"tokens": 3, "evaluated": 1, "skipped": {"not_forwarded": 1}}
+
+    event = mismatch_event(
+        coverage, request_id="7-ab12", model="demo", watchlist="0" * 64, finished="stop"
+    )
+
+    assert event["event"] == "ledger_mismatch"
+    assert VALIDATOR.is_valid(event)
 
 
 def test_no_text_is_in_an_event() -> None:

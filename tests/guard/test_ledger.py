@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard.guard.ledger import Ledger, as_dict, balanced
+from saeguard.guard.ledger import Ledger
 from saeguard.guard.packet import Packet
 from saeguard.guard.rules import judge_all
+from saeguard.guard.verdict import as_dict, balanced
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.policy.types import Clamp, Name, Policy, Selection, Window
 from tests.guard import plain
@@ -148,7 +149,7 @@ def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple
             new = ledger.ingest(
                 packet([r for r, _ in rows], ran=ran), np.array([n for _, n in rows])
             )
-            for name, i in new:
+            for name, i, _, _ in new:
                 text = next(t for t in texts if t.name == name)
                 assert i not in text.first, "a first match is told once"
                 text.first[i] = 0

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard.guard.evidence import evidence
-from saeguard.guard.ledger import balanced
 from saeguard.guard.rules import judge, judge_all, on_tokens, strongest, window_score
-from saeguard.guard.verdict import Verdict
+from saeguard.guard.verdict import Verdict, balanced
 from saeguard.policy.types import And, KOf, Name, Not, Or, Policy, Selection, Window
 from tests import reference
 from tests.guard import plain

@@ -58,6 +58,7 @@ def make_policy(  # noqa: D103 - a policy with defaults for what a test does not
         action="flag" if clamp is None else "clamp",
         on_error="allow",
         scope=scope,
+        uncached="count",
         feature_set="tiny",
         rationale="for tests",
         falsepositives=(),

@@ -82,16 +82,6 @@ def test_clamp_without_latents(tmp_path: Path) -> None:
     )
 
 
-def test_unsupported_action(tmp_path: Path) -> None:
-    """What the engine cannot do is said before it is deployed."""
-    [finding] = resolve([policy(tmp_path, ("action: flag", "action: stop"))], SETS, today=EARLY)
-
-    assert (finding.line, finding.column, finding.code) == (7, 9, "action-unsupported")
-    assert finding.message == (
-        "action stop is not supported yet by this version; use one of log, flag, clamp"
-    )
-
-
 def test_dates(tmp_path: Path) -> None:
     """Past dates are warnings, from the day after."""
     found = [policy(tmp_path)]
@@ -108,7 +98,7 @@ def test_dates(tmp_path: Path) -> None:
 
 def test_file_changed_meanwhile(tmp_path: Path) -> None:
     """A finding on a file that has changed since points at the file, not at a wrong line."""
-    found = policy(tmp_path, ("action: flag", "action: stop"))
+    found = policy(tmp_path, ("feature: string_built", "feature: nowhere"))
     found.path.write_text(changed(("schema", "# moved\nschema")))
 
     [finding] = resolve([found], SETS, today=EARLY)

@@ -36,6 +36,7 @@ def test_every_key(tmp_path: Path) -> None:
         action="flag",
         on_error="allow",
         scope="output",
+        uncached="count",
         feature_set="demo/unsafe-code",
         rationale="Fires on os.system and subprocess(shell=True) with untrusted input.",
         falsepositives=("Security tutorials",),

@@ -1,0 +1,81 @@
+"""Running totals: counted beside the scheduler, shown by the API server's `/metrics`.
+
+A counter made in the engine's process does not show there. So what was counted since the last
+time rides with the next request that ends, to whichever API server that request belongs to, and
+is added to that process' Prometheus counters. Sums over API servers are right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "requests": ("Requests that ended under guard.", ()),
+    "tokens": ("Tokens of ended requests, evaluated or by the reason why not.", ("state",)),
+    "verdicts": (
+        "Verdicts of ended requests, by what was concluded.",
+        ("policy", "mode", "verdict"),
+    ),
+    "actions": ("Actions taken.", ("policy", "mode", "action")),
+    "ledger_mismatches": ("Requests whose tokens are not all accounted for; must stay 0.", ()),
+    "events": ("Events by what became of them; the difference is queued.", ("state",)),
+    "unread_passes": ("Forward passes of which nothing reached the rules.", ()),
+    "memory_dropped": ("Cached blocks whose activations were let go for want of room.", ()),
+}
+"""Prometheus counters `saeguard_<name>_total`: help text and labels."""
+
+
+class Counts:
+    """What was counted since it was last taken."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self._new: Counter[tuple[str, ...]] = Counter()
+        self._seen: Counter[tuple[str, ...]] = Counter()
+
+    def request(self, verdicts: Iterable[Any], coverage: Any) -> None:
+        """Count a request that ended, by its `Verdict`s and its own `Coverage`."""
+        self.add("requests")
+        self.add("tokens", "evaluated", n=coverage.evaluated)
+        for reason, n in coverage.skipped.items():
+            self.add("tokens", reason, n=n)
+        for v in verdicts:
+            self.add("verdicts", v.policy, v.mode, v.outcome)
+            if v.acted is not None:
+                self.add("actions", v.policy, v.mode, v.acted)
+
+    def add(self, name: str, *labels: str, n: int = 1) -> None:
+        """Count `n` more."""
+        if n:
+            self._new[name, *labels] += n
+
+    def total(self, name: str, *labels: str, n: int) -> None:
+        """Tell a total that somebody else keeps."""
+        key = (name, *labels)
+        self.add(*key, n=n - self._seen[key])
+        self._seen[key] = n
+
+    def take(self) -> list[list[Any]]:
+        """Return `[name, *labels, n]` of each counter that moved, and start anew."""
+        taken = [[*key, n] for key, n in self._new.items()]
+        self._new.clear()
+        return taken
+
+
+@cache
+def _counter(name: str) -> Any:
+    # Where metrics are shown, vLLM has loaded it; the engine's own process never needs it.
+    from prometheus_client import Counter as Metric  # noqa: PLC0415
+
+    text, labels = METRICS[name]
+    return Metric(f"saeguard_{name}", text, labels)
+
+
+def show(counts: Iterable[Sequence[Any]]) -> None:
+    """Add what an engine counted to this process' Prometheus counters."""
+    for name, *labels, n in counts:
+        metric = _counter(name)
+        (metric.labels(*labels) if labels else metric).inc(n)
