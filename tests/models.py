@@ -168,7 +168,9 @@ def write_policy(path: Path, **fields: Any) -> None:
     path.write_text(yaml.safe_dump(policy, sort_keys=False))
 
 
-def random_policies(folder: Path, latents: tuple[int, ...], seed: int = 0, count: int = 6) -> None:
+def random_policies(
+    folder: Path, latents: tuple[int, ...], seed: int = 0, count: int = 6, most: float = 1.2
+) -> None:
     """Write policies over random conditions, windows and scopes, all flagging."""
     rng = np.random.default_rng(seed)
     conditions = ["a", "a and b", "a or b", "a and not b", "2 of (a, b, c)", "a or (b and c)"]
@@ -182,7 +184,7 @@ def random_policies(folder: Path, latents: tuple[int, ...], seed: int = 0, count
             id=f"test.p{i}",
             scope=["both", "prompt", "output"][i % 3],
             detect={
-                n: {"feature": f"f{latent}", "above": round(float(rng.uniform(0.2, 1.2)), 3)}
+                n: {"feature": f"f{latent}", "above": round(float(rng.uniform(0.2, most)), 3)}
                 for n, latent in zip(names, picked, strict=True)
             },
             condition=condition,
@@ -191,11 +193,11 @@ def random_policies(folder: Path, latents: tuple[int, ...], seed: int = 0, count
         )
 
 
-def make_guarded(root: Path, family: str = "llama", seed: int = 0) -> Guarded:
-    """Make a random model, SAE, feature set and policies below `root`."""
+def make_guarded(root: Path, family: str = "llama", seed: int = 0, *, most: float = 1.2) -> Guarded:
+    """Make a random model, SAE, feature set and policies with thresholds up to `most`."""
     model = make_model(family, root / "model", seed)
     sae = make_sae(root / "sae", seed=seed)
     latents = tuple(range(0, 64, 4))
     write_feature_set(root / "feature_sets" / "tiny.yaml", sae, latents=latents)
-    random_policies(root / "policies", latents, seed)
+    random_policies(root / "policies", latents, seed, most=most)
     return Guarded(model, sae, root / "policies", root / "feature_sets", latents)

@@ -17,7 +17,7 @@ import torch
 from saeguard.guard.rules import judge_all
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import WatchList
-from saeguard.vllm.config import Settings, load_watchlist
+from saeguard.vllm.config import load_watchlist, parse_settings
 
 ROOT = Path(__file__).parents[2]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
@@ -132,7 +132,7 @@ class Reference:
 
 def compile_policies(settings: dict[str, Any]) -> WatchList:
     """Return the watch list that a server with these settings runs."""
-    return load_watchlist(Settings(**settings))
+    return load_watchlist(parse_settings(settings))
 
 
 def events_by_request(path: Path) -> dict[str, dict[str, dict[str, Any]]]:

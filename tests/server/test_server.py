@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests import models
 from tests.engine import engines
@@ -66,12 +68,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         condition="a",
         clamp={"features": ["f4"], "to": -8.0},
     )
+    models.write_policy(
+        guarded.policies / "stop.yaml",
+        id="test.stop",
+        mode="shadow",
+        action="stop",
+        scope="output",
+        detect={"a": {"feature": "f4", "above": 0.1}},
+        condition="a",
+        **{"for": "2 of 3 tokens"},
+    )
     port, events, log = free_port(), root / "events.jsonl", root / "server.log"
     env = engines.environment()
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
     command = ["serve", str(guarded.model), "--policies", str(guarded.policies)]
     command += ["--feature-sets", str(guarded.feature_sets), "--events", str(events)]
-    command += ["--request-may-enforce", "test.hidden", "--served-model-name", "tiny"]
+    command += ["--request-may-enforce", "test.hidden", "--request-may-enforce", "test.stop"]
+    command += ["--served-model-name", "tiny"]
     command += ["--dtype", "float32", "--max-model-len", "256", "--port", str(port)]
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -115,14 +128,32 @@ def _group(pid: int) -> int | None:
         return None
 
 
-def events(server: Server, count: int) -> list[dict[str, Any]]:
-    """Return the events once at least `count` have been written."""
-    for _ in range(100):
+POLICIES = 9
+
+
+def events(server: Server, request_id: str | None = None) -> list[dict[str, Any]]:
+    """Return the events, those of one request once they have all been written."""
+    for _ in range(200):
         lines = server.events.read_text().splitlines() if server.events.exists() else []
-        if len(lines) >= count:
+        found = [json.loads(line) for line in lines]
+        if request_id is None:
+            return found
+        found = [e for e in found if request_id in e["request_id"]]
+        if len(found) >= POLICIES:
             break
         time.sleep(0.1)
-    return [json.loads(line) for line in lines]
+    return found
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Return what `/metrics` says of the guard."""
+    text = httpx.get(f"{server.client.base_url}".removesuffix("v1/") + "metrics").text
+    return {
+        sample.name + "".join(f",{k}={v}" for k, v in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("saeguard_") and not sample.name.endswith("_created")
+    }
 
 
 def chat(server: Server, **more: Any) -> Any:
@@ -147,10 +178,9 @@ def test_a_response_says_what_fired(server: Server) -> None:
 
 def test_shadow_and_log_stay_with_the_operator(server: Server) -> None:
     """A matching shadow policy is in the events and not in the response."""
-    before = len(events(server, 0))
     response = chat(server)
     assert "test.hidden" not in {v["policy"] for v in response.saeguard["verdicts"]}
-    new = [e for e in events(server, before + 8)[before:] if e["policy"] == "test.hidden"]
+    new = [e for e in events(server, response.id) if e["policy"] == "test.hidden"]
     assert [(e["verdict"], e["mode"], e["acted"]) for e in new] == [("match", "shadow", None)]
 
 
@@ -213,15 +243,56 @@ def test_a_request_can_be_stricter_but_not_choose_freely(server: Server) -> None
             chat(server, extra_body={"vllm_xargs": xargs})
 
 
+def test_a_policy_can_stop_a_request(server: Server) -> None:
+    """The text ends at the token that fired, with a reason that names the policy."""
+    whole = chat(server, max_tokens=40, logprobs=True)
+    asked = {"extra_body": {"vllm_xargs": {"saeguard_enforce": "test.stop"}}, "max_tokens": 40}
+    stopped = chat(server, logprobs=True, **asked)
+    choice = stopped.choices[0]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", "saeguard:test.stop")
+    assert stopped.saeguard["action"] == "stop"
+    verdict = next(v for v in stopped.saeguard["verdicts"] if v["policy"] == "test.stop")
+    kept = verdict["first_token"] + 1 - stopped.usage.prompt_tokens
+    assert 0 < stopped.usage.completion_tokens == kept < whole.usage.completion_tokens
+    tokens = [t.token for t in whole.choices[0].logprobs.content]
+    assert [t.token for t in choice.logprobs.content] == tokens[:kept]
+
+    chunks = list(chat(server, stream=True, **asked))
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].choices[0].model_extra["stop_reason"] == "saeguard:test.stop"
+    assert chunks[-1].model_extra["saeguard"]["action"] == "stop"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert text == choice.message.content
+
+
+def test_totals_are_at_metrics(server: Server) -> None:
+    """Requests, tokens by what became of them, verdicts and actions by policy; no mismatch."""
+    before = metrics(server)
+    response = chat(server)
+    after = metrics(server)
+
+    def moved(name: str) -> float:
+        return after.get(name, 0) - before.get(name, 0)
+
+    covered = response.saeguard["coverage"]
+    assert moved("saeguard_requests_total") == 1
+    assert moved("saeguard_tokens_total,state=evaluated") == covered["evaluated"]
+    assert moved("saeguard_tokens_total,state=not_forwarded") == 1
+    assert moved("saeguard_verdicts_total,mode=enforce,policy=test.quiet,verdict=no_match") == 1
+    assert moved("saeguard_actions_total,action=flag,mode=enforce,policy=test.p0") == 1
+    assert "saeguard_ledger_mismatches_total" not in after
+    assert after["saeguard_events_total,state=produced"] >= POLICIES
+
+
 def test_an_aborted_stream_is_accounted_for(server: Server) -> None:
     """A client that walks away leaves events that say so."""
-    before = len(events(server, 0))
     stream = chat(server, stream=True, max_tokens=150)
-    next(iter(stream))
+    first = next(iter(stream))
     stream.close()
-    new = [e for e in events(server, before + 8)[before:] if e["finished"] == "abort"]
+    new = events(server, first.id)
     assert {e["policy"] for e in new} >= {"test.p0", "test.quiet"}
     for event in new:
+        assert event["finished"] == "abort"
         covered = event["coverage"]
         assert covered["tokens"] == covered["evaluated"] + sum(covered["skipped"].values())
 
@@ -251,22 +322,19 @@ def test_a_blind_server_ends(server: Server, tmp_path: Path) -> None:
 
 def test_many_at_once_then_a_clean_end(server: Server) -> None:
     """Forty concurrent requests, then SIGTERM: every request has its events, no process is left."""
-    before = len(events(server, 0))
 
     def ask(i: int) -> Any:
         return chat(server, messages=[{"role": "user", "content": f"{i} " * (1 + i % 7)}])
 
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(ask, range(40)))
-    assert all(a.saeguard["policies"] == 8 for a in answers)
+    assert all(a.saeguard["policies"] == POLICIES for a in answers)
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(60)
-    new = events(server, before + 40 * 8)[before:]
-    assert len(new) == 40 * 8
-    by_request: dict[str, int] = {}
-    for event in new:
-        by_request[event["request_id"]] = by_request.get(event["request_id"], 0) + 1
-    assert set(by_request.values()) == {8}
+    found = events(server)
+    for answer in answers:
+        mine = [e for e in found if answer.id in e["request_id"]]
+        assert len({e["policy"] for e in mine}) == len(mine) == POLICIES
     deadline = time.monotonic() + 20
     while (left := alive(server.process.pid)) and time.monotonic() < deadline:
         time.sleep(0.2)
