@@ -30,7 +30,7 @@ def configs() -> dict[str, Any]:
         "intermediate_size": 128,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
     }
     grouped = {**common, "num_key_value_heads": 1}
     return {

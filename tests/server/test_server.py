@@ -85,7 +85,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command += ["--feature-sets", str(guarded.feature_sets), "--events", str(events)]
     command += ["--request-may-enforce", "test.hidden", "--request-may-enforce", "test.stop"]
     command += ["--served-model-name", "tiny"]
-    command += ["--dtype", "float32", "--max-model-len", "256", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "4096", "--port", str(port)]
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "saeguard", *command, "--host", "127.0.0.1"],
@@ -286,7 +286,7 @@ def test_totals_are_at_metrics(server: Server) -> None:
 
 def test_an_aborted_stream_is_accounted_for(server: Server) -> None:
     """A client that walks away leaves events that say so."""
-    stream = chat(server, stream=True, max_tokens=150)
+    stream = chat(server, stream=True, max_tokens=3500)  # seconds, whatever else runs
     first = next(iter(stream))
     stream.close()
     new = events(server, first.id)
