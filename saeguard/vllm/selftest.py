@@ -3,9 +3,11 @@
 A stale compile cache, a model family that returns something else, a hook that tracing dropped, a
 seam that vLLM moved: all look alike from outside, a guard that is always quiet. So one short
 prompt is served twice. The first time it bypasses the compiled graph, and the activations must be
-those of the residual stream that the *next* block consumes, added up from what its own first
-normalisation is given. The second time it takes the path that all traffic takes, and must show
-the same activations, every token accounted for.
+those of the residual stream that the *next* block consumes, which the first module inside it
+tells: a normalisation that adds two halves returns their sum beside its own result; any other,
+or an attention where norms come after, is given the stream as its one input. The second time the
+prompt takes the path that all traffic takes, and must show the same activations, every token
+accounted for.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import structlog
 import torch
 from torch import nn
 
-from saeguard.guard.tap import Tap
+from saeguard.guard.tap import Tap, as_rows
 from saeguard.vllm.layers import decoder_layers
 
 log = structlog.get_logger("saeguard")
@@ -133,6 +135,12 @@ class Observation:
                     f"saeguard self-test: nothing could be observed behind layer {tap.layer}; "
                     "this model family is not supported"
                 )
+            if x.dim() != 2 or x.shape[1] != tap.W.shape[0]:  # noqa: PLR2004
+                raise SelfTestError(
+                    f"saeguard self-test: behind layer {tap.layer} goes a tensor of shape "
+                    f"{list(x.shape)}, expected [tokens, {tap.W.shape[0]}]: not one residual "
+                    "stream. This model family is not supported."
+                )
             pre = x[:rows].to(tap.W.device) @ tap.W + tap.b
             scale = pre.abs().max().clamp(min=1e-6)
             # Within rounding of its threshold a latent may show on one side only.
@@ -160,27 +168,47 @@ def _bypass_graphs(_module: nn.Module, _args: Any) -> None:
 def _observe(
     model: nn.Module, layers: nn.ModuleList, taps: tuple[Tap, ...], seen: dict[int, torch.Tensor]
 ) -> list[Any]:
-    """Hook whatever first consumes each tapped layer's output; record the sum it is given."""
-    handles = []
-    ready = {tap.layer: False for tap in taps}
-    for tap in taps:
-        last = tap.layer + 1 == len(layers)
-        consumer = model if last else layers[tap.layer + 1]
+    """Hook what lies behind each tapped layer; record the stream that its first module consumes."""
+    return [
+        handle
+        for tap in taps
+        for handle in _observe_layer(
+            layers[tap.layer],
+            model if tap.layer + 1 == len(layers) else layers[tap.layer + 1],
+            tap.layer,
+            seen,
+        )
+    ]
 
-        def arm(_m: nn.Module, _a: Any, _o: Any, layer: int = tap.layer) -> None:
-            ready[layer] = True
 
-        def record(_m: nn.Module, args: Any, kwargs: Any, layer: int = tap.layer) -> None:
-            given = [t for t in (*args, *kwargs.values()) if _is_residual(t)]
-            if ready[layer] and given and layer not in seen:
-                seen[layer] = torch.stack([t.detach().float() for t in given]).sum(0)
+def _observe_layer(
+    tapped: nn.Module, consumer: nn.Module, layer: int, seen: dict[int, torch.Tensor]
+) -> list[Any]:
+    first: list[nn.Module | None] = []
 
-        handles.append(layers[tap.layer].register_forward_hook(arm))
-        norms = [m for m in consumer.modules() if "norm" in type(m).__name__.lower()]
-        handles += [
-            m.register_forward_pre_hook(record, with_kwargs=True) for m in norms or [consumer]
-        ]
-    return handles
+    def arm(_module: nn.Module, _args: Any, _output: Any) -> None:
+        if layer not in seen:
+            first[:] = [None]
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [t for t in (*args, *kwargs.values()) if _is_residual(t)]
+        if first == [None] and given:
+            first[:] = [module]
+            if len(given) == 1:  # of two, nothing but the module knows what becomes
+                seen[layer] = as_rows(given[0].detach().float().clone())
+
+    def leave(module: nn.Module, _args: Any, output: Any) -> None:
+        if first and first[0] is module:
+            first.clear()
+            if isinstance(output, tuple) and len(output) > 1 and _is_residual(output[1]):
+                seen[layer] = as_rows(output[1].detach().float().clone())
+
+    inside = [module for module in consumer.modules() if module is not consumer]
+    return [
+        tapped.register_forward_hook(arm),
+        *(module.register_forward_pre_hook(enter, with_kwargs=True) for module in inside),
+        *(module.register_forward_hook(leave) for module in inside),
+    ]
 
 
 def _is_residual(value: Any) -> bool:
