@@ -28,6 +28,9 @@ class Tap:
     theta: torch.Tensor
     f: torch.Tensor
     """[max_tokens, watched] float32: activations of the last pass."""
+    halves: torch.Tensor
+    """[] float32: 1 where a block's second value is still to be added, 0 where it is a left-over
+    that the next block ignores. The start-up self-test finds out."""
     ticks: torch.Tensor
     """[] int64: how often the op ran since it was set to 0, which it is before each pass."""
     rows: Rows
@@ -56,7 +59,9 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
     hidden = as_rows(hidden)
     f = tap.f[: hidden.shape[0]]
     try:
-        x = hidden.float() if residual is None else torch.add(hidden.float(), as_rows(residual))
+        x = hidden.float()
+        if residual is not None:
+            x = torch.addcmul(x, as_rows(residual).float(), tap.halves)
         pre = torch.addmm(tap.b, x, tap.W)
         # A product rather than a choice, so that NaN stays NaN and is seen.
         torch.mul(pre, pre > tap.theta, out=f)
@@ -102,6 +107,7 @@ def install_taps(
             b=hook.b.to(device),
             theta=hook.theta.to(device),
             f=torch.zeros(max_tokens, hook.W.shape[0], device=device),
+            halves=torch.ones((), device=device),
             ticks=torch.zeros((), dtype=torch.int64, device=device),
             rows=rows,
             clamp=None

@@ -102,7 +102,7 @@ class PostNorm(nn.Module):
 
 
 class Stale(Halves):
-    """Two values, of which the second is what came in: Cohere."""
+    """Two values, of which the second is what came in and is ignored: Cohere, StableLM."""
 
     norm = Ignoring
 
@@ -147,10 +147,16 @@ def self_test(block: type[nn.Module], layer: int, shape: tuple[int, ...]) -> Non
     taps = install_taps(watchlist, max_tokens=64, slots=1, device=torch.device("cpu"))
     hook_layer(model.layers, layer)
     observation = Observation()
-    _observe(model, model.layers, taps, observation.residual)
+    hooks = _observe(model, model.layers, taps, observation)
     halves = 2 if issubclass(block, Halves) and block is not PreNorm else 1
+    state = torch.randn(halves, *shape)
     with torch.no_grad():
-        model(*torch.randn(halves, *shape))
+        model(*state)
+        observation.settle(taps)
+        for hook in hooks:
+            hook.remove()
+        taps[0].ticks.zero_()
+        model(*state)
     observation.compare(taps, ROWS, torch.float32)
 
 
@@ -162,16 +168,26 @@ def test_accepts(block: type[nn.Module], shape: tuple[int, ...], layer: int) -> 
     self_test(block, layer, shape)
 
 
+def test_a_left_over_is_not_added() -> None:
+    """The next block shows that it consumes the first of two values alone."""
+    self_test(Stale, 0, (ROWS, FEATURES))
+
+
+def test_a_left_over_before_the_final_norm_is_refused() -> None:
+    """That norm is given both, and does not show which it ignores."""
+    with pytest.raises(SelfTestError, match="does not read the residual stream"):
+        self_test(Stale, 1, (ROWS, FEATURES))
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize(
     ("block", "shape", "message"),
     [
-        (Stale, (ROWS, FEATURES), "does not read the residual stream"),
         (Untold, (ROWS, FEATURES), "nothing could be observed"),
         (PreNorm, (4, ROWS, FEATURES), r"shape \[4, 6, 5\], expected \[tokens, 5\]"),
     ],
 )
 def test_refuses(block: type[nn.Module], shape: tuple[int, ...], message: str, layer: int) -> None:
-    """A second value that is no half, a sum nobody shows, several streams a token."""
+    """A sum that nobody shows, several streams a token."""
     with pytest.raises(SelfTestError, match=message):
         self_test(block, layer, shape)
