@@ -1,6 +1,7 @@
 # Everything below creates .venv if need be and installs what it needs.
 #   make demo   a guarded vLLM server on real prompts, in the terminal and as a page
 #   make test   the test suite (make test-all adds what takes long)
+#   make parity measure every model family again and rewrite the table of docs/parity.md
 #   make check  format, lint, types
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all check format bench build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all parity check format bench build doctor clean
 
 setup: $(READY)
 
@@ -52,6 +53,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+parity: setup
+	$(BIN)/python -m tests.engine.parity_table
 
 check: setup
 	$(BIN)/ruff format --check .

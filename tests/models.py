@@ -20,29 +20,72 @@ HIDDEN = 64
 LAYERS = 3
 
 
-def configs() -> dict[str, Any]:
-    """Return one small configuration per model family, by name."""
-    import transformers as t
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 4096,
+}
+GROUPED = {"num_key_value_heads": 1}
+HEADS = {"num_key_value_heads": 1, "head_dim": 32}
+EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+GEMMA = {**HEADS, "query_pre_attn_scalar": 32, "sliding_window": 24}
+LATENT = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,  # this and the next: the sizes that vLLM's kernels are made for
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 128,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 4096,
-    }
-    grouped = {**common, "num_key_value_heads": 1}
-    return {
-        "llama": t.LlamaConfig(**grouped),
-        "qwen3": t.Qwen3Config(**grouped, head_dim=32),
-        "gemma2": t.Gemma2Config(**grouped, head_dim=32, query_pre_attn_scalar=32),
-        "gemma3": t.Gemma3TextConfig(**grouped, head_dim=32, query_pre_attn_scalar=32),
-        "gpt2": t.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=2, n_positions=512
-        ),
-        "gpt_neox": t.GPTNeoXConfig(**common, rotary_pct=0.25),
-    }
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": {**HEADS, "sliding_window": 24},
+    "qwen2": GROUPED,
+    "qwen3": HEADS,
+    "qwen3_moe": {**HEADS, **EXPERTS},
+    "mixtral": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma": HEADS,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "phi": GROUPED,
+    "phi3": GROUPED,
+    "gpt2": {},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "olmo2": GROUPED,
+    "granite": {
+        **GROUPED,
+        "residual_multiplier": 0.22,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 8.0,
+    },
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
+    "stablelm": GROUPED,
+    "cohere": GROUPED,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": {**LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "gpt_oss": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24},
+}
+"""Small configurations, by Transformers' model type: what differs from `COMMON`."""
+
+
+def config_of(family: str) -> Any:
+    """Return the small configuration of a model family."""
+    import transformers
+
+    return transformers.AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
 
 
 def make_model(family: str, path: Path, seed: int = 0) -> Path:
@@ -50,7 +93,7 @@ def make_model(family: str, path: Path, seed: int = 0) -> Path:
     import transformers as t
 
     torch.manual_seed(seed)
-    config = configs()[family]
+    config = config_of(family)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
     model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

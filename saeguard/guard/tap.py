@@ -28,6 +28,9 @@ class Tap:
     theta: torch.Tensor
     f: torch.Tensor
     """[max_tokens, watched] float32: activations of the last pass."""
+    halves: torch.Tensor
+    """[] float32: 1 where a block's second value is still to be added, 0 where it is a left-over
+    that the next block ignores. The start-up self-test finds out."""
     ticks: torch.Tensor
     """[] int64: how often the op ran since it was set to 0, which it is before each pass."""
     rows: Rows
@@ -41,13 +44,24 @@ _library: Any = torch.library.Library("saeguard", "DEF")  # type: ignore[no-unty
 _library.define("tap(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Drop the batch dimension of blocks that are Transformers' own: [1, tokens, d] to [tokens, d].
+
+    Any other third dimension stays, and the product or the self-test refuses it.
+    """
+    return x.squeeze(0) if x.dim() == 3 else x  # noqa: PLR2004
+
+
 def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
     tap = TAPS.get(layer)
     if tap is None:  # a graph that outlived its guard; the start-up self-test reports it
         return
+    hidden = as_rows(hidden)
     f = tap.f[: hidden.shape[0]]
     try:
-        x = hidden.float() if residual is None else torch.add(hidden.float(), residual)
+        x = hidden.float()
+        if residual is not None:
+            x = torch.addcmul(x, as_rows(residual).float(), tap.halves)
         pre = torch.addmm(tap.b, x, tap.W)
         # A product rather than a choice, so that NaN stays NaN and is seen.
         torch.mul(pre, pre > tap.theta, out=f)
@@ -56,7 +70,7 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
     except RuntimeError:  # out of memory among them: serving goes on, the verdict says `error`
         if torch.compiler.is_compiling() or _capturing():
             raise
-        f.fill_(torch.nan)
+        tap.f.fill_(torch.nan)  # all of it: which rows are this pass's may be what went wrong
     tap.ticks.add_(1)
 
 
@@ -93,6 +107,7 @@ def install_taps(
             b=hook.b.to(device),
             theta=hook.theta.to(device),
             f=torch.zeros(max_tokens, hook.W.shape[0], device=device),
+            halves=torch.ones((), device=device),
             ticks=torch.zeros((), dtype=torch.int64, device=device),
             rows=rows,
             clamp=None

@@ -79,14 +79,21 @@ def load_model(path: str | Path) -> LanguageModel:
         ModelError: the folder holds no causal language model with safetensors weights.
     """
     # Seconds to import, and the commands that need no model shall not wait.
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     folder = Path(path).resolve()
     if not (folder / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; give the folder of a Hugging Face model")
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Transformers' default attention leaves out Gemma 2's soft cap; vLLM does not.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="eager" if capped else None,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:

@@ -81,7 +81,9 @@ def end(runner: Any, guard: WorkerGuard) -> None:
     prompt = testing and int(positions[0]) == 0  # a later pass can have several rows: drafts
     if testing:
         guard.observation.stop()
-    if prompt:
+    if prompt and request_ids[0] == EAGER:
+        guard.observation.settle(guard.taps)
+    elif prompt:
         rows = int(query_start[-1])
         guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
     guard.after()

@@ -2,10 +2,12 @@
 
 A stale compile cache, a model family that returns something else, a hook that tracing dropped, a
 seam that vLLM moved: all look alike from outside, a guard that is always quiet. So one short
-prompt is served twice. The first time it bypasses the compiled graph, and the activations must be
-those of the residual stream that the *next* block consumes, added up from what its own first
-normalisation is given. The second time it takes the path that all traffic takes, and must show
-the same activations, every token accounted for.
+prompt is served twice. The first time it bypasses the compiled graph, to see what the *next* block
+consumes, which the first module inside it tells: a normalisation that adds two halves returns
+their sum beside its own result; any other, or an attention where norms come after, is given the
+stream as its one input. That also settles whether the second of two values that a block returns is
+a half or a left-over. The second time the prompt takes the path that all traffic takes: its
+activations must be those of that stream, and every token accounted for.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import structlog
 import torch
 from torch import nn
 
-from saeguard.guard.tap import Tap
+from saeguard.guard.tap import Tap, as_rows
 from saeguard.vllm.layers import decoder_layers
 
 log = structlog.get_logger("saeguard")
@@ -92,11 +94,14 @@ def _request(core: Any, request_id: str) -> Any:
 
 
 class Observation:
-    """What the worker's model showed in the eager pass, to compare the served pass with."""
+    """What the worker's model shows in the eager pass, to compare the served pass with."""
 
     def __init__(self) -> None:
         """Nothing has been seen yet."""
         self.residual: dict[int, torch.Tensor] = {}
+        """By layer: the stream that the next block consumes, [tokens, d]."""
+        self.returned: dict[int, tuple[torch.Tensor, ...]] = {}
+        """By layer: the values that the block returned."""
         self._hooks: list[Any] = []
 
     def watch(self, model: Any, depth: int, taps: tuple[Tap, ...]) -> None:
@@ -104,13 +109,23 @@ class Observation:
         if not self.residual:
             self._hooks = [
                 model.register_forward_pre_hook(_bypass_graphs),
-                *_observe(model, decoder_layers(model, depth), taps, self.residual),
+                *_observe(model, decoder_layers(model, depth), taps, self),
             ]
 
     def stop(self) -> None:
         """Remove what `watch` put in."""
         while self._hooks:
             self._hooks.pop().remove()
+
+    def settle(self, taps: tuple[Tap, ...]) -> None:
+        """Tell each tap whether to add the second value that its block returns."""
+        for tap in taps:
+            x, returned = self.residual.get(tap.layer), self.returned.get(tap.layer, ())
+            if x is None or len(returned) < 2:  # noqa: PLR2004
+                continue
+            hidden, other = returned
+            left_over = (x - hidden).abs().max() < (x - hidden - other).abs().max()
+            tap.halves.fill_(0.0 if left_over else 1.0)
 
     def compare(self, taps: tuple[Tap, ...], rows: int, dtype: torch.dtype) -> None:
         """Compare the taps' activations of a prompt pass with the observed residual.
@@ -132,6 +147,12 @@ class Observation:
                 raise SelfTestError(
                     f"saeguard self-test: nothing could be observed behind layer {tap.layer}; "
                     "this model family is not supported"
+                )
+            if x.dim() != 2 or x.shape[1] != tap.W.shape[0]:  # noqa: PLR2004
+                raise SelfTestError(
+                    f"saeguard self-test: behind layer {tap.layer} goes a tensor of shape "
+                    f"{list(x.shape)}, expected [tokens, {tap.W.shape[0]}]: not one residual "
+                    "stream. This model family is not supported."
                 )
             pre = x[:rows].to(tap.W.device) @ tap.W + tap.b
             scale = pre.abs().max().clamp(min=1e-6)
@@ -158,29 +179,55 @@ def _bypass_graphs(_module: nn.Module, _args: Any) -> None:
 
 
 def _observe(
-    model: nn.Module, layers: nn.ModuleList, taps: tuple[Tap, ...], seen: dict[int, torch.Tensor]
+    model: nn.Module, layers: nn.ModuleList, taps: tuple[Tap, ...], seen: Observation
 ) -> list[Any]:
-    """Hook whatever first consumes each tapped layer's output; record the sum it is given."""
-    handles = []
-    ready = {tap.layer: False for tap in taps}
-    for tap in taps:
-        last = tap.layer + 1 == len(layers)
-        consumer = model if last else layers[tap.layer + 1]
+    """Hook each tapped layer and what lies behind it: what one returns, the other consumes."""
+    return [
+        handle
+        for tap in taps
+        for handle in _observe_layer(
+            layers[tap.layer],
+            model if tap.layer + 1 == len(layers) else layers[tap.layer + 1],
+            tap.layer,
+            seen,
+        )
+    ]
 
-        def arm(_m: nn.Module, _a: Any, _o: Any, layer: int = tap.layer) -> None:
-            ready[layer] = True
 
-        def record(_m: nn.Module, args: Any, kwargs: Any, layer: int = tap.layer) -> None:
-            given = [t for t in (*args, *kwargs.values()) if _is_residual(t)]
-            if ready[layer] and given and layer not in seen:
-                seen[layer] = torch.stack([t.detach().float() for t in given]).sum(0)
+def _observe_layer(
+    tapped: nn.Module, consumer: nn.Module, layer: int, seen: Observation
+) -> list[Any]:
+    first: list[nn.Module | None] = []
 
-        handles.append(layers[tap.layer].register_forward_hook(arm))
-        norms = [m for m in consumer.modules() if "norm" in type(m).__name__.lower()]
-        handles += [
-            m.register_forward_pre_hook(record, with_kwargs=True) for m in norms or [consumer]
-        ]
-    return handles
+    def arm(_module: nn.Module, _args: Any, output: Any) -> None:
+        if layer not in seen.residual:
+            first[:] = [None]
+            values = output[:2] if isinstance(output, tuple) else (output,)
+            seen.returned[layer] = tuple(_copy(v) for v in values if _is_residual(v))
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [t for t in (*args, *kwargs.values()) if _is_residual(t)]
+        if first == [None] and given:
+            first[:] = [module]
+            if len(given) == 1:  # of two, nothing but the module knows what becomes
+                seen.residual[layer] = _copy(given[0])
+
+    def leave(module: nn.Module, _args: Any, output: Any) -> None:
+        if first and first[0] is module:
+            first.clear()
+            if isinstance(output, tuple) and len(output) > 1 and _is_residual(output[1]):
+                seen.residual[layer] = _copy(output[1])
+
+    inside = [module for module in consumer.modules() if module is not consumer]
+    return [
+        tapped.register_forward_hook(arm),
+        *(module.register_forward_pre_hook(enter, with_kwargs=True) for module in inside),
+        *(module.register_forward_hook(leave) for module in inside),
+    ]
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return as_rows(x.detach().float().clone())
 
 
 def _is_residual(value: Any) -> bool:

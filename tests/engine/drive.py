@@ -33,10 +33,30 @@ def record_activations() -> dict[str, dict[int, np.ndarray]]:
     return rows
 
 
+def record_block() -> list[str]:
+    """Keep the form of what tapped blocks return, as the self-test's uncompiled pass shows it."""
+    from saeguard.vllm import selftest
+
+    observe, forms = selftest._observe, []
+
+    def note(_module: Any, _args: Any, output: Any) -> None:
+        first = output if hasattr(output, "dim") else output[0]
+        form = "one tensor" if first is output else "(hidden, residual)"
+        forms.append(f"{form}, batch of 1" if first.dim() > 2 else form)
+
+    def observing(model: Any, layers: Any, taps: Any, seen: Any) -> list[Any]:
+        noting = [layers[tap.layer].register_forward_hook(note) for tap in taps]
+        return [*observe(model, layers, taps, seen), *noting]
+
+    selftest._observe = observing
+    return forms
+
+
 def main(job_path: Path, out_path: Path) -> None:
     """Run the job."""
     job = json.loads(job_path.read_text())
-    rows = record_activations() if "saeguard" in job["engine"].get("additional_config", {}) else {}
+    guarded = "saeguard" in job["engine"].get("additional_config", {})
+    rows, forms = (record_activations(), record_block()) if guarded else ({}, [])
     from vllm import LLM, SamplingParams
 
     llm = LLM(**job["engine"])
@@ -59,7 +79,9 @@ def main(job_path: Path, out_path: Path) -> None:
     guard = getattr(core.scheduler, "saeguard", None)
     leftover = 0 if guard is None else len(guard.ledger)
     core.scheduler.shutdown()
-    out_path.with_suffix(".json").write_text(json.dumps({"results": results, "left": leftover}))
+    out_path.with_suffix(".json").write_text(
+        json.dumps({"results": results, "left": leftover, "blocks": forms})
+    )
     np.savez(
         out_path,
         **{

@@ -31,6 +31,8 @@ class Served:
     activations: dict[str, tuple[np.ndarray, np.ndarray]]
     """By request id: positions and activations."""
     left: int
+    blocks: list[str]
+    """What each tapped block returns."""
     log: str
 
 
@@ -84,6 +86,7 @@ def serve(
         out["results"],
         {i: (arrays[f"{i}.positions"], arrays[f"{i}.f"]) for i in ids},
         out["left"],
+        out["blocks"],
         log,
     )
 
@@ -111,7 +114,10 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self.layer = layer
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        # Transformers' other attention leaves out the soft cap of Gemma 2's logits.
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         self.sae = SAE.load_from_disk(str(sae))
 
     @torch.no_grad()

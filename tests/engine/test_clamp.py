@@ -25,7 +25,7 @@ class ClampedReference(engines.Reference):
         """Watch latent `detect`; from its first match on, set latent `clamp` to `TO`."""
         super().__init__(guarded.model, guarded.sae)
         self.detect, self.clamp, self.window, self.scope_from = detect, clamp, window, 0
-        self.model.model.layers[self.layer].register_forward_hook(self._edit)
+        self.model.base_model.layers[self.layer].register_forward_hook(self._edit)
 
     def _edit(self, _module: Any, _args: Any, output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
@@ -52,9 +52,9 @@ class ClampedReference(engines.Reference):
         return text[len(prompt) :]
 
 
-def guarded_with_clamps(root: Path) -> models.Guarded:
+def guarded_with_clamps(root: Path, family: str) -> models.Guarded:
     """Make a model with two shadow clamps that requests may have enforced."""
-    model = models.make_model("llama", root / "model")
+    model = models.make_model(family, root / "model")
     sae = models.make_sae(root / "sae")
     models.write_feature_set(root / "feature_sets" / "tiny.yaml", sae, latents=(4, 8))
     for name, scope, window in (("both", "both", "1 of 1"), ("output", "output", "2 of 4")):
@@ -72,9 +72,11 @@ def guarded_with_clamps(root: Path) -> models.Guarded:
     return models.Guarded(model, sae, root / "policies", root / "feature_sets", (4, 8))
 
 
-def serve_mixed(root: Path, *, v2: bool, count: int, longest: int, tokens: int) -> tuple[Any, Any]:
+def serve_mixed(
+    root: Path, *, v2: bool, count: int, longest: int, tokens: int, family: str = "llama"
+) -> tuple[Any, Any]:
     """Serve a batch in which every third request has a clamp enforced, in small chunks."""
-    guarded = guarded_with_clamps(root)
+    guarded = guarded_with_clamps(root, family)
     prompts = engines.random_prompts(count, seed=11, longest=longest)
     batch = engines.requests(prompts, max_tokens=tokens)
     for i, request in enumerate(batch):
@@ -133,6 +135,16 @@ def test_clamped_texts_equal_the_reference(
 ) -> None:
     """Chunked, batched with unclamped requests, and served twice with prefix caching on."""
     _, guarded, served = mixed
+    check(guarded, served, COUNT, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_neox", "stablelm"])
+def test_clamps_on_other_forms_of_output(family: str, tmp_path: Path) -> None:
+    """A tensor with a batch dimension, and two values of which one is a left-over."""
+    guarded, served = serve_mixed(
+        tmp_path, v2=False, count=COUNT, longest=70, tokens=16, family=family
+    )
     check(guarded, served, COUNT, 16)
 
 

@@ -387,6 +387,34 @@ def test_an_error_in_the_encoder_is_seen_as_nan(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(hidden, torch.ones(2, FEATURES))
 
 
+def test_a_batch_dimension_of_one_is_no_row() -> None:
+    """Blocks that are Transformers' own hand on `[1, tokens, d]`: read and edited all the same."""
+    tap, _ = one_tap(simple())
+    assert tap.clamp is not None
+    torch.manual_seed(0)
+    halves = torch.randn(2, 5, FEATURES) + 1
+    seen = []
+    for shape in ((5, FEATURES), (1, 5, FEATURES)):
+        clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+        lay_out(tap.rows, [1], np.array([0, 5]), torch.arange(5))
+        hidden, residual = (half.clone().reshape(shape) for half in halves)
+        torch.ops.saeguard.tap(hidden, residual, 0)
+        seen.append((tap.f[:5].clone(), hidden.reshape(5, FEATURES)))
+
+    assert not torch.equal(seen[0][1], halves[0])
+    for flat, batched in zip(*seen, strict=True):
+        assert torch.equal(flat, batched)
+
+
+def test_several_streams_a_token_are_seen_as_nan() -> None:
+    """No row may keep what an earlier pass left there, whichever dimension counts tokens."""
+    watchlist = make_watchlist([simple()], [make_hook()])
+    (tap,) = install_taps(watchlist, max_tokens=8, slots=1, device=CPU)
+    torch.ops.saeguard.tap(torch.ones(4, 2, FEATURES), None, 0)
+
+    assert tap.f.isnan().all()
+
+
 def test_half_precision_is_added_in_float32() -> None:
     """`hidden + residual` loses nothing that float32 holds."""
     watchlist = make_watchlist([simple()], [make_hook()])

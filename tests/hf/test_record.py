@@ -10,6 +10,7 @@ from torch import nn
 
 from saeguard.hf.model import ModelError, find_layers, load_model
 from saeguard.hf.record import record
+from tests.models import make_model
 from tests.tiny import LAYERS, D, save_model
 
 TEXTS = [[1, 5, 6, 7], [1, 9], [1, *range(20, 60)], [], [1, 8, 8, 8, 8, 8, 8]]
@@ -42,6 +43,27 @@ class TestResidual:
         assert list(together) == [1, 0, 4, 2]
         for i, residuals in together.items():
             torch.testing.assert_close(residuals[1], alone[i][1], rtol=1e-4, atol=1e-4)
+
+
+def test_soft_caps_are_kept(tmp_path: Path) -> None:
+    """Gemma 2's attention logits are capped as vLLM caps them; Transformers' default drops it."""
+    from transformers import AutoModelForCausalLM
+
+    make_model("gemma2", tmp_path)
+    lm = load_model(tmp_path)
+    capped, default = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention).eval()
+        for attention in ("eager", "sdpa")
+    )
+    tokens = torch.tensor([[1, *range(20, 60)]])
+    with torch.no_grad():
+        expected, other = (
+            m(tokens, output_hidden_states=True).hidden_states[2] for m in (capped, default)
+        )
+        got = lm.model(tokens, output_hidden_states=True).hidden_states[2]
+
+    assert torch.equal(expected, got)
+    assert not torch.allclose(expected, other, rtol=0, atol=1e-4)
 
 
 def test_hooks_are_removed(tmp_path: Path) -> None:
