@@ -183,4 +183,4 @@ def skip(rules: Rules, s: State, slot: int, position: int, why: int) -> None:
     if rules.longest > 1:
         missed = np.arange(max(int(s.next[slot]), position - rules.longest), position)
         s.ring[slot, missed % rules.longest] = -np.inf
-    s.next[slot] = s.whole_from[slot] = position
+    s.next[slot] = position

@@ -179,14 +179,18 @@ class Ledger:
     def _ingest_alone(
         self, packet: Packet, request_id: str, slot: int, rows: np.ndarray, tokens: Tokens
     ) -> list[Hit]:
-        """Advance one request by consecutive rows, those left out that were seen before."""
+        """Advance one request by consecutive rows, those left out that were seen before.
+
+        What is computed again, after a preemption, is remembered again: it may have been let go
+        with the cache's block in between.
+        """
         hits: list[Hit] = []
-        fresh = rows[packet.positions[rows] >= self._state.next[slot]]
+        position = packet.positions[rows]
+        fresh = rows[position >= self._state.next[slot]]
         if len(fresh):
-            mine = _take(tokens, fresh)
-            hits = self._advance_alone(request_id, slot, mine)
-            if self.memory is not None:
-                self._note_run(slot, mine.position, packet.f[fresh], mine.watched, ran=packet.ran)
+            hits = self._advance_alone(request_id, slot, _take(tokens, fresh))
+        if self.memory is not None:
+            self._note_run(slot, position, packet.f[rows], packet.watched[rows], ran=packet.ran)
         if packet.acted is not None and self._clamped:
             self._state.acted[slot, self._clamped] |= packet.acted[rows].any(axis=0)
         return hits
@@ -326,12 +330,16 @@ class Ledger:
         self, at: np.ndarray, position: np.ndarray, f: np.ndarray, watched: np.ndarray, *, ran: bool
     ) -> None:
         """Keep one row of each of several slots until its block is whole."""
+        s = self._state
+        jumped = position != s.noted[at]
+        s.whole_from[at[jumped]] = position[jumped]
+        s.noted[at] = position + 1
         if not ran:
-            self._state.whole_from[at] = position + 1
+            s.whole_from[at] = position + 1
             return
         inside = position % self._block
-        self._state.recent[at, inside] = f
-        self._state.recent_watched[at, inside] = watched
+        s.recent[at, inside] = f
+        s.recent_watched[at, inside] = watched
         for j in np.flatnonzero(inside == self._block - 1):
             self._complete(int(at[j]), int(position[j]) // self._block)
         self._store_keyed()
@@ -342,6 +350,9 @@ class Ledger:
         """Keep consecutive rows of one slot: whole blocks now, the rest until theirs is."""
         s, block = self._state, self._block
         first, end = int(position[0]), int(position[-1]) + 1
+        if first != s.noted[slot]:
+            s.whole_from[slot] = first
+        s.noted[slot] = end
         if not ran:
             s.whole_from[slot] = end
             return

@@ -50,8 +50,10 @@ class State:
     """[slots, Q] highest share."""
     peak_at: np.ndarray
     """[slots, Q] its position."""
+    noted: np.ndarray
+    """[slots] the position behind the last row that went into `recent`."""
     whole_from: np.ndarray
-    """[slots] the position from which on every token was seen."""
+    """[slots] the position from which on no row is missing before `noted`."""
     recent: np.ndarray
     """[slots, block, columns] activations of the block under way, by `position % block`."""
     recent_watched: np.ndarray
@@ -89,6 +91,7 @@ def make_state(
         fired=full(0, terms),
         peak=full(-np.inf, terms, dtype=np.float32),
         peak_at=full(-1, terms),
+        noted=full(0),
         whole_from=full(0),
         recent=full(0.0, block, columns, dtype=np.float32),
         recent_watched=full(False, block, dtype=bool),

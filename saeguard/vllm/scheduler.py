@@ -50,11 +50,12 @@ def _memory(scheduler: Any, watchlist: WatchList, settings: Settings) -> Memory 
         return None
     from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
-    block, cached = scheduler.hash_block_size, manager.block_pool.cached_block_hash_to_block
+    block = scheduler.hash_block_size
     groups = range(manager.num_kv_cache_groups)
     tokens = manager.block_pool.num_gpu_blocks * scheduler.block_size
 
     def in_cache(key: bytes) -> bool:
+        cached = manager.block_pool.cached_block_hash_to_block  # a new one after each reset
         return any(
             cached.get_one_block(make_block_hash_with_group_id(key, group)) is not None
             for group in groups

@@ -223,3 +223,20 @@ def test_a_pass_that_was_not_read_is_not_remembered() -> None:
     ledger.ingest(packet([(text, 6, text.f[6:13])]), np.array([7]))
 
     assert [kept.knows([key]) for key in keys] == [False, False, True]
+
+
+def test_what_is_computed_again_is_remembered_again() -> None:
+    """A preempted request brings back what was let go with its block while it waited."""
+    rng = random.Random(5)  # noqa: S311 - seeded texts
+    kept = memory()
+    ledger = Ledger(make_watchlist([random_policy(rng, "p")]), memory=kept)
+    text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
+    keys = [bytes([i]) for i in range(3)]
+    ledger.admit("r", 13, keys=keys)
+    ledger.ingest(packet([(text, 0, text.f[:10])]), np.array([10]))
+    kept.clear()
+    ledger.ingest(packet([(text, 0, text.f[:6])]), np.array([6]), {"r"})
+    ledger.ingest(packet([(text, 6, text.f[6:13])]), np.array([7]))
+
+    assert kept.knows(keys)
+    assert ledger.coverage("r", 14).evaluated == 13
