@@ -215,11 +215,14 @@ def test_a_request_can_be_stricter_but_not_choose_freely(server: Server) -> None
 
 def test_an_aborted_stream_is_accounted_for(server: Server) -> None:
     """A client that walks away leaves events that say so."""
-    before = len(events(server, 0))
-    stream = chat(server, stream=True, max_tokens=150)
-    next(iter(stream))
-    stream.close()
-    new = [e for e in events(server, before + 8)[before:] if e["finished"] == "abort"]
+    for _ in range(6):  # the text may be whole before the server notices
+        before = len(events(server, 0))
+        stream = chat(server, stream=True, max_tokens=200)
+        next(iter(stream))
+        stream.close()
+        new = [e for e in events(server, before + 8)[before:] if e["finished"] == "abort"]
+        if new:
+            break
     assert {e["policy"] for e in new} >= {"test.p0", "test.quiet"}
     for event in new:
         covered = event["coverage"]
