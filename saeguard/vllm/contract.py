@@ -255,8 +255,12 @@ def missing(clause: Clause) -> str | None:
 
 def _holds(cls: type, field: str) -> bool:
     """Return whether instances of a class have a field, as far as the class itself tells."""
-    return hasattr(cls, field) or any(
-        field in vars(base).get("__annotations__", ()) or _sets(base, field) for base in cls.__mro__
+    declared = {
+        *getattr(cls, "__dataclass_fields__", ()),
+        *getattr(cls, "__pydantic_fields__", ()),
+    }
+    return (
+        hasattr(cls, field) or field in declared or any(_sets(base, field) for base in cls.__mro__)
     )
 
 
