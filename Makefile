@@ -56,9 +56,9 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest
 
-# VERSIONS="0.28.0 0.30.0" for some of them.
+# ARGS="0.28.0 --only server" for a part of it.
 compat:
-	$(PYTHON) -m tests.compat $(VERSIONS)
+	$(PYTHON) -m tests.compat $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

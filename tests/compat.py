@@ -1,18 +1,19 @@
 """Install every supported vLLM, run what shows whether the guard fits it, write the table.
 
-`python3 -m tests.compat [VERSION ...]`, or `make compat`, needs Python and make. Each version gets
-an environment below `.compat/`, which later runs use again. Rows of versions that were not asked
-for stay as they are.
+`python3 -m tests.compat [VERSION ...] [--only CHECK]`, or `make compat`, needs Python and make.
+Each version gets an environment below `.compat/`, which later runs use again. What was not asked
+for stays in the table as it is.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,6 +32,7 @@ CHECKS: Mapping[str, tuple[str, ...]] = {
     "server": ("tests/server/test_server.py",),
 }
 """Column of the table: arguments of pytest."""
+RUN, PASS, FAIL = "run", "pass", "**fail**"
 
 HEAD = """\
 # Compatibility
@@ -70,51 +72,57 @@ def run(title: str, log: Path, command: list[str]) -> bool:
     return passed
 
 
-def check(version: str) -> dict[str, bool]:
-    """Install one version and run its checks; none is run where it does not install."""
+def check(version: str, only: Sequence[str]) -> dict[str, str]:
+    """Install one version and run its checks; return its cells of the table."""
     print(f"vLLM {version}", flush=True)
     venv = FOLDER / version
     logs = FOLDER / f"{version}.logs"
     logs.mkdir(parents=True, exist_ok=True)
     setup = ["make", "setup", f"VENV={venv.relative_to(ROOT)}", f"VLLM={version}"]
     if not run("install", logs / "install.log", [*setup, f"PYTHON={sys.executable}"]):
-        return {}
+        return dict.fromkeys(CHECKS, FAIL)
     pytest = [str(venv / "bin" / "python"), "-m", "pytest", "-p", "no:cacheprovider"]
-    return {
-        title: run(title, logs / f"{title.replace(' ', '-')}.log", [*pytest, *arguments])
-        for title, arguments in CHECKS.items()
-    }
+    cells = {}
+    for title in only:
+        log = logs / f"{title.replace(' ', '-')}.log"
+        cells[title] = PASS if run(title, log, [*pytest, *CHECKS[title]]) else FAIL
+    return {**cells, RUN: f"{datetime.now(UTC):%Y-%m-%d}, {machine()}"}
 
 
-def row(version: str, passed: Mapping[str, bool], ran: str) -> str:
-    """Return a version's row of the table."""
-    cells = [{True: "pass", False: "**fail**"}.get(passed.get(c), "not run") for c in CHECKS]
-    return f"| {' | '.join([version, *cells, ran])} |"
-
-
-def write(new: Mapping[str, str]) -> None:
-    """Write the table, with new rows in place of a version's old one."""
+def read() -> dict[str, dict[str, str]]:
+    """Return the cells of the table as it is, by version."""
     lines = TABLE.read_text().splitlines() if TABLE.exists() else []
-    old = {line.split("|")[1].strip(): line for line in lines if line.startswith("| 0.")}
-    rows = {**old, **new}
-    ordered = sorted(rows, key=lambda version: tuple(map(int, version.split("."))))
-    head = [f"| {' | '.join(['vLLM', *CHECKS, 'run'])} |", "|---" * (len(CHECKS) + 2) + "|"]
-    TABLE.write_text(HEAD + "\n".join([*head, *(rows[version] for version in ordered)]) + "\n")
+    written = (line.strip("|") for line in lines if line[2:3].isdigit() and line.startswith("|"))
+    rows = [[cell.strip() for cell in line.split("|")] for line in written]
+    return {version: dict(zip((*CHECKS, RUN), cells, strict=True)) for version, *cells in rows}
 
 
-def main(versions: list[str]) -> int:
+def write(table: Mapping[str, Mapping[str, str]]) -> None:
+    """Write the table, oldest version first."""
+    columns = (*CHECKS, RUN)
+    rows = [
+        [version, *(table[version].get(column, "not run") for column in columns)]
+        for version in sorted(table, key=lambda v: tuple(map(int, v.split("."))))
+    ]
+    lines = [["vLLM", *columns], ["---"] * (1 + len(columns)), *rows]
+    TABLE.write_text(HEAD + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Check versions one after the other; return 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("versions", nargs="*", default=[f"{minor}.0" for minor in SUPPORTED])
+    parser.add_argument("--only", action="append", choices=CHECKS)
+    asked = parser.parse_args(arguments)
     failed = False
-    for version in versions or [f"{minor}.0" for minor in SUPPORTED]:
-        started = time.monotonic()
-        passed = check(version)
-        minutes = round((time.monotonic() - started) / 60)
-        ran = f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, {minutes} min"
-        write({version: row(version, passed, ran)})
-        failed |= not passed or not all(passed.values())
+    for version in asked.versions:
+        cells = check(version, asked.only or list(CHECKS))
+        table = read()
+        write({**table, version: {**table.get(version, {}), **cells}})
+        failed |= FAIL in cells.values()
     print(f"written to {TABLE.relative_to(ROOT)}")
     return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -72,7 +72,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = ["serve", str(guarded.model), "--policies", str(guarded.policies)]
     command += ["--feature-sets", str(guarded.feature_sets), "--events", str(events)]
     command += ["--request-may-enforce", "test.hidden", "--served-model-name", "tiny"]
-    command += ["--dtype", "float32", "--max-model-len", "256", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--port", str(port)]
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "saeguard", *command, "--host", "127.0.0.1"],
@@ -217,7 +217,7 @@ def test_an_aborted_stream_is_accounted_for(server: Server) -> None:
     """A client that walks away leaves events that say so."""
     for _ in range(6):  # the text may be whole before the server notices
         before = len(events(server, 0))
-        stream = chat(server, stream=True, max_tokens=200)
+        stream = chat(server, stream=True, max_tokens=440)
         next(iter(stream))
         stream.close()
         new = [e for e in events(server, before + 8)[before:] if e["finished"] == "abort"]
