@@ -47,6 +47,10 @@ environment of its own, runs the tests below there, and writes this table. Not r
 - *drafts*: rejected n-gram drafts never count.
 - *server*: a real server behind the OpenAI client, and one that is blind and ends.
 
+A failure seen on 0.28 only: `test_an_aborted_stream_is_accounted_for`. On two busy cores that
+version's server, without the guard, sent the first chunk of a 300-token stream after the last token
+was made in 30 of 36 tries; a client that leaves then leaves nothing to abort.
+
 """
 
 
