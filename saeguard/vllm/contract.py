@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import dis
 import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 
@@ -18,13 +20,18 @@ class ContractError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One internal: a callable and the parameters it must have, or an attribute."""
+    """One internal: a callable and what it is called with, or a class and what it holds."""
 
     module: str
     name: str
     parameters: tuple[str, ...] = ()
+    """First parameters, `self` aside, in this order: wrappers find them by position or by name."""
     wrapper: str | None = None
     """`module:function` in `saeguard.vllm` that is put around it."""
+    keywords: tuple[str, ...] = ()
+    """Parameters at any place, found by name."""
+    fields: tuple[str, ...] = ()
+    """What instances of the class have: properties, declared fields, what its methods set."""
 
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -32,25 +39,94 @@ _CPU_RUNNER = "vllm.v1.worker.cpu_model_runner"
 _RUNNER_2 = "vllm.v1.worker.gpu.model_runner"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _KV = "vllm.v1.core.kv_cache_manager"
+_SCHEDULED = "vllm.v1.core.sched.output"
+_CORE = "vllm.v1.engine.core"
+_ENGINE = "vllm.v1.engine"
+_OUTPUTS = "vllm.v1.engine.output_processor"
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving"
 _COMPLETION = "vllm.entrypoints.openai.completion.serving"
-_OUTPUTS = "vllm.v1.engine.output_processor"
+
+_MODEL_RUNNER = ("vllm_config", "model_config", "scheduler_config", "device", "model")
 
 CLAUSES: tuple[Clause, ...] = (
-    Clause(_RUNNER, "GPUModelRunner.load_model", (), "runner:load_model"),
-    Clause(_CPU_RUNNER, "CPUModelRunner.load_model", (), "runner:load_model"),
+    # configuration
+    Clause(
+        "vllm.config",
+        "VllmConfig",
+        fields=("additional_config", "model_config", "parallel_config", "scheduler_config"),
+    ),
+    Clause(
+        "vllm.config",
+        "ModelConfig",
+        fields=("model", "served_model_name", "dtype", "hf_text_config", "get_vocab_size"),
+    ),
+    Clause("vllm.config", "ParallelConfig", fields=("pipeline_parallel_size",)),
+    Clause("vllm.config", "SchedulerConfig", fields=("max_num_batched_tokens", "max_num_seqs")),
+    Clause("vllm.config", "CUDAGraphMode.NONE"),
+    # Model Runner V1
+    Clause(
+        _RUNNER,
+        "GPUModelRunner",
+        fields=(*_MODEL_RUNNER, "input_batch", "query_start_loc", "input_ids", "positions"),
+    ),
+    Clause("vllm.v1.worker.gpu_input_batch", "InputBatch", fields=("num_reqs", "req_ids")),
+    Clause("vllm.v1.utils", "CpuGpuBuffer", fields=("np", "gpu")),
+    Clause(_RUNNER, "GPUModelRunner.load_model", wrapper="runner:load_model"),
+    Clause(_CPU_RUNNER, "CPUModelRunner.load_model", wrapper="runner:load_model"),
     Clause(
         _RUNNER, "GPUModelRunner._model_forward", ("input_ids", "positions"), "v1:model_forward"
     ),
     Clause(_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output",), "v1:execute_model"),
-    Clause(_RUNNER, "GPUModelRunner.sample_tokens", (), "runner:sample_tokens"),
-    Clause(_RUNNER_2, "GPUModelRunner.load_model", (), "runner:load_model"),
-    Clause(_RUNNER_2, "GPUModelRunner.prepare_inputs", (), "v2:prepare_inputs"),
+    Clause(_RUNNER, "GPUModelRunner.sample_tokens", wrapper="runner:sample_tokens"),
+    # Model Runner V2
+    Clause(_RUNNER_2, "GPUModelRunner", fields=_MODEL_RUNNER),
+    Clause(
+        "vllm.v1.worker.gpu.input_batch",
+        "InputBatch",
+        fields=("num_reqs", "req_ids", "query_start_loc_np", "input_ids", "positions"),
+    ),
+    Clause(_RUNNER_2, "GPUModelRunner.load_model", wrapper="runner:load_model"),
+    Clause(_RUNNER_2, "GPUModelRunner.prepare_inputs", wrapper="v2:prepare_inputs"),
     Clause(_RUNNER_2, "GPUModelRunner.execute_model", ("scheduler_output",), "v2:execute_model"),
-    Clause(_RUNNER_2, "dispatch_cg_and_sync_dp", ("need_eager",)),
-    Clause(_RUNNER_2, "GPUModelRunner.sample_tokens", (), "runner:sample_tokens"),
-    Clause("vllm.forward_context", "ForwardContext.skip_compiled"),
-    Clause("vllm.forward_context", "ForwardContext.cudagraph_runtime_mode"),
+    Clause(_RUNNER_2, "dispatch_cg_and_sync_dp", keywords=("need_eager",)),
+    Clause(_RUNNER_2, "GPUModelRunner.sample_tokens", wrapper="runner:sample_tokens"),
+    # what travels between runner and scheduler
+    Clause(
+        _SCHEDULED,
+        "SchedulerOutput",
+        fields=(
+            "scheduled_new_reqs",
+            "num_scheduled_tokens",
+            "total_num_scheduled_tokens",
+            "scheduled_spec_decode_tokens",
+            "scheduled_cached_reqs",
+            "finished_req_ids",
+        ),
+    ),
+    Clause(_SCHEDULED, "CachedRequestData", fields=("resumed_req_ids",)),
+    Clause(
+        _SCHEDULED,
+        "NewRequestData",
+        fields=("req_id", "prompt_token_ids", "prompt_embeds", "sampling_params"),
+    ),
+    Clause(
+        "vllm.v1.outputs",
+        "ModelRunnerOutput",
+        fields=("req_ids", "req_id_to_index", "sampled_token_ids"),
+    ),
+    Clause("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output"),
+    Clause("vllm.forward_context", "get_forward_context"),
+    Clause(
+        "vllm.forward_context",
+        "ForwardContext",
+        fields=("skip_compiled", "cudagraph_runtime_mode"),
+    ),
+    # scheduler
+    Clause(
+        _SCHEDULER,
+        "Scheduler",
+        fields=("vllm_config", "requests", "kv_cache_manager", "block_size", "hash_block_size"),
+    ),
     Clause(_SCHEDULER, "Scheduler.__init__", ("vllm_config",), "scheduler:init"),
     Clause(_SCHEDULER, "Scheduler.add_request", ("request",), "scheduler:add_request"),
     Clause(
@@ -65,40 +141,97 @@ CLAUSES: tuple[Clause, ...] = (
         ("request", "new_token_ids"),
         "scheduler:update_request",
     ),
-    Clause(_SCHEDULER, "Scheduler.finish_requests", (), "scheduler:finish_requests"),
-    Clause(_SCHEDULER, "Scheduler.shutdown", (), "scheduler:shutdown"),
+    Clause(_SCHEDULER, "Scheduler.finish_requests", wrapper="scheduler:finish_requests"),
+    Clause(_SCHEDULER, "Scheduler.shutdown", wrapper="scheduler:shutdown"),
     Clause(
-        "vllm.v1.engine.core", "EngineCore.__init__", ("vllm_config",), "scheduler:engine_core_init"
+        "vllm.v1.request",
+        "Request",
+        fields=(
+            "request_id",
+            "sampling_params",
+            "num_tokens",
+            "num_prompt_tokens",
+            "num_stale_output_tokens",
+            "drop_stale_output",
+            "is_finished",
+            "block_hashes",
+            "status",
+            "stop_reason",
+        ),
     ),
-    Clause("vllm.v1.engine.core", "EngineCoreProc.run_busy_loop", (), "scheduler:run_busy_loop"),
-    Clause("vllm.v1.engine.core", "DPEngineCoreProc.run_busy_loop", (), "scheduler:run_busy_loop"),
-    Clause("vllm.v1.engine.core", "EngineCore.add_request", ("request",)),
-    Clause("vllm.v1.engine.core", "EngineCore.post_step", ("model_executed",)),
+    Clause("vllm.v1.request", "RequestStatus.FINISHED_STOPPED"),
+    # prefix cache
     Clause(
-        "vllm.v1.engine.core",
+        _KV,
+        "KVCacheManager",
+        fields=("enable_caching", "block_pool", "num_kv_cache_groups", "empty_kv_cache_blocks"),
+    ),
+    Clause(_KV, "KVCacheManager.get_computed_blocks", ("request",), "scheduler:computed_blocks"),
+    Clause(_KV, "KVCacheManager.reset_prefix_cache", wrapper="scheduler:reset_prefix_cache"),
+    Clause(
+        "vllm.v1.core.block_pool",
+        "BlockPool",
+        fields=("cached_block_hash_to_block", "num_gpu_blocks"),
+    ),
+    Clause("vllm.v1.core.block_pool", "BlockHashToBlockMap.get_one_block", ("key",)),
+    Clause("vllm.v1.core.kv_cache_utils", "make_block_hash_with_group_id"),
+    # engine core
+    Clause(_CORE, "EngineCore", fields=("vllm_config", "scheduler", "step_fn")),
+    Clause(_CORE, "EngineCore.__init__", ("vllm_config",), "scheduler:engine_core_init"),
+    Clause(_CORE, "EngineCoreProc.run_busy_loop", wrapper="scheduler:run_busy_loop"),
+    Clause(_CORE, "DPEngineCoreProc.run_busy_loop", wrapper="scheduler:run_busy_loop"),
+    Clause(_CORE, "EngineCore.add_request", ("request", "request_wave")),
+    Clause(_CORE, "EngineCore.post_step", keywords=("model_executed",)),
+    Clause(
+        _CORE,
         "EngineCore.preprocess_add_request",
         ("request",),
         "scheduler:preprocess_add_request",
     ),
-    Clause(_KV, "KVCacheManager.get_computed_blocks", ("request",), "scheduler:computed_blocks"),
-    Clause(_KV, "KVCacheManager.reset_prefix_cache", (), "scheduler:reset_prefix_cache"),
-    Clause("vllm.v1.core.block_pool", "BlockHashToBlockMap.get_one_block", ("key",)),
-    Clause("vllm.v1.core.kv_cache_utils", "make_block_hash_with_group_id"),
-    Clause("vllm.v1.request", "Request.num_tokens"),
-    Clause("vllm.v1.request", "Request.update_block_hashes"),
-    Clause("vllm.v1.request", "RequestStatus.FINISHED_STOPPED"),
+    Clause(
+        _ENGINE,
+        "EngineCoreRequest",
+        fields=(
+            "request_id",
+            "prompt_token_ids",
+            "mm_features",
+            "sampling_params",
+            "pooling_params",
+            "arrival_time",
+            "lora_request",
+            "cache_salt",
+            "data_parallel_rank",
+        ),
+    ),
+    Clause(_ENGINE, "EngineCoreOutputs", fields=("outputs",)),
+    Clause(
+        _ENGINE, "EngineCoreOutput", fields=("request_id", "finish_reason", "kv_transfer_params")
+    ),
+    Clause(
+        "vllm.sampling_params",
+        "SamplingParams",
+        fields=("skip_reading_prefix_cache", "extra_args", "stop"),
+    ),
+    # API server
+    Clause(
+        _OUTPUTS,
+        "OutputProcessor.process_outputs",
+        ("engine_core_outputs",),
+        "api:process_outputs",
+    ),
     Clause(
         _OUTPUTS,
         "RequestState.make_request_output",
-        ("new_token_ids", "pooling_output", "finish_reason", "stop_reason", "kv_transfer_params"),
-        "api:make_request_output",
+        wrapper="api:make_request_output",
+        keywords=("kv_transfer_params",),
     ),
-    Clause(
-        _OUTPUTS, "OutputProcessor.process_outputs", ("engine_core_outputs",), "api:process_outputs"
-    ),
-    Clause(_OUTPUTS, "RequestState._new_completion_output", (), "api:new_completion_output"),
+    Clause(_OUTPUTS, "RequestState._new_completion_output", wrapper="api:new_completion_output"),
+    Clause("vllm.outputs", "CompletionOutput", fields=("index", "finish_reason")),
+    Clause("vllm.outputs", "RequestOutput", fields=("outputs",)),
     Clause("vllm.outputs", "RequestOutput.add", ("next_output",), "api:add_output"),
+    Clause(_CHAT, "OpenAIServingChat", fields=("engine_client",)),
     Clause(_CHAT, "OpenAIServingChat.create_chat_completion", ("request",), "api:create"),
+    Clause(_CHAT, "OpenAIServingChat.create_error_response", keywords=("err_type", "status_code")),
     Clause(
         _CHAT,
         "OpenAIServingChat.chat_completion_full_generator",
@@ -111,7 +244,14 @@ CLAUSES: tuple[Clause, ...] = (
         ("request", "result_generator"),
         "api:chat_stream",
     ),
+    Clause(_CHAT, "ChatCompletionRequest", fields=("vllm_xargs",)),
+    Clause(_COMPLETION, "OpenAIServingCompletion", fields=("engine_client",)),
     Clause(_COMPLETION, "OpenAIServingCompletion.create_completion", ("request",), "api:create"),
+    Clause(
+        _COMPLETION,
+        "OpenAIServingCompletion.create_error_response",
+        keywords=("err_type", "status_code"),
+    ),
     Clause(
         _COMPLETION,
         "OpenAIServingCompletion.request_output_to_completion_response",
@@ -124,6 +264,7 @@ CLAUSES: tuple[Clause, ...] = (
         ("request", "engine_inputs", "result_generator"),
         "api:completion_stream",
     ),
+    Clause(_COMPLETION, "CompletionRequest", fields=("vllm_xargs", "n")),
 )
 
 
@@ -137,12 +278,39 @@ def missing(clause: Clause) -> str | None:
         if not hasattr(target, part):
             return f"{clause.module}.{clause.name} is not there"
         target = getattr(target, part)
-    if clause.parameters:
-        has = set(inspect.signature(target).parameters)
-        lacking = [p for p in clause.parameters if p not in has]
+    where = f"{clause.module}.{clause.name}"
+    if clause.parameters or clause.keywords:
+        has = [p for p in inspect.signature(target).parameters if p != "self"]
+        lacking = [p for p in (*clause.parameters, *clause.keywords) if p not in has]
         if lacking:
-            return f"{clause.module}.{clause.name} has no parameter {', '.join(lacking)}"
-    return None
+            return f"{where} has no parameter {', '.join(lacking)}"
+        if tuple(has[: len(clause.parameters)]) != clause.parameters:
+            expected, found = ", ".join(clause.parameters), ", ".join(has)
+            return f"{where} takes ({found}), expected to begin with ({expected})"
+    lacking = [f for f in clause.fields if not _holds(target, f)]
+    return f"{where} has no {', '.join(lacking)}" if lacking else None
+
+
+def _holds(cls: type, field: str) -> bool:
+    """Return whether instances of a class have a field, as far as the class itself tells."""
+    declared = {
+        *getattr(cls, "__dataclass_fields__", ()),
+        *getattr(cls, "__pydantic_fields__", ()),
+    }
+    return (
+        hasattr(cls, field) or field in declared or any(_sets(base, field) for base in cls.__mro__)
+    )
+
+
+def _sets(cls: type, field: str) -> bool:
+    """Return whether a method of a class assigns the field."""
+    methods = (inspect.unwrap(m) for m in vars(cls).values() if callable(m))
+    return any(
+        i.opname == "STORE_ATTR" and i.argval == field
+        for m in methods
+        if isinstance(m, FunctionType) and field in m.__code__.co_names
+        for i in dis.get_instructions(m)
+    )
 
 
 def check(clauses: Iterable[Clause] = CLAUSES) -> None:

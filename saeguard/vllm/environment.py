@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 
 SAFE_ISA = "AVX512_CORE_BF16"
-SUPPORTED = ("0.32",)
-"""vLLM minors that the test suite drives."""
+SUPPORTED = ("0.28", "0.30", "0.32")
+"""vLLM minors that `make compat` drives; docs/compatibility.md holds what came out."""
 
 
 @dataclass(frozen=True, slots=True)

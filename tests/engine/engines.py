@@ -36,8 +36,13 @@ class Served:
     log: str
 
 
-def environment(*, v2: bool = False) -> dict[str, str]:
-    """Return the environment of a child that runs vLLM on a CPU."""
+def environment(*, v2: bool = False, triton: bool = False) -> dict[str, str]:
+    """Return the environment of a child that runs vLLM on a CPU.
+
+    Args:
+        v2: run Model Runner V2, in Triton's interpreter.
+        triton: run Triton's kernels in its interpreter, whichever runner it is.
+    """
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -48,15 +53,17 @@ def environment(*, v2: bool = False) -> dict[str, str]:
     }
     env.pop("VLLM_PLUGINS", None)
     if v2:
-        env["SAEGUARD_TRITON_INTERPRET"] = env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    if v2 or triton:
+        env["SAEGUARD_TRITON_INTERPRET"] = "1"
         env["PYTHONPATH"] = f"{ROOT / 'tests' / 'v2_runner_on_cpu'}:{ROOT}"
     return env
 
 
 def run(
-    folder: Path, engine: dict[str, Any], batches: Sequence[Any], *, v2: bool = False
+    folder: Path, engine: dict[str, Any], batches: Sequence[Any], **how: bool
 ) -> subprocess.CompletedProcess[str]:
-    """Run a job in a child process and return how it ended."""
+    """Run a job in a child process and return how it ended; `how` as for `environment`."""
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {"dtype": "float32", "max_model_len": 256, "seed": 0, "skip_tokenizer_init": True}
     job = folder / "job.json"
@@ -64,7 +71,7 @@ def run(
     return subprocess.run(
         [sys.executable, "-m", "tests.engine.drive", str(job), str(folder / "out.npz")],
         cwd=ROOT,
-        env=environment(v2=v2),
+        env=environment(**how),
         capture_output=True,
         text=True,
         check=False,
@@ -72,11 +79,9 @@ def run(
     )
 
 
-def serve(
-    folder: Path, engine: dict[str, Any], batches: Sequence[Any], *, v2: bool = False
-) -> Served:
+def serve(folder: Path, engine: dict[str, Any], batches: Sequence[Any], **how: bool) -> Served:
     """Serve `batches` with the real vLLM; fail with its log if it does."""
-    done = run(folder, engine, batches, v2=v2)
+    done = run(folder, engine, batches, **how)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
     out = json.loads((folder / "out.json").read_text())

@@ -41,8 +41,8 @@ def start(
     }
     environment = engines.environment
 
-    def with_prelude(*, v2: bool = False) -> dict[str, str]:
-        env = environment(v2=v2)
+    def with_prelude(**how: bool) -> dict[str, str]:
+        env = environment(**how)
         env["PYTHONPATH"] = f"{folder / 'prelude'}:{env['PYTHONPATH']}"
         return env
 
@@ -158,12 +158,15 @@ class TestFailsClosed:
 
     def test_missing_internal(self, sound: models.Guarded, tmp_path: Path) -> None:
         """A vLLM without something the guard relies on: version and missing piece are named."""
+        import vllm
+
         prelude = (
             "import saeguard.vllm.contract as c\n"
             "c.CLAUSES = (*c.CLAUSES, c.Clause('vllm.v1.request', 'Request.no_such_thing'))\n"
             "c.check.__defaults__ = (c.CLAUSES,)\n"
         )
-        refused(start(tmp_path, sound, prelude=prelude), "0.32", "Request.no_such_thing")
+        done = start(tmp_path, sound, prelude=prelude)
+        refused(done, f"does not fit vLLM {vllm.__version__}", "Request.no_such_thing")
 
     def test_the_sound_one_serves(self, sound: models.Guarded, tmp_path: Path) -> None:
         """The same set-up without a fault serves, so that the refusals above mean something."""
