@@ -118,8 +118,13 @@ class Observation:
             self._hooks.pop().remove()
 
     def settle(self, taps: tuple[Tap, ...]) -> None:
-        """Tell each tap whether to add the second value that its block returns."""
+        """Tell each tap whether to add the second value that its block returns.
+
+        Raises:
+            SelfTestError: a tap did not run.
+        """
         for tap in taps:
+            _ran_once(tap)
             x, returned = self.residual.get(tap.layer), self.returned.get(tap.layer, ())
             if x is None or len(returned) < 2:  # noqa: PLR2004
                 continue
@@ -136,13 +141,7 @@ class Observation:
         allowed = TOLERANCE.get(dtype, max(TOLERANCE.values()))
         for tap in taps:
             x = self.residual.get(tap.layer)
-            if int(tap.ticks) != 1:
-                raise SelfTestError(
-                    f"saeguard self-test: the tap at layer {tap.layer} ran {int(tap.ticks)} times "
-                    "in one pass. The graph was built without the guard, perhaps "
-                    "taken from a stale compile cache: remove vLLM's cache directory "
-                    "(VLLM_CACHE_ROOT) and start again."
-                )
+            _ran_once(tap)
             if x is None:
                 raise SelfTestError(
                     f"saeguard self-test: nothing could be observed behind layer {tap.layer}; "
@@ -167,6 +166,15 @@ class Observation:
                     f"{allowed:.3g}. This model family is not supported."
                 )
             log.info("saeguard self-test", layer=tap.layer, difference=difference, allowed=allowed)
+
+
+def _ran_once(tap: Tap) -> None:
+    if int(tap.ticks) != 1:
+        raise SelfTestError(
+            f"saeguard self-test: the tap at layer {tap.layer} ran {int(tap.ticks)} times in one "
+            "pass. The graph was built without the guard, perhaps taken from a stale compile "
+            "cache: remove vLLM's cache directory (VLLM_CACHE_ROOT) and start again."
+        )
 
 
 def _bypass_graphs(_module: nn.Module, _args: Any) -> None:
