@@ -14,7 +14,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm parity compat soak check format bench build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak check format bench build doctor clean
 
 setup: $(READY)
 
@@ -67,6 +67,10 @@ parity: setup
 # ARGS="0.28.0 --only server" for a part of it.
 compat:
 	$(PYTHON) -m tests.compat $(ARGS)
+
+# Break each mechanism on purpose, and see its test fail.
+mutants: setup
+	$(BIN)/python -m tests.mutants
 
 # Half an hour of random load on a server; MINUTES=5 for less.
 MINUTES ?= 30

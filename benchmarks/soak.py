@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,7 +124,7 @@ async def ask(client: openai.AsyncOpenAI, rng: random.Random, seen: Seen) -> Non
                     break
         else:
             seen.ids.add((await client.chat.completions.create(**given)).id)
-    except openai.APIStatusError:
+    except (openai.APIStatusError, openai.APIConnectionError):
         seen.refused += 1
 
 
@@ -132,8 +133,8 @@ async def load(
 ) -> tuple[Seen, list[Sample]]:
     """Keep between 1 and 24 clients busy, in waves, until the time is over."""
     client = openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600
-    )
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=3, timeout=600
+    )  # the server closes idle connections now and then
     rng, seen, samples = random.Random(0), Seen(), []
     began, running, wave = time.monotonic(), set(), 8
     with Progress(*Progress.get_default_columns(), TimeRemainingColumn()) as bar:
@@ -245,6 +246,11 @@ def main() -> None:
             process.wait(60)
             policies = len(list(guarded.policies.glob("*.yaml")))
             result = judge(root / "events.jsonl", seen, counted, policies)
+        except BaseException:
+            kept = options.out.with_suffix(".server.log")
+            shutil.copy(root / "server.log", kept)
+            Console().print(f"the server's log: {kept}")
+            raise
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -52,6 +52,8 @@ def environment(*, v2: bool = False, triton: bool = False) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
     }
     env.pop("VLLM_PLUGINS", None)
+    if prelude := os.environ.get("SAEGUARD_TEST_PRELUDE"):  # tests/mutants.py breaks things
+        env["PYTHONPATH"] = f"{prelude}:{ROOT}"
     if v2:
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     if v2 or triton:

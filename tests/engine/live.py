@@ -46,12 +46,15 @@ def serve(engine: Any, mix: list[dict[str, Any]]) -> int:
     """Serve one mix to its end; return the most tokens that any request read from the cache.
 
     Each request of the mix holds the step it comes in, prompt token ids, sampling parameters, and
-    after how many further steps its client goes away, if it does.
+    after how many further steps its client goes away, if it does: before a step, or in its middle,
+    when the forward has run and the scheduler has not looked at it, as in an engine core's own
+    process.
     """
     from vllm import SamplingParams
 
     waiting = sorted(mix, key=lambda request: request["step"])
     leaves: dict[int, list[str]] = {}
+    aborts = engine.engine_core.engine_core.aborts_queue
     cached, step = 0, 0
     while waiting or engine.has_unfinished_requests():
         while waiting and waiting[0]["step"] <= step:
@@ -62,14 +65,14 @@ def serve(engine: Any, mix: list[dict[str, Any]]) -> int:
             engine.add_request(name, prompt, SamplingParams(**request["params"]))
             if request.get("leaves") is not None:
                 leaves.setdefault(step + request["leaves"], []).append(name)
+        if step in leaves and step % 2:
+            engine.abort_request(leaves.pop(step))
+        elif step in leaves:
+            ids = engine.output_processor.abort_requests(leaves.pop(step), internal=False)
+            aborts.put_nowait(ids)
         for output in engine.step():
             cached = max(cached, output.num_cached_tokens or 0)
-        if step in leaves:
-            engine.abort_request(leaves[step])
         step += 1
-    for at, names in leaves.items():  # what was to leave after its end has ended
-        if at >= step:
-            engine.abort_request(names)
     return cached
 
 
