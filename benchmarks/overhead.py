@@ -46,6 +46,7 @@ from saeguard.guard import tap as tapping
 from saeguard.guard.tap import TAPS, Tap, install_taps
 from saeguard.vllm.config import Settings, load_watchlist
 from saeguard.vllm.engine import EngineGuard
+from saeguard.vllm.scheduler import memory_of
 from saeguard.vllm.worker import WorkerGuard
 from tests.models import random_policies, write_feature_set, write_policy
 
@@ -67,7 +68,7 @@ PARTS = (
     "op",
     "worker.after",
     "collect",
-    "engine.ingest",
+    "engine.rules",
     "engine.finish",
 )
 """Host time by part; `engine.finish` comes once a request, the others on each step."""
@@ -272,8 +273,8 @@ def timed_parts() -> Iterator[None]:
         (WorkerGuard, "before", "worker.before"),
         (WorkerGuard, "after", "worker.after"),
         (WorkerGuard, "collect", "collect"),
-        (EngineGuard, "valid_rows", "engine.ingest"),
-        (EngineGuard, "ingest", "engine.ingest"),
+        (EngineGuard, "before_update", "engine.rules"),
+        (EngineGuard, "after_update", "engine.rules"),
         (EngineGuard, "finish", "engine.finish"),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in methods]
@@ -301,7 +302,6 @@ def build(root: Path) -> tuple[Bench, dict[str, Any]]:
         dtype="float32",
         max_model_len=MAX_LENGTH,
         max_num_seqs=32,
-        enable_prefix_caching=False,
         async_scheduling=False,
         seed=0,
         disable_log_stats=True,
@@ -324,7 +324,10 @@ def build(root: Path) -> tuple[Bench, dict[str, Any]]:
             free=list(range(1, slots + 1))[::-1],
             tested=True,
         )
-        guards[state] = Guards(dict(TAPS), worker, EngineGuard(watchlist, wanted, "bench"))
+        memory = memory_of(bench.core.scheduler, watchlist, wanted)
+        guards[state] = Guards(
+            dict(TAPS), worker, EngineGuard(watchlist, wanted, "bench", memory=memory)
+        )
     about = {
         "parameters": parameters,
         "watch_list": {

@@ -37,13 +37,13 @@ def init(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) ->
             watchlist,
             settings,
             name[0] if isinstance(name, list) else name or model.model,
-            memory=_memory(scheduler, watchlist, settings),
+            memory=memory_of(scheduler, watchlist, settings),
         )
     setattr(scheduler, ATTRIBUTE, guard)
     setattr(scheduler.kv_cache_manager, ATTRIBUTE, guard)
 
 
-def _memory(scheduler: Any, watchlist: WatchList, settings: Settings) -> Memory | None:
+def memory_of(scheduler: Any, watchlist: WatchList, settings: Settings) -> Memory | None:
     """Return a memory as large as the prefix cache, None where nothing is cached or watched."""
     manager = scheduler.kv_cache_manager
     if not manager.enable_caching or not watchlist.hooks:
