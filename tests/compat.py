@@ -29,6 +29,7 @@ CHECKS: Mapping[str, tuple[str, ...]] = {
     "V2 parity": ("tests/engine/test_parity.py", "-k", "v2"),
     "clamps": ("tests/engine/test_clamp.py",),
     "drafts": ("tests/engine/test_drafts.py",),
+    "storm": ("tests/engine/test_storm.py", "-k", "v1 or aborted"),
     "server": ("tests/server/test_server.py",),
 }
 """Column of the table: arguments of pytest."""
@@ -45,11 +46,8 @@ environment of its own, runs the tests below there, and writes this table. Not r
   Runner V1 (Llama and GPT-2, compiled) and V2 (Llama, in Triton's interpreter).
 - *clamps*: clamped texts are those of Transformers under a hook, on both runners.
 - *drafts*: rejected n-gram drafts never count.
+- *storm*: hundreds of requests in random mixes, each verdict and count the reference's (V1).
 - *server*: a real server behind the OpenAI client, and one that is blind and ends.
-
-A failure seen on 0.28 only: `test_an_aborted_stream_is_accounted_for`. On two busy cores that
-version's server, without the guard, sent the first chunk of a 300-token stream after the last token
-was made in 30 of 36 tries; a client that leaves then leaves nothing to abort.
 
 """
 
