@@ -16,7 +16,7 @@ import torch
 from saeguard.guard import clamp as clamping
 from saeguard.guard.packet import Packet
 from saeguard.guard.rows import lay_out
-from saeguard.guard.tap import TAPS, Tap, install_taps
+from saeguard.guard.tap import TAPS, Tap, fingerprint, install_taps
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm.config import KEY, Settings, load_watchlist
 from saeguard.vllm.layers import ModelError, decoder_layers, hook_layer
@@ -187,7 +187,7 @@ def mark_graph(vllm_config: Any, watchlist: WatchList) -> None:
     layers = ",".join(str(hook.layer) for hook in watchlist.hooks)
     vllm_config.additional_config[KEY] = {
         **vllm_config.additional_config[KEY],
-        "graph": f"tap-v1 resid_post {layers}",
+        "graph": f"tap {fingerprint()} resid_post {layers}",
     }
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Served:
     left: int
     blocks: list[str]
     """What each tapped block returns."""
+    graph: str
+    """vLLM's hash of what shapes the compiled graph."""
     log: str
 
 
@@ -54,9 +56,14 @@ def environment(*, v2: bool = False) -> dict[str, str]:
 
 
 def run(
-    folder: Path, engine: dict[str, Any], batches: Sequence[Any], *, v2: bool = False
+    folder: Path,
+    engine: dict[str, Any],
+    batches: Sequence[Any],
+    *,
+    v2: bool = False,
+    more: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a job in a child process and return how it ended."""
+    """Run a job in a child process, with `more` in its environment; return how it ended."""
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {"dtype": "float32", "max_model_len": 256, "seed": 0, "skip_tokenizer_init": True}
     job = folder / "job.json"
@@ -64,7 +71,7 @@ def run(
     return subprocess.run(
         [sys.executable, "-m", "tests.engine.drive", str(job), str(folder / "out.npz")],
         cwd=ROOT,
-        env=environment(v2=v2),
+        env={**environment(v2=v2), **(more or {})},
         capture_output=True,
         text=True,
         check=False,
@@ -73,10 +80,15 @@ def run(
 
 
 def serve(
-    folder: Path, engine: dict[str, Any], batches: Sequence[Any], *, v2: bool = False
+    folder: Path,
+    engine: dict[str, Any],
+    batches: Sequence[Any],
+    *,
+    v2: bool = False,
+    more: Mapping[str, str] | None = None,
 ) -> Served:
     """Serve `batches` with the real vLLM; fail with its log if it does."""
-    done = run(folder, engine, batches, v2=v2)
+    done = run(folder, engine, batches, v2=v2, more=more)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
     out = json.loads((folder / "out.json").read_text())
@@ -87,6 +99,7 @@ def serve(
         {i: (arrays[f"{i}.positions"], arrays[f"{i}.f"]) for i in ids},
         out["left"],
         out["blocks"],
+        out["graph"],
         log,
     )
 
