@@ -259,8 +259,18 @@ def _check_model(path: str, hidden: int, depth: int, watchlist: WatchList) -> No
 
 
 def prepare(vllm_config: Any, settings: Settings) -> WatchList:
-    """Read the watch list before the model is built, so that a mistake costs seconds."""
+    """Read the watch list before the model is built, so that a mistake costs seconds.
+
+    Raises:
+        ModelError: the model does not generate.
+    """
     watchlist = load_watchlist(settings)
+    if vllm_config.model_config.runner_type == "pooling":
+        raise ModelError(
+            "pooling and embedding models are not supported: nothing is generated, so the start-up "
+            "self-test cannot show that the guard sees the residual; remove `saeguard` from "
+            "--additional-config to serve this model unguarded"
+        )
     mark_graph(vllm_config, watchlist)
     return watchlist
 

@@ -157,7 +157,8 @@ def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) ->
     else:
         BETWEEN[asked["what"]](llm)
     remembered = len(guard.memory)
-    core.step()  # lets the worker know what has finished
+    for _ in range(1 + 2 * core.batch_queue_size):  # the worker learns what has finished
+        core.step_fn()
     while guard.sink.written + guard.sink.dropped < guard.sink.produced:
         time.sleep(0.001)
     return {
@@ -167,6 +168,7 @@ def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) ->
         "left": len(guard.ledger),
         "dropped": guard.sink.dropped,
         "memory": remembered,
+        "scheduler": type(core.scheduler).__name__,
     }
 
 
