@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sae_lens.saes.sae import SAEMetadata
 from saeguard.sae import inspect
 from tests.tiny import tokenizer
 
+ADAPTED = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""The matrices that `make_adapter` adapts."""
 VOCABULARY = 512
 HIDDEN = 64
 LAYERS = 3
@@ -152,16 +155,22 @@ class Guarded:
 
 
 def write_feature_set(
-    path: Path, sae: Path, *, latents: tuple[int, ...], layers: int = LAYERS, high: float = 1.0
+    path: Path,
+    sae: Path,
+    *,
+    latents: tuple[int, ...],
+    layers: int = LAYERS,
+    high: float = 1.0,
+    name: str | None = None,
 ) -> None:
-    """Write a feature set of one feature `f{latent}` per latent."""
+    """Write a feature set of one feature `f{latent}` per latent; `name` if not the file's."""
     info = inspect(sae)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         yaml.safe_dump(
             {
                 "schema": "saeguard.features/v1",
-                "id": path.stem,
+                "id": name or path.stem,
                 "title": "random latents for tests",
                 "model": {"name": "tiny", "hidden_size": info.d_in, "num_layers": layers},
                 "sae": {
@@ -212,9 +221,16 @@ def write_policy(path: Path, **fields: Any) -> None:
 
 
 def random_policies(
-    folder: Path, latents: tuple[int, ...], seed: int = 0, count: int = 6, most: float = 1.2
+    folder: Path,
+    latents: tuple[int, ...],
+    seed: int = 0,
+    count: int = 6,
+    most: float = 1.2,
+    *,
+    feature_set: str = "tiny",
+    prefix: str = "test",
 ) -> None:
-    """Write policies over random conditions, windows and scopes, all flagging."""
+    """Write policies `prefix.p0`... over random conditions, windows and scopes, all flagging."""
     rng = np.random.default_rng(seed)
     conditions = ["a", "a and b", "a or b", "a and not b", "2 of (a, b, c)", "a or (b and c)"]
     windows = ["1 of 1 tokens", "2 of 4 tokens", "3 of 8 tokens", "1 of 3 tokens"]
@@ -224,7 +240,8 @@ def random_policies(
         picked = rng.choice(latents, len(names), replace=False)
         write_policy(
             folder / f"p{i}.yaml",
-            id=f"test.p{i}",
+            id=f"{prefix}.p{i}",
+            feature_set=feature_set,
             scope=["both", "prompt", "output"][i % 3],
             detect={
                 n: {"feature": f"f{latent}", "above": round(float(rng.uniform(0.2, most)), 3)}
@@ -234,6 +251,44 @@ def random_policies(
             **{"for": str(windows[int(rng.integers(len(windows)))])},
             keep=int(rng.integers(0, 4)),
         )
+
+
+def make_adapter(path: Path, model: Path, seed: int = 0, *, rank: int = 8) -> Path:
+    """Save a random LoRA adapter for some of a Llama's matrices, in PEFT's format."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    with safe_open(model / "model.safetensors", "pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 - not a mapping
+            if name.split(".")[-2] in ADAPTED:
+                rows, columns = weights.get_slice(name).get_shape()
+                stem = f"base_model.model.{name.removesuffix('.weight')}"
+                for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                    tensors[f"{stem}.lora_{part}.weight"] = 0.15 * torch.randn(
+                        shape, generator=generator
+                    )
+    path.mkdir(parents=True)
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ADAPTED}))
+    return path
+
+
+def merge_adapter(model: Any, adapter: Path) -> Any:
+    """Add an adapter's products to the weights of a Transformers model."""
+    from safetensors.torch import load_file
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{stem}.lora_A.weight" in tensors:
+                product = tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+                parameter.add_(product, alpha=config["lora_alpha"] / config["r"])
+    return model
 
 
 def make_guarded(root: Path, family: str = "llama", seed: int = 0, *, most: float = 1.2) -> Guarded:

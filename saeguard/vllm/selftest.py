@@ -30,6 +30,10 @@ EAGER, SERVED = f"{PREFIX}eager", f"{PREFIX}served"
 TOKENS = 16
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """Largest difference between two readings, as a share of the largest pre-activation."""
+STALE = (
+    "the graph was built without the guard, perhaps taken from a stale compile cache: remove "
+    "vLLM's cache directory (VLLM_CACHE_ROOT) and start again."
+)
 STEPS = 64
 """Engine steps within which a request of 18 tokens must have been served."""
 
@@ -67,6 +71,11 @@ def run(core: Any) -> None:
             raise SelfTestError(
                 f"saeguard self-test: of {TOKENS + 2} tokens served, the guard accounts for "
                 f"{coverage}; expected {TOKENS + 1} evaluated and 1 not forwarded"
+                + (
+                    f". A tap did not run in every pass: {STALE}"
+                    if told and "error" in told
+                    else ""
+                )
             )
 
 
@@ -172,8 +181,7 @@ def _ran_once(tap: Tap) -> None:
     if int(tap.ticks) != 1:
         raise SelfTestError(
             f"saeguard self-test: the tap at layer {tap.layer} ran {int(tap.ticks)} times in one "
-            "pass. The graph was built without the guard, perhaps taken from a stale compile "
-            "cache: remove vLLM's cache directory (VLLM_CACHE_ROOT) and start again."
+            f"pass: {STALE}"
         )
 
 

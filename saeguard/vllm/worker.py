@@ -16,7 +16,7 @@ import torch
 from saeguard.guard import clamp as clamping
 from saeguard.guard.packet import Packet
 from saeguard.guard.rows import lay_out
-from saeguard.guard.tap import TAPS, Tap, install_taps
+from saeguard.guard.tap import TAPS, Tap, fingerprint, install_taps
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm.config import KEY, Settings, load_watchlist
 from saeguard.vllm.layers import ModelError, decoder_layers, hook_layer
@@ -187,7 +187,7 @@ def mark_graph(vllm_config: Any, watchlist: WatchList) -> None:
     layers = ",".join(str(hook.layer) for hook in watchlist.hooks)
     vllm_config.additional_config[KEY] = {
         **vllm_config.additional_config[KEY],
-        "graph": f"tap-v1 resid_post {layers}",
+        "graph": f"tap {fingerprint()} resid_post {layers}",
     }
 
 
@@ -259,8 +259,18 @@ def _check_model(path: str, hidden: int, depth: int, watchlist: WatchList) -> No
 
 
 def prepare(vllm_config: Any, settings: Settings) -> WatchList:
-    """Read the watch list before the model is built, so that a mistake costs seconds."""
+    """Read the watch list before the model is built, so that a mistake costs seconds.
+
+    Raises:
+        ModelError: the model does not generate.
+    """
     watchlist = load_watchlist(settings)
+    if vllm_config.model_config.runner_type == "pooling":
+        raise ModelError(
+            "pooling and embedding models are not supported: nothing is generated, so the start-up "
+            "self-test cannot show that the guard sees the residual; remove `saeguard` from "
+            "--additional-config to serve this model unguarded"
+        )
     mark_graph(vllm_config, watchlist)
     return watchlist
 

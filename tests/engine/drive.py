@@ -80,7 +80,14 @@ def main(job_path: Path, out_path: Path) -> None:
     leftover = 0 if guard is None else len(guard.ledger)
     core.scheduler.shutdown()
     out_path.with_suffix(".json").write_text(
-        json.dumps({"results": results, "left": leftover, "blocks": forms})
+        json.dumps(
+            {
+                "results": results,
+                "left": leftover,
+                "blocks": forms,
+                "graph": llm.llm_engine.vllm_config.compute_hash(),
+            }
+        )
     )
     np.savez(
         out_path,

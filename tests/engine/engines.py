@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Served:
     left: int
     blocks: list[str]
     """What each tapped block returns."""
+    graph: str
+    """vLLM's hash of what shapes the compiled graph."""
     log: str
 
 
@@ -63,9 +65,22 @@ def environment(*, v2: bool = False, triton: bool = False) -> dict[str, str]:
 
 
 def run(
-    folder: Path, engine: dict[str, Any], batches: Sequence[Any], **how: bool
+    folder: Path,
+    engine: dict[str, Any],
+    batches: Sequence[Any],
+    *,
+    more: Mapping[str, str] | None = None,
+    **how: bool,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a job in a child process and return how it ended; `how` as for `environment`."""
+    """Run a job in a child process and return how it ended.
+
+    Args:
+        folder: for its files.
+        engine: arguments of `vllm.LLM`.
+        batches: of requests.
+        more: what is added to its environment.
+        how: as for `environment`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {"dtype": "float32", "max_model_len": 256, "seed": 0, "skip_tokenizer_init": True}
     job = folder / "job.json"
@@ -73,7 +88,7 @@ def run(
     return subprocess.run(
         [sys.executable, "-m", "tests.engine.drive", str(job), str(folder / "out.npz")],
         cwd=ROOT,
-        env=environment(**how),
+        env={**environment(**how), **(more or {})},
         capture_output=True,
         text=True,
         check=False,
@@ -81,8 +96,8 @@ def run(
     )
 
 
-def serve(folder: Path, engine: dict[str, Any], batches: Sequence[Any], **how: bool) -> Served:
-    """Serve `batches` with the real vLLM; fail with its log if it does."""
+def serve(folder: Path, engine: dict[str, Any], batches: Sequence[Any], **how: Any) -> Served:
+    """Serve `batches` with the real vLLM; fail with its log if it does. Takes what `run` takes."""
     done = run(folder, engine, batches, **how)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
@@ -94,6 +109,7 @@ def serve(folder: Path, engine: dict[str, Any], batches: Sequence[Any], **how: b
         {i: (arrays[f"{i}.positions"], arrays[f"{i}.f"]) for i in ids},
         out["left"],
         out["blocks"],
+        out["graph"],
         log,
     )
 

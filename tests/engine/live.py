@@ -1,7 +1,8 @@
 """Child process of the engine tests: one engine that serves one mix of requests after another.
 
-`python -m tests.engine.live ENGINE.json FD`: reads a mix a line from the socket `FD` and answers
-each with a line: what became of every request, in the engine core's own words.
+`python -m tests.engine.live ENGINE.json FD`: reads from the socket `FD` what to do, one thing a
+line, and answers each with a line: what came out, and what became of every request in the engine
+core's own words.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +36,7 @@ def record_ends() -> dict[str, dict[str, Any]]:
                 "why": reason,
                 "stop_reason": request.stop_reason,
                 "preempted": request.num_preemptions,
+                "adapter": request.lora_request and request.lora_request.lora_name,
                 "enforced": (request.sampling_params.extra_args or {}).get("saeguard_enforce"),
             }
         return said
@@ -42,29 +45,33 @@ def record_ends() -> dict[str, dict[str, Any]]:
     return ended
 
 
-def serve(engine: Any, mix: list[dict[str, Any]]) -> int:
-    """Serve one mix to its end; return the most tokens that any request read from the cache.
+def serve(
+    llm: Any, mix: list[dict[str, Any]], between: dict[str, str] | None = None
+) -> tuple[dict[str, Any], int]:
+    """Serve one mix to its end; return what clients got, and the most tokens read from the cache.
 
-    Each request of the mix holds the step it comes in, prompt token ids, sampling parameters, and
-    after how many further steps its client goes away, if it does: before a step, or in its middle,
-    when the forward has run and the scheduler has not looked at it, as in an engine core's own
-    process.
+    Args:
+        llm: the engine.
+        mix: each request holds the step it comes in, prompt token ids, sampling parameters, and
+            after how many further steps its client goes away, if it does: before a step, or in
+            its middle, when the forward has run and the scheduler has not looked at it, as in an
+            engine core's own process.
+        between: by step, what of `BETWEEN` to do before it, with requests under way.
     """
-    from vllm import SamplingParams
-
+    engine = llm.llm_engine
     waiting = sorted(mix, key=lambda request: request["step"])
     leaves: dict[int, list[str]] = {}
     aborts = engine.engine_core.engine_core.aborts_queue
+    said: dict[str, Any] = {}
     cached, step = 0, 0
     while waiting or engine.has_unfinished_requests():
         while waiting and waiting[0]["step"] <= step:
             request, name = waiting.pop(0), str(next(NAMES))
-            prompt = {"prompt_token_ids": request["prompt"]}
-            if request.get("salt"):
-                prompt["cache_salt"] = request["salt"]
-            engine.add_request(name, prompt, SamplingParams(**request["params"]))
+            add(engine, name, request)
             if request.get("leaves") is not None:
                 leaves.setdefault(step + request["leaves"], []).append(name)
+        if between and str(step) in between:
+            BETWEEN[between[str(step)]](llm)
         if step in leaves and step % 2:
             engine.abort_request(leaves.pop(step))
         elif step in leaves:
@@ -72,27 +79,99 @@ def serve(engine: Any, mix: list[dict[str, Any]]) -> int:
             aborts.put_nowait(ids)
         for output in engine.step():
             cached = max(cached, output.num_cached_tokens or 0)
+            said.setdefault(output.request_id, []).extend(ends(output))
         step += 1
-    return cached
+    return said, cached
 
 
-def answer(engine: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) -> dict[str, Any]:
-    """Serve one mix, and wait until its events are written."""
-    core = engine.engine_core.engine_core
+def ends(output: Any) -> list[dict[str, Any]]:
+    """Return the choices that an output of a request finishes, as its client gets them."""
+    return [
+        {
+            "text": choice.text,
+            "tokens": list(choice.token_ids),
+            "why": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+            "cached": output.num_cached_tokens,
+            "saeguard": getattr(choice, "saeguard", None),
+        }
+        for choice in output.outputs
+        if choice.finish_reason is not None
+    ]
+
+
+def add(engine: Any, name: str, request: dict[str, Any]) -> None:
+    """Hand one request of a mix to the engine."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import StructuredOutputsParams
+
+    prompt = {"prompt_token_ids": request["prompt"]}
+    if request.get("salt"):
+        prompt["cache_salt"] = request["salt"]
+    params = dict(request["params"])
+    if "structured_outputs" in params:
+        params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
+    adapter = request.get("adapter")
+    engine.add_request(
+        name,
+        prompt,
+        SamplingParams(**params),
+        lora_request=LoRARequest(*adapter) if adapter else None,
+    )
+
+
+def sleep(llm: Any) -> None:
+    """Sleep with the requests under way kept, and wake up."""
+    llm.sleep(level=1, mode="keep")
+    assert llm.llm_engine.is_sleeping()
+    llm.wake_up()
+
+
+BETWEEN: dict[str, Callable[[Any], Any]] = {
+    "reset": lambda llm: llm.reset_prefix_cache(reset_running_requests=True),
+    "sleep": sleep,
+}
+
+
+def beams(llm: Any, prompts: list[list[int]], width: int, tokens: int) -> list[list[list[int]]]:
+    """Search with beams; return the best texts of each prompt."""
+    from vllm.sampling_params import BeamSearchParams
+
+    found = llm.beam_search(
+        [{"prompt_token_ids": p} for p in prompts],
+        BeamSearchParams(beam_width=width, max_tokens=tokens, ignore_eos=True),
+    )
+    return [[list(beam.tokens) for beam in output.sequences] for output in found]
+
+
+def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) -> dict[str, Any]:
+    """Do one thing, and wait until the events of what it served are written."""
+    core = llm.llm_engine.engine_core.engine_core
     guard = core.scheduler.saeguard
     ended.clear()
-    if asked.get("reset"):
-        core.reset_prefix_cache()
-    cached = serve(engine, asked["mix"])
-    core.step()  # lets the worker know what has finished
+    said, cached = None, 0
+    if asked["what"] == "beams":
+        said = beams(llm, asked["prompts"], asked["width"], asked["tokens"])
+    elif asked["what"] == "mix":
+        if asked.get("reset"):
+            core.reset_prefix_cache()
+        said, cached = serve(llm, asked["mix"], asked.get("between"))
+    else:
+        BETWEEN[asked["what"]](llm)
+    remembered = len(guard.memory)
+    for _ in range(1 + 2 * core.batch_queue_size):  # the worker learns what has finished
+        core.step_fn()
     while guard.sink.written + guard.sink.dropped < guard.sink.produced:
         time.sleep(0.001)
     return {
+        "said": said,
         "ended": ended,
         "cached": cached,
         "left": len(guard.ledger),
         "dropped": guard.sink.dropped,
-        "memory": len(guard.memory),
+        "memory": remembered,
+        "scheduler": type(core.scheduler).__name__,
     }
 
 
@@ -101,11 +180,11 @@ def main(job: Path, stream: TextIO) -> None:
     ended = record_ends()
     from vllm import LLM
 
-    engine = LLM(**json.loads(job.read_text())).llm_engine
+    llm = LLM(**json.loads(job.read_text()))
     print(json.dumps({"ready": True}), file=stream, flush=True)
     for line in stream:
-        print(json.dumps(answer(engine, ended, json.loads(line))), file=stream, flush=True)
-    engine.engine_core.engine_core.scheduler.shutdown()
+        print(json.dumps(answer(llm, ended, json.loads(line))), file=stream, flush=True)
+    llm.llm_engine.engine_core.engine_core.scheduler.shutdown()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> models.Guarded:
 
 
 def start(
-    folder: Path, guarded: models.Guarded, *, prelude: str = "", **settings: Any
+    folder: Path,
+    guarded: models.Guarded,
+    *,
+    prelude: str = "",
+    engine: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Start an engine and serve one request; `prelude` runs in the child before it."""
     job = folder / "job"
@@ -38,6 +43,7 @@ def start(
         "max_num_seqs": 4,
         "enforce_eager": True,
         "additional_config": {"saeguard": guarded.settings(**settings)},
+        **(engine or {}),
     }
     environment = engines.environment
 
@@ -167,6 +173,13 @@ class TestFailsClosed:
         )
         done = start(tmp_path, sound, prelude=prelude)
         refused(done, f"does not fit vLLM {vllm.__version__}", "Request.no_such_thing")
+
+    def test_pooling_model(self, sound: models.Guarded, tmp_path: Path) -> None:
+        """A model that embeds: there is nothing generated that the self-test could look at."""
+        refused(
+            start(tmp_path, sound, engine={"runner": "pooling", "convert": "embed"}),
+            "pooling and embedding models are not supported",
+        )
 
     def test_the_sound_one_serves(self, sound: models.Guarded, tmp_path: Path) -> None:
         """The same set-up without a fault serves, so that the refusals above mean something."""

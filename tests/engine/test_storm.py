@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -64,25 +64,18 @@ class Tally:
 class Live:
     """An engine in a child process, and the reference for what it serves."""
 
-    def __init__(self, root: Path, engine: dict[str, Any], *, v2: bool = False) -> None:
-        """Start the engine; requests of random policies, two that stop and one that clamps."""
-        self.guarded = models.make_guarded(root, most=7.0)
-        detect = {"a": {"feature": "f4", "above": 7.0}}
-        more = {"condition": "a", "action": "stop", "on_error": "stop"}
-        models.write_policy(self.guarded.policies / "s.yaml", id="stop.output", scope="output",
-                            detect=detect, **more)  # fmt: skip
-        models.write_policy(self.guarded.policies / "t.yaml", id="stop.prompt", scope="prompt",
-                            detect={"a": {"feature": "f8", "above": 8.7}}, **more)  # fmt: skip
-        models.write_policy(
-            self.guarded.policies / "c.yaml", id="test.clamp", mode="shadow", action="clamp",
-            detect={"a": {"feature": "f12", "above": 0.5}}, condition="a",
-            clamp={"features": ["f12"], "to": -6.0},
-        )  # fmt: skip
+    def __init__(
+        self,
+        root: Path,
+        engine: dict[str, Any],
+        *,
+        v2: bool = False,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """Start the engine."""
         self.events = root / "events.jsonl"
-        given = self.guarded.settings(events=str(self.events), request_may_enforce=["test.clamp"])
+        given = self.prepare(root)
         self.watchlist: WatchList = engines.compile_policies(given)
-        self.columns = [int(name.rsplit("/f", 1)[1]) for name in self.watchlist.features]
-        self.reference = engines.Reference(self.guarded.model, self.guarded.sae)
         job = root / "engine.json"
         job.write_text(json.dumps({
             "model": str(self.guarded.model), "dtype": "float32", "seed": 0,
@@ -98,12 +91,36 @@ class Live:
         self._log = (root / "engine.log").open("w+")
         self._child = subprocess.Popen(
             [sys.executable, "-m", "tests.engine.live", str(job), str(theirs.fileno())],
-            cwd=engines.ROOT, env=engines.environment(v2=v2), pass_fds=[theirs.fileno()],
-            stdout=self._log, stderr=self._log,
+            cwd=engines.ROOT, env={**engines.environment(v2=v2), **(environment or {})},
+            pass_fds=[theirs.fileno()], stdout=self._log, stderr=self._log,
         )  # fmt: skip
         theirs.close()
         self._socket, self._lines = ours, ours.makefile("rw")
         assert self._hear() == {"ready": True}
+
+    def prepare(self, root: Path) -> dict[str, Any]:
+        """Make random policies, two that stop and one that clamps; return the guard's settings."""
+        self.guarded = models.make_guarded(root, most=7.0)
+        detect = {"a": {"feature": "f4", "above": 7.0}}
+        more = {"condition": "a", "action": "stop", "on_error": "stop"}
+        models.write_policy(self.guarded.policies / "s.yaml", id="stop.output", scope="output",
+                            detect=detect, **more)  # fmt: skip
+        models.write_policy(self.guarded.policies / "t.yaml", id="stop.prompt", scope="prompt",
+                            detect={"a": {"feature": "f8", "above": 8.7}}, **more)  # fmt: skip
+        models.write_policy(
+            self.guarded.policies / "c.yaml", id="test.clamp", mode="shadow", action="clamp",
+            detect={"a": {"feature": "f12", "above": 0.5}}, condition="a",
+            clamp={"features": ["f12"], "to": -6.0},
+        )  # fmt: skip
+        self.reference = engines.Reference(self.guarded.model, self.guarded.sae)
+        return self.guarded.settings(events=str(self.events), request_may_enforce=["test.clamp"])
+
+    def shares(self, tokens: list[int], ended: dict[str, Any]) -> np.ndarray | None:
+        """Return the reference's [tokens, features]; None where it cannot tell."""
+        if ended["enforced"]:
+            return None  # under a clamp; tests/engine/test_clamp.py has the reference
+        columns = [int(name.rsplit("/f", 1)[1]) for name in self.watchlist.features]
+        return self.reference.latents(tokens)[:, columns].astype(np.float32)
 
     def _hear(self) -> dict[str, Any]:
         line = self._lines.readline()
@@ -119,10 +136,14 @@ class Live:
         self._socket.shutdown(socket.SHUT_RDWR)
         self._child.wait(60)
 
-    def serve(self, mix: list[dict[str, Any]], *, reset: bool) -> None:
-        """Serve a mix and check every verdict, count and end of it."""
+    def serve(self, mix: list[dict[str, Any]], *, reset: bool = False) -> Any:
+        """Serve a mix and check every verdict, count and end of it; return what clients got."""
+        return self.ask("mix", mix=mix, reset=reset)["said"]
+
+    def ask(self, what: str, **more: Any) -> dict[str, Any]:
+        """Have the child do something, see `tests/engine/live.py`, and check what it served."""
         with suppress(BrokenPipeError):  # what the child died of is said by `_hear`
-            print(json.dumps({"mix": mix, "reset": reset}), file=self._lines, flush=True)
+            print(json.dumps({"what": what, **more}), file=self._lines, flush=True)
         answer = self._hear()
         assert (answer["left"], answer["dropped"]) == (0, 0)
         self.cached = int(answer["cached"])
@@ -138,11 +159,12 @@ class Live:
         assert set(events) == set(answer["ended"])
         for request_id, ended in answer["ended"].items():
             self._check(ended, events[request_id])
+        return answer
 
     def _check(self, ended: dict[str, Any], events: dict[str, Any]) -> None:
         tokens, prompt = ended["tokens"], ended["prompt"]
         assert set(events) == {p.id for p in self.watchlist.policies}
-        whole = _whole_coverage(events["test.p0"], events)
+        whole = _whole_coverage(events)
         unread = sum(whole["skipped"].get(why, 0) for why in ("aborted", "not_forwarded"))
         seen = len(tokens) - unread
         excluded = np.isin(tokens[:seen], self.watchlist.exclude_tokens)
@@ -155,11 +177,10 @@ class Live:
         self.tally.seen["stopped"] += bool(stopped)
         if ended["why"] != "abort" and not stopped:
             assert unread <= 1, (whole, ended)
-        if ended["enforced"]:
-            return  # its text is under a clamp; tests/engine/test_clamp.py has the reference
-        shares = self.reference.latents(tokens[:seen])[:, self.columns].astype(np.float32) if (
-            seen) else np.zeros((0, len(self.columns)), np.float32)  # fmt: skip
-        for verdict in judge_all(self.watchlist, shares, ~excluded, prompt) if seen else ():
+        shares = self.shares(tokens[:seen], ended) if seen else None
+        if shares is None:
+            return
+        for verdict in judge_all(self.watchlist, shares, ~excluded, prompt):
             event = events[verdict.policy]
             if verdict.score is not None:
                 self.tally.gap = max(self.tally.gap, abs(verdict.score - event["score"]))
@@ -180,9 +201,8 @@ class Live:
         assert self.tally.gap < MARGIN
 
 
-def _whole_coverage(prompt: dict[str, Any], events: dict[str, Any]) -> dict[str, Any]:
+def _whole_coverage(events: dict[str, Any]) -> dict[str, Any]:
     """Return the coverage of a policy that looks at all of a request."""
-    del prompt
     coverage: dict[str, Any] = max(
         (e["coverage"] for e in events.values()), key=lambda c: c["tokens"]
     )
@@ -192,6 +212,9 @@ def _whole_coverage(prompt: dict[str, Any], events: dict[str, Any]) -> dict[str,
         assert own["evaluated"] + sum(own["skipped"].values()) == own["tokens"], event
         assert set(own["skipped"]) <= {"not_forwarded", "special_token", "aborted"}, event
     return coverage
+
+
+L = TypeVar("L", bound=Live)
 
 
 @st.composite
@@ -228,9 +251,9 @@ def mixes(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def living(root: Path, engine: dict[str, Any], *, v2: bool = False) -> Iterator[Live]:
+def living(root: Path, engine: dict[str, Any], kind: type[L] = Live, **more: Any) -> Iterator[L]:  # type: ignore[assignment]
     """Run a live engine and say what it has shown at the end."""
-    live = Live(root, engine, v2=v2)
+    live = kind(root, engine, **more)
     try:
         yield live
     finally:

@@ -1,0 +1,59 @@
+"""Asynchronous scheduling, the default on GPUs: a step is scheduled before the last one is known.
+
+vLLM switches it off on a CPU, where nothing runs beside Python. Here it stays on: its scheduler,
+its batch queue and its model runner's delayed outputs are vLLM's own, only the CUDA streams and
+events are stand-ins. What this cannot show is a copy that is still under way on a device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine import engines
+from tests.engine.test_storm import SMALL_CACHE, living, storm
+
+pytestmark = pytest.mark.engine
+
+STAND_INS = """
+import contextlib
+import torch
+
+class Immediate:
+    def __init__(self, *args, **kwargs):
+        self.device = torch.device("cpu")
+
+    def nothing(self, *args, **kwargs):
+        pass
+
+    record = synchronize = wait = wait_stream = wait_event = nothing
+
+torch.Event = torch.cuda.Event = torch.cuda.Stream = Immediate
+torch.cuda.current_stream = Immediate
+torch.cuda.stream = lambda stream: contextlib.nullcontext()
+
+from vllm.platforms.cpu import CpuPlatform
+check = CpuPlatform.check_and_update_config.__func__
+
+def keep_on(cls, vllm_config):
+    check(cls, vllm_config)
+    vllm_config.scheduler_config.async_scheduling = True
+
+CpuPlatform.check_and_update_config = classmethod(keep_on)
+"""
+
+
+@pytest.mark.parametrize(
+    "requests", [80, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_storm(tmp_path: Path, requests: int) -> None:
+    """Preemption, aborts, stop policies and cached prefixes while a step is always under way."""
+    (tmp_path / "sitecustomize.py").write_text(STAND_INS)
+    environment = {"PYTHONPATH": f"{tmp_path}:{engines.ROOT}"}
+    engine = {**SMALL_CACHE, "async_scheduling": True}
+    with living(tmp_path, engine, environment=environment) as live:
+        assert live.ask("mix", mix=[])["scheduler"] == "AsyncScheduler"
+        storm(live, requests)
+        for what in ("preempted", "aborted", "stopped", "cached"):
+            assert live.tally.seen[what], what
