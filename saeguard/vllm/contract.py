@@ -49,6 +49,10 @@ CLAUSES: tuple[Clause, ...] = (
     Clause(_RUNNER_2, "GPUModelRunner.execute_model", ("scheduler_output",), "v2:execute_model"),
     Clause(_RUNNER_2, "dispatch_cg_and_sync_dp", ("need_eager",)),
     Clause(_RUNNER_2, "GPUModelRunner.sample_tokens", (), "runner:sample_tokens"),
+    Clause("vllm.model_executor.models.utils", "PPMissingLayer"),
+    Clause("vllm.distributed.parallel_state", "get_pp_group"),
+    Clause("vllm.distributed.parallel_state", "GroupCoordinator.is_last_rank"),
+    Clause("vllm.sequence", "IntermediateTensors", ("tensors",)),
     Clause("vllm.forward_context", "ForwardContext.skip_compiled"),
     Clause("vllm.forward_context", "ForwardContext.cudagraph_runtime_mode"),
     Clause(_SCHEDULER, "Scheduler.__init__", ("vllm_config",), "scheduler:init"),
@@ -74,6 +78,7 @@ CLAUSES: tuple[Clause, ...] = (
     Clause("vllm.v1.engine.core", "DPEngineCoreProc.run_busy_loop", (), "scheduler:run_busy_loop"),
     Clause("vllm.v1.engine.core", "EngineCore.add_request", ("request",)),
     Clause("vllm.v1.engine.core", "EngineCore.post_step", ("model_executed",)),
+    Clause("vllm.v1.executor", "Executor.collective_rpc", ("method",)),
     Clause(
         "vllm.v1.engine.core",
         "EngineCore.preprocess_add_request",

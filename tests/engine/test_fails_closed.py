@@ -25,7 +25,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> models.Guarded:
 
 
 def start(
-    folder: Path, guarded: models.Guarded, *, prelude: str = "", **settings: Any
+    folder: Path,
+    guarded: models.Guarded,
+    *,
+    prelude: str = "",
+    ranks: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Start an engine and serve one request; `prelude` runs in the child before it."""
     job = folder / "job"
@@ -38,6 +43,7 @@ def start(
         "max_num_seqs": 4,
         "enforce_eager": True,
         "additional_config": {"saeguard": guarded.settings(**settings)},
+        **(ranks or {}),
     }
     environment = engines.environment
 
