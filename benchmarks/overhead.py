@@ -319,6 +319,7 @@ def build(root: Path) -> tuple[Bench, dict[str, Any]]:
         worker = WorkerGuard(
             watchlist=watchlist,
             taps=taps,
+            rows=taps[0].rows,
             excluded=first.excluded,
             device=first.device,
             free=list(range(1, slots + 1))[::-1],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
+import io
+import json
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -15,23 +18,45 @@ import structlog
 _END = object()
 
 
+class _Lines(io.FileIO):
+    """A file that several engine cores append to: a line is one write, and lines do not mix."""
+
+    def write(self, line: Any, /) -> int:
+        """Append a whole line.
+
+        Raises:
+            OSError: it did not go in as a whole, so the disk is full.
+        """
+        written = super().write(line)
+        if written != len(line):
+            raise OSError(errno.ENOSPC, "an event was cut off")
+        return written
+
+
+def _as_bytes(_logger: Any, _method: str, event: Any) -> bytes:
+    return json.dumps(event).encode()
+
+
 class Sink:
     """Append events to a JSON-lines file; `produced == written + dropped` once closed."""
 
     def __init__(self, path: Path, *, capacity: int = 65536) -> None:
         """Open `path` for appending and start the writer.
 
+        Engine cores of a data-parallel server share the file. The system appends each write as a
+        whole on a local disk; a network file system may not.
+
         Raises:
             OSError: the file cannot be opened; better now than at the first event.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = _Lines(path, "a")
         # wrap_logger, not configure(): structlog's settings belong to the host process.
         self._log = structlog.wrap_logger(
-            structlog.WriteLogger(self._file),
+            structlog.BytesLogger(self._file),
             processors=[
                 structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-                structlog.processors.JSONRenderer(sort_keys=False),
+                _as_bytes,
             ],
             wrapper_class=structlog.BoundLogger,
         )

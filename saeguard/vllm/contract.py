@@ -90,6 +90,11 @@ CLAUSES: tuple[Clause, ...] = (
     Clause(_RUNNER_2, "GPUModelRunner.execute_model", ("scheduler_output",), "v2:execute_model"),
     Clause(_RUNNER_2, "dispatch_cg_and_sync_dp", keywords=("need_eager",)),
     Clause(_RUNNER_2, "GPUModelRunner.sample_tokens", wrapper="runner:sample_tokens"),
+    # pipeline stages
+    Clause("vllm.model_executor.models.utils", "PPMissingLayer"),
+    Clause("vllm.distributed.parallel_state", "get_pp_group"),
+    Clause("vllm.distributed.parallel_state", "GroupCoordinator.is_last_rank"),
+    Clause("vllm.sequence", "IntermediateTensors", ("tensors",)),
     # what travels between runner and scheduler
     Clause(
         _SCHEDULED,
@@ -176,7 +181,8 @@ CLAUSES: tuple[Clause, ...] = (
     Clause("vllm.v1.core.block_pool", "BlockHashToBlockMap.get_one_block", ("key",)),
     Clause("vllm.v1.core.kv_cache_utils", "make_block_hash_with_group_id"),
     # engine core
-    Clause(_CORE, "EngineCore", fields=("vllm_config", "scheduler", "step_fn")),
+    Clause(_CORE, "EngineCore", fields=("vllm_config", "scheduler", "step_fn", "model_executor")),
+    Clause("vllm.v1.executor", "Executor.collective_rpc", ("method",)),
     Clause(_CORE, "EngineCore.__init__", ("vllm_config",), "scheduler:engine_core_init"),
     Clause(_CORE, "EngineCoreProc.run_busy_loop", wrapper="scheduler:run_busy_loop"),
     Clause(_CORE, "DPEngineCoreProc.run_busy_loop", wrapper="scheduler:run_busy_loop"),

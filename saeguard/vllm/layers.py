@@ -47,6 +47,13 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     return layers
 
 
+def is_here(layer: nn.Module) -> bool:
+    """Return whether a block is on this pipeline stage, and no placeholder."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return not isinstance(layer, PPMissingLayer)
+
+
 def hook_layer(layers: nn.ModuleList, index: int) -> Any:
     """Put the tap behind block `index`; torch.compile traces the hook into the graph."""
 

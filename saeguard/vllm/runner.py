@@ -9,7 +9,7 @@ import numpy as np
 import structlog
 import torch
 
-from saeguard.vllm import contract, worker
+from saeguard.vllm import contract, pipeline, worker
 from saeguard.vllm.config import settings_of
 from saeguard.vllm.selftest import EAGER, PREFIX, SERVED, Observation
 from saeguard.vllm.worker import WorkerGuard
@@ -39,16 +39,22 @@ def load_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any)
     return result
 
 
-def announce(guard: WorkerGuard, scheduler_output: Any) -> None:
-    """Take back what finished requests held, and remember what new ones ask for."""
+def announce(guard: WorkerGuard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Take in the arguments of `execute_model`, and return its `SchedulerOutput`.
+
+    What finished requests held is taken back, what new ones ask for is remembered, and what
+    earlier pipeline stages read is received.
+    """
+    scheduler_output = args[0] if args else kwargs["scheduler_output"]
+    intermediate = args[1] if len(args) > 1 else kwargs.get("intermediate_tensors")
+    guard.received = pipeline.take(intermediate)
     guard.release(scheduler_output.finished_req_ids)
-    if not guard.clamps:
-        return
-    for new in scheduler_output.scheduled_new_reqs:
+    for new in scheduler_output.scheduled_new_reqs if guard.clamps else ():
         tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
         guard.announced.setdefault(
             new.req_id, (len(tokens), worker.enforced_by_request(new.sampling_params))
         )
+    return scheduler_output
 
 
 def begin(
@@ -69,11 +75,7 @@ def begin(
 
 
 def end(runner: Any, guard: WorkerGuard) -> None:
-    """Start copying what the pass saw; during the self-test, compare it first.
-
-    Raises:
-        SelfTestError: the taps do not see what they must.
-    """
+    """Start copying what the pass saw; during the self-test, compare it first."""
     if guard.opened is None:
         return
     request_ids, query_start, positions = guard.opened
@@ -81,15 +83,40 @@ def end(runner: Any, guard: WorkerGuard) -> None:
     prompt = testing and int(positions[0]) == 0  # a later pass can have several rows: drafts
     if testing:
         guard.observation.stop()
-    if prompt and request_ids[0] == EAGER:
-        guard.observation.settle(guard.taps)
-    elif prompt:
-        rows = int(query_start[-1])
-        guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
+    if prompt:
+        try:
+            _test(runner, guard, request_ids[0], int(query_start[-1]))
+        except Exception as error:  # noqa: BLE001 - a rank that raises leaves others waiting for it
+            guard.failures.append(str(error))
     guard.after()
-    if testing and not prompt and request_ids[0] == SERVED:
+    if testing and not prompt and request_ids[0] == SERVED and not guard.failures:
         guard.tested, guard.observation = True, None
         _report(runner, guard)
+
+
+def _test(runner: Any, guard: WorkerGuard, request_id: str, rows: int) -> None:
+    """Learn from or compare one prompt pass of the self-test.
+
+    Raises:
+        SelfTestError: the taps do not see what they must.
+    """
+    if request_id == EAGER:
+        guard.observation.settle(guard.taps)
+    else:
+        guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
+
+
+def tested(worker: Any) -> str | None:
+    """Return what is wrong on a worker after the self-test, None where nothing is.
+
+    The engine core asks this of every rank: vLLM listens to the errors of one rank only.
+    """
+    guard = guard_of(worker.model_runner)
+    if guard is None:
+        return "there is no guard in the model's process"
+    if not guard.tested:
+        return "; ".join(guard.failures) or "the test's passes did not come by"
+    return None
 
 
 def _report(runner: Any, guard: WorkerGuard) -> None:
@@ -109,7 +136,13 @@ def _report(runner: Any, guard: WorkerGuard) -> None:
 
 
 def deliver(guard: WorkerGuard, result: Any) -> Any:
-    """Attach the pending packet to a runner's output, now or when its copies have arrived."""
+    """Attach the pending packet to a runner's output, now or when its copies have arrived.
+
+    A pipeline stage that is not the last hands its readings on with its intermediate tensors.
+    """
+    if guard.outgoing is not None:
+        readings, guard.outgoing = guard.outgoing, None
+        return pipeline.put(result, readings)
     pending = guard.pending
     if pending is None or result is None:
         return result
@@ -122,10 +155,8 @@ def deliver(guard: WorkerGuard, result: Any) -> Any:
             return output
 
         result.get_output = with_packet
-    elif hasattr(result, "req_ids"):
+    else:
         setattr(result, ATTRIBUTE, guard.collect(pending))
-    else:  # intermediate tensors of a pipeline stage, which start-up refuses
-        return result
     guard.pending = None
     return result
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from saeguard.guard.tap import Tap, as_rows
-from saeguard.vllm.layers import decoder_layers
+from saeguard.vllm.layers import decoder_layers, is_here
 
 log = structlog.get_logger("saeguard")
 
@@ -49,8 +49,11 @@ def run(core: Any) -> None:
     """Serve the two requests on an `EngineCore` that has just been built.
 
     Raises:
-        SelfTestError: nothing came out, or tokens are not accounted for.
+        SelfTestError: a rank's taps do not see what they must, nothing came out, or tokens are not
+            accounted for.
     """
+    from saeguard.vllm.runner import tested
+
     guard = core.scheduler.saeguard
     for request_id in (EAGER, SERVED):
         request, wave = core.preprocess_add_request(_request(core, request_id))
@@ -60,6 +63,12 @@ def run(core: Any) -> None:
             core.post_step(model_executed=executed)
             if request_id in guard.self_test:
                 break
+    wrong = core.model_executor.collective_rpc(tested)
+    if any(wrong):
+        raise SelfTestError(
+            "\n".join(f"rank {rank}: {what}" for rank, what in enumerate(wrong) if what)
+        )
+    for request_id in (EAGER, SERVED):
         coverage = guard.self_test.get(request_id)
         # One prompt, one sampled token fed back, one that nothing reads unless a draft foresaw it.
         told = None if coverage is None else {**coverage.skipped, "evaluated": coverage.evaluated}
@@ -111,6 +120,8 @@ class Observation:
         """By layer: the stream that the next block consumes, [tokens, d]."""
         self.returned: dict[int, tuple[torch.Tensor, ...]] = {}
         """By layer: the values that the block returned."""
+        self.sent: dict[int, tuple[torch.Tensor, ...]] = {}
+        """By layer that ends a pipeline stage: the values that the next stage is sent."""
         self._hooks: list[Any] = []
 
     def watch(self, model: Any, depth: int, taps: tuple[Tap, ...]) -> None:
@@ -129,17 +140,29 @@ class Observation:
     def settle(self, taps: tuple[Tap, ...]) -> None:
         """Tell each tap whether to add the second value that its block returns.
 
+        Where a pipeline stage ends, the block before the last shows what its values are.
+
         Raises:
             SelfTestError: a tap did not run.
         """
         for tap in taps:
             _ran_once(tap)
-            x, returned = self.residual.get(tap.layer), self.returned.get(tap.layer, ())
-            if x is None or len(returned) < 2:  # noqa: PLR2004
-                continue
-            hidden, other = returned
-            left_over = (x - hidden).abs().max() < (x - hidden - other).abs().max()
-            tap.halves.fill_(0.0 if left_over else 1.0)
+            sent = self.sent.get(tap.layer)
+            halves = self._halves(tap.layer if sent is None else tap.layer - 1)
+            if halves is not None:
+                tap.halves.fill_(halves)
+            if sent is not None and len(sent) == 1:
+                self.residual[tap.layer] = sent[0]
+            elif sent is not None and len(sent) == 2 and halves is not None:  # noqa: PLR2004
+                self.residual[tap.layer] = sent[0] + halves * sent[1]
+
+    def _halves(self, layer: int) -> float | None:
+        """Return 1 where a block's second value is a half, 0 for a left-over, None if unknown."""
+        x, returned = self.residual.get(layer), self.returned.get(layer, ())
+        if x is None or len(returned) < 2:  # noqa: PLR2004
+            return None
+        hidden, other = returned
+        return float((x - hidden).abs().max() >= (x - hidden - other).abs().max())
 
     def compare(self, taps: tuple[Tap, ...], rows: int, dtype: torch.dtype) -> None:
         """Compare the taps' activations of a prompt pass with the observed residual.
@@ -198,16 +221,24 @@ def _observe(
     model: nn.Module, layers: nn.ModuleList, taps: tuple[Tap, ...], seen: Observation
 ) -> list[Any]:
     """Hook each tapped layer and what lies behind it: what one returns, the other consumes."""
-    return [
-        handle
-        for tap in taps
-        for handle in _observe_layer(
-            layers[tap.layer],
-            model if tap.layer + 1 == len(layers) else layers[tap.layer + 1],
-            tap.layer,
-            seen,
-        )
-    ]
+    handles: list[Any] = []
+    for tap in taps:
+        layer, last = tap.layer, tap.layer + 1 == len(layers)
+        if not last and not is_here(layers[layer + 1]):
+            handles.append(model.register_forward_hook(_keep_sent(layer, seen)))
+            layer -= 1  # shows what this layer's values are
+            if layer < 0 or not is_here(layers[layer]):
+                continue
+        consumer = model if last else layers[layer + 1]
+        handles += _observe_layer(layers[layer], consumer, layer, seen)
+    return handles
+
+
+def _keep_sent(layer: int, seen: Observation) -> Any:
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.sent[layer] = tuple(_copy(v) for v in output.tensors.values() if _is_residual(v))
+
+    return leave
 
 
 def _observe_layer(

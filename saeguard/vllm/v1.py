@@ -13,7 +13,7 @@ def execute_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: A
     guard = common.guard_of(runner)
     if guard is None:
         return wrapped(*args, **kwargs)
-    common.announce(guard, args[0] if args else kwargs["scheduler_output"])
+    common.announce(guard, args, kwargs)
     return common.deliver(guard, wrapped(*args, **kwargs))
 
 

@@ -15,8 +15,7 @@ def execute_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: A
     guard = common.guard_of(runner)
     if guard is None:
         return wrapped(*args, **kwargs)
-    scheduled = args[0] if args else kwargs["scheduler_output"]
-    common.announce(guard, scheduled)
+    scheduled = common.announce(guard, args, kwargs)
     if not guard.tested and EAGER in scheduled.num_scheduled_tokens:
         with _eager():
             result = wrapped(*args, **kwargs)

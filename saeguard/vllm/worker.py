@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 
 from saeguard.guard import clamp as clamping
 from saeguard.guard.packet import Packet
-from saeguard.guard.rows import lay_out
+from saeguard.guard.rows import Rows, allocate_rows, lay_out
 from saeguard.guard.tap import TAPS, Tap, fingerprint, install_taps
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm.config import KEY, Settings, load_watchlist
-from saeguard.vllm.layers import ModelError, decoder_layers, hook_layer
+from saeguard.vllm.layers import ModelError, decoder_layers, hook_layer, is_here
+from saeguard.vllm.pipeline import Reading
 
 log = structlog.get_logger("saeguard")
 
@@ -34,7 +35,10 @@ class Pending:
 
     request_ids: list[str]
     query_start: np.ndarray
-    host: dict[str, Any]
+    host: list[Reading]
+    """By hook, in the watch list's order."""
+    watched: torch.Tensor
+    positions: torch.Tensor
     event: Any
 
 
@@ -44,17 +48,27 @@ class WorkerGuard:
 
     watchlist: WatchList
     taps: tuple[Tap, ...]
+    """Of the layers that are on this pipeline stage."""
+    rows: Rows
     excluded: torch.Tensor
     """[vocabulary] bool on the device."""
     device: torch.device
+    last_stage: bool = True
+    """Whether the sampled tokens, and so the packets, come from here."""
     announced: dict[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
     """Prompt length and policies to enforce, of requests not yet in a slot."""
     slots: dict[str, int] = field(default_factory=dict)
     free: list[int] = field(default_factory=list)
     opened: tuple[list[str], np.ndarray, torch.Tensor] | None = None
     """The pass under way: request ids, first rows, positions."""
+    received: dict[int, Reading] = field(default_factory=dict)
+    """What earlier pipeline stages read in the pass under way, by layer."""
+    outgoing: dict[int, Reading] | None = None
+    """What the next stage must be told of a pass."""
     pending: Pending | None = None
     tested: bool = False
+    failures: list[str] = field(default_factory=list)
+    """What the self-test found wrong on this rank."""
     observation: Any = None
 
     def admit(self, request_id: str) -> int:
@@ -109,51 +123,63 @@ class WorkerGuard:
             input_ids: [rows] token ids, on the device.
             positions: [rows] position of each token in its request, on the device.
         """
-        rows = self.taps[0].rows
-        torch.logical_not(self.excluded[input_ids], out=rows.watched[: len(input_ids)])
+        torch.logical_not(self.excluded[input_ids], out=self.rows.watched[: len(input_ids)])
         if self.clamps:
-            lay_out(rows, [self.admit(r) for r in request_ids], query_start, positions)
+            lay_out(self.rows, [self.admit(r) for r in request_ids], query_start, positions)
         self.opened = request_ids, query_start, positions
         for tap in self.taps:
             tap.ticks.zero_()
 
     def after(self) -> None:
-        """Start copying what the pass saw; `collect` finishes it."""
+        """Start copying what the pass saw; `collect` finishes it. Other stages pass it on."""
         assert self.opened is not None
         (request_ids, query_start, positions), self.opened = self.opened, None
         n = int(query_start[-1])
-        device = {
-            "f": [tap.f[:n] for tap in self.taps],
-            "acted": [tap.clamp.acted[:n] for tap in self.taps if tap.clamp is not None],
-            "ticks": [tap.ticks for tap in self.taps],
-            "watched": [self.taps[0].rows.watched[:n]],
-            "positions": [positions],
-        }
+        readings, self.received = self.received, {}
+        for tap in self.taps:
+            acted = None if tap.clamp is None else tap.clamp.acted[:n]
+            readings[tap.layer] = Reading(tap.f[:n], tap.ticks.reshape(1), acted)
+        if not self.last_stage:
+            self.outgoing = {layer: reading.copy() for layer, reading in readings.items()}
+            return
+        host = [
+            Reading(
+                self._to_host(f),
+                self._to_host(ticks),
+                None if acted is None else self._to_host(acted),
+            )
+            for f, ticks, acted in (readings[hook.layer] for hook in self.watchlist.hooks)
+        ]
+        watched, positions = self._to_host(self.rows.watched[:n]), self._to_host(positions)
+        event: Any = None
         if self.device.type == "cuda":
-            host = {k: [_to_pinned(t) for t in ts] for k, ts in device.items()}
-            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        else:
-            host = {k: [t.clone() for t in ts] for k, ts in device.items()}
-            event = None
-        self.pending = Pending(request_ids, query_start, host, event)
+        self.pending = Pending(request_ids, query_start, host, watched, positions, event)
 
     def collect(self, pending: Pending) -> Packet:
         """Wait for the copies of one pass and return them."""
         if pending.event is not None:
             pending.event.synchronize()
-        host = {k: [t.numpy() for t in ts] for k, ts in pending.host.items()}
-        f = host["f"][0] if len(host["f"]) == 1 else np.concatenate(host["f"], axis=1)
+        f = [reading.f.numpy() for reading in pending.host]
+        acted = [reading.acted.numpy() for reading in pending.host if reading.acted is not None]
         return Packet(
             request_ids=pending.request_ids,
             query_start=pending.query_start,
-            positions=host["positions"][0],
-            watched=host["watched"][0],
-            f=f,
-            acted=np.concatenate(host["acted"], axis=1) if host["acted"] else None,
-            ran=all(int(t) == 1 for t in host["ticks"]),
+            positions=pending.positions.numpy(),
+            watched=pending.watched.numpy(),
+            f=f[0] if len(f) == 1 else np.concatenate(f, axis=1),
+            acted=np.concatenate(acted, axis=1) if acted else None,
+            ran=all(int(reading.ticks) == 1 for reading in pending.host),
             watchlist=self.watchlist.digest,
         )
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Start a copy that outlives the next pass."""
+        if self.device.type != "cuda":
+            return tensor.clone()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
 
 
 def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float]:
@@ -164,7 +190,7 @@ def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float
             values = [] if part is None else [getattr(part, f.name) for f in fields(part)]
             tensors |= {v for v in values if isinstance(v, torch.Tensor)}
     held = sum(t.untyped_storage().nbytes() for t in tensors) / 2**20
-    guard.taps[0].rows.slot.zero_()  # the slot of nobody: nothing is clamped
+    guard.rows.slot.zero_()  # the slot of nobody: nothing is clamped
     samples = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -174,12 +200,6 @@ def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float
             torch.cuda.synchronize(guard.device)
         samples.append(time.perf_counter() - started)
     return held, 1e6 * sorted(samples)[repeats // 2]
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    return host
 
 
 def mark_graph(vllm_config: Any, watchlist: WatchList) -> None:
@@ -195,15 +215,12 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
     """Check that the watch list fits the model, and put its taps into the layers.
 
     Raises:
-        ModelError: width, depth or parallelism does not fit; both values are in the message.
+        ModelError: width or depth does not fit; both values are in the message.
     """
+    from vllm.distributed.parallel_state import get_pp_group
+
     config = vllm_config.model_config.hf_text_config
     hidden, depth = int(config.hidden_size), int(config.num_hidden_layers)
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ModelError(
-            "pipeline parallelism is not supported yet by this version of saeguard: the hooked "
-            "layer's activations would stay on another rank"
-        )
     _check_model(vllm_config.model_config.model, hidden, depth, watchlist)
     for hook in watchlist.hooks:
         if hook.d_in != hidden:
@@ -218,11 +235,10 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
     layers = decoder_layers(model, depth)
     scheduler = vllm_config.scheduler_config
     slots = SPARE_SLOTS * scheduler.max_num_seqs
+    max_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + 8
+    here = tuple(hook for hook in watchlist.hooks if is_here(layers[hook.layer]))
     taps = install_taps(
-        watchlist,
-        max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + 8,
-        slots=slots,
-        device=device,
+        replace(watchlist, hooks=here), max_tokens=max_tokens, slots=slots, device=device
     )
     for tap in taps:
         hook_layer(layers, tap.layer)
@@ -231,8 +247,10 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
     guard = WorkerGuard(
         watchlist=watchlist,
         taps=taps,
+        rows=taps[0].rows if taps else allocate_rows(max_tokens, device),
         excluded=excluded.to(device),
         device=device,
+        last_stage=get_pp_group().is_last_rank,
         free=list(range(1, slots + 1))[::-1],
     )
     log.info("saeguard taps installed", layers=sorted(TAPS), rows=watchlist.columns)

@@ -75,32 +75,51 @@ def guarded_with_clamps(root: Path, family: str) -> models.Guarded:
 def serve_mixed(
     root: Path, *, v2: bool, count: int, longest: int, tokens: int, family: str = "llama"
 ) -> tuple[Any, Any]:
-    """Serve a batch in which every third request has a clamp enforced, in small chunks."""
+    """Make a model with clamps and serve a mixed batch twice."""
     guarded = guarded_with_clamps(root, family)
+    return guarded, serve_twice(
+        root, guarded, v2=v2, count=count, longest=longest, tokens=tokens, enforce_eager=v2
+    )
+
+
+def mixed_settings(root: Path, guarded: models.Guarded) -> dict[str, Any]:
+    """Return the settings under which requests may have themselves clamped."""
+    return guarded.settings(
+        events=str(root / "events.jsonl"), request_may_enforce=["clamp.both", "clamp.output"]
+    )
+
+
+def serve_twice(
+    root: Path,
+    guarded: models.Guarded,
+    *,
+    v2: bool = False,
+    count: int,
+    longest: int,
+    tokens: int,
+    **engine: Any,
+) -> engines.Served:
+    """Serve a batch in which every third request has a clamp enforced, in small chunks."""
     prompts = engines.random_prompts(count, seed=11, longest=longest)
     batch = engines.requests(prompts, max_tokens=tokens)
     for i, request in enumerate(batch):
         if i % 3:
             name = "clamp.both" if i % 3 == 1 else "clamp.output"
             request["params"] = {**request["params"], "extra_args": {"saeguard_enforce": name}}
-    settings = guarded.settings(
-        events=str(root / "events.jsonl"), request_may_enforce=["clamp.both", "clamp.output"]
-    )
-    served = engines.serve(
+    return engines.serve(
         root / "run",
         {
             "model": str(guarded.model),
             "max_num_seqs": 6,
             "max_num_batched_tokens": 32,  # prompts are cut into chunks and mixed with decoding
             "max_model_len": 128,
-            "enforce_eager": v2,
             "enable_chunked_prefill": True,
-            "additional_config": {"saeguard": settings},
+            "additional_config": {"saeguard": mixed_settings(root, guarded)},
+            **engine,
         },
         [batch, batch],  # again, now that every prompt could be read from the cache
         v2=v2,
     )
-    return guarded, served
 
 
 def check(guarded: models.Guarded, served: engines.Served, count: int, tokens: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import threading
 import time
@@ -92,6 +93,29 @@ def test_many_threads(tmp_path: Path) -> None:
     assert sink.produced == 16_000
     assert balanced(sink)
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == sink.written
+
+
+def _write_long_lines(path: Path, name: str) -> None:
+    sink = Sink(path)
+    for i in range(500):
+        sink.put(lambda i=i: {"from": name, "i": i, "long": "x" * (i * 40)})  # type: ignore[misc]
+    sink.close()
+    assert sink.written == 500
+
+
+def test_two_processes_share_a_file(tmp_path: Path) -> None:
+    """Lines of two engine cores, longer than any buffer, are neither torn nor lost."""
+    path = tmp_path / "events.jsonl"
+    spawn = multiprocessing.get_context("spawn")
+    writers = [spawn.Process(target=_write_long_lines, args=(path, name)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    for name in "ab":
+        assert [e["i"] for e in found if e["from"] == name] == list(range(500))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110

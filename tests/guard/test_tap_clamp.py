@@ -349,8 +349,9 @@ def test_the_self_test_is_not_clamped(*, tested: bool) -> None:
     """It compares with what the next block consumes, so nothing may be edited before it passed."""
     tap, watchlist = one_tap(simple())
     assert tap.clamp is not None
+    excluded = torch.zeros(8, dtype=torch.bool)
     guard = WorkerGuard(
-        watchlist, (tap,), torch.zeros(8, dtype=torch.bool), CPU, {"r": (1, ())}, free=[1]
+        watchlist, (tap,), tap.rows, excluded, CPU, announced={"r": (1, ())}, free=[1]
     )
     guard.tested = tested
     hidden = torch.full((2, FEATURES), 2.0)
