@@ -113,6 +113,7 @@ def serve_twice(
             "max_num_seqs": 6,
             "max_num_batched_tokens": 32,  # prompts are cut into chunks and mixed with decoding
             "max_model_len": 128,
+            "block_size": 32,  # prompts are longer, so that the cache can hold them
             "enable_chunked_prefill": True,
             "additional_config": {"saeguard": mixed_settings(root, guarded)},
             **engine,
