@@ -43,7 +43,9 @@ def make(root: Path, family: str = "llama") -> models.Guarded:
 
 def serve_and_check(root: Path, guarded: models.Guarded, **engine: Any) -> engines.Served:
     """Serve a mixed batch twice and hold texts, verdicts and events against the reference."""
-    served = test_clamp.serve_twice(root, guarded, count=COUNT, longest=60, tokens=TOKENS, **engine)
+    served = test_clamp.serve_twice(
+        root, guarded, count=COUNT, longest=100, tokens=TOKENS, block_size=32, **engine
+    )
     test_clamp.check(guarded, served, COUNT, TOKENS)
     free = [r for i, r in enumerate(served.results) if i % COUNT % 3 == 0]
     settings = test_clamp.mixed_settings(root, guarded)
