@@ -25,6 +25,7 @@ def policy(**fields: Any) -> Policy:
             "action": "flag",
             "on_error": "allow",
             "scope": "output",
+            "uncached": "count",
             "feature_set": "demo",
             "rationale": "because",
             "falsepositives": (),
