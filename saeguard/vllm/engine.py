@@ -143,13 +143,15 @@ class EngineGuard:
         if self.can_stop:
             for i, state in self._saved:
                 request_id = packet.request_ids[i]
-                request = self.requests[request_id]
-                if self.ledger.seen(request_id) > request.num_tokens:
+                request = self.requests.get(request_id)  # None: its client left in mid-step
+                if request is not None and self.ledger.seen(request_id) > request.num_tokens:
                     self.ledger.restore(request_id, state)
                     again = np.zeros(len(firsts), np.int64)
                     again[i] = request.num_tokens - int(firsts[i])
                     self.ledger.ingest(packet, again, ())
             self._saved = []
+            return
+        if not self._waiting:  # a request that ended in error within the update had it judged
             return
         valid = self._waiting[-1][1]
         for i in np.flatnonzero(valid > 1):
