@@ -28,6 +28,8 @@ log = structlog.get_logger("saeguard")
 VISIBLE = frozenset({"flag", "clamp", "stop"})
 """Actions that the application sees; `log` and shadow verdicts are the operator's."""
 
+EARLY = frozenset({"abort", "error"})
+"""Reasons for which a request ends with passes of it still under way."""
 
 PASSES = 16
 """Passes judged together, unless a request ends before."""
@@ -65,7 +67,7 @@ class EngineGuard:
         self.ledger = Ledger(watchlist, memory=memory)
         self.requests: dict[str, Any] = {}
         self.departed: dict[str, Any] = {}
-        """Aborted requests of which passes are still under way: others may read their KV."""
+        """Requests ended before their passes were through: others may read their KV."""
         self.stopping: dict[str, Stop] = {}
         self.sink = (
             Sink(Path(settings.events), capacity=settings.event_queue) if settings.events else None
@@ -236,7 +238,7 @@ class EngineGuard:
         self.catch_up()
         self.stopping.pop(request_id, None)
         coverage = self.ledger.coverage(request_id, request.num_tokens)
-        aborted = reason == "abort"
+        aborted = reason in EARLY
         verdicts = self.ledger.finish(request_id, request.num_tokens, forget=not aborted)
         if aborted:
             self.departed[request_id] = request
