@@ -61,7 +61,7 @@ MUTANTS = (
         "tests/engine/test_clamp.py::test_clamped_texts_equal_the_reference",
     ),
     Mutant(
-        "the same, without a policy's own match",
+        "the same, alone",
         "the cache is not salted; clamped requests still read nothing",
         "import saeguard.vllm.engine as e, saeguard.vllm.scheduler as s\n"
         "whole = s.preprocess_add_request\n"

@@ -247,6 +247,13 @@ def test_requests_that_ask_for_no_more_than_their_prompt(matrix: Matrix) -> None
         assert skipped == {"special_token": 1, "not_forwarded": 1}
 
 
+def test_requests_that_end_in_error(matrix: Matrix) -> None:
+    """Within the scheduler's update; no policy stops here, so that passes wait to be judged."""
+    mix = mix_of(engines.random_prompts(6, seed=40))
+    ended = matrix.ask("mix", mix=mix, between={"2": "fail", "7": "fail"})["ended"].values()
+    assert sorted(e["why"] for e in ended) == ["error"] * 2 + ["length"] * 4
+
+
 def test_adapters(matrix: Matrix) -> None:
     """Verdicts are the adapted model's, in one batch with others' and for the same prompts."""
     prompts = engines.random_prompts(4, seed=37, shortest=70)

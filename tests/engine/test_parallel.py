@@ -47,7 +47,7 @@ def serve_and_check(root: Path, guarded: models.Guarded, **engine: Any) -> engin
         root, guarded, count=COUNT, longest=100, tokens=TOKENS, block_size=32, **engine
     )
     test_clamp.check(guarded, served, COUNT, TOKENS)
-    free = [r for i, r in enumerate(served.results) if i % COUNT % 3 == 0]
+    free = [r for i, r in enumerate(served.results) if test_clamp.enforced(i, COUNT) is None]
     settings = test_clamp.mixed_settings(root, guarded)
     watchlist = engines.compile_policies(settings)
     checked = check_verdicts(dataclasses.replace(served, results=free), guarded, settings)
