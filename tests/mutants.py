@@ -87,7 +87,7 @@ MUTANTS = (
         "what the pass said stays",
         "import saeguard.vllm.engine as e\n"
         "e.EngineGuard.after_update = lambda self, packet: self._saved.clear()\n",
-        "tests/engine/test_storm.py::test_speculative_decoding",
+        "tests/engine/test_drafts.py",
     ),
     Mutant(
         "a policy stops its request before the next token leaves",
