@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from saeguard.guard import scan
-from saeguard.guard.columns import SCOPES, Aggregates, Rules, compile_rules
 from saeguard.guard.program import Program, evidence, on_device
 from saeguard.guard.rows import Rows
+from saeguard.guard.tables import SCOPES, Rules, compile_rules
 from saeguard.guard.verdict import THRESHOLD
 from saeguard.guard.watchlist import ClampRows, Hook, Mix, WatchList, shares_of
 
@@ -93,9 +93,7 @@ def make_clamp(
     clamps = [p.clamp for p in policies if p.clamp is not None]
     wanted = {f"{p.feature_set}/{s.feature}" for p in policies for s in p.detect.values()}
     features = [i for i, name in enumerate(watchlist.features) if name in wanted]
-    rules = compile_rules(
-        policies, {watchlist.features[i]: j for j, i in enumerate(features)}
-    )
+    rules = compile_rules(policies, {watchlist.features[i]: j for j, i in enumerate(features)})
     over = rules.aggregates
     windowed = max((which.stop for *_, which in over.windows), default=0)
     count, levels = len(policies), len(over.feature) - windowed
@@ -126,13 +124,16 @@ def make_clamp(
         above=move(rules.above),
         k=torch.tensor([p.window.k for p in policies], device=device),
         keep=torch.tensor(
-            [p.keep if c.when == "matched" else FOREVER for p, c in zip(policies, clamps, strict=True)],
+            [
+                p.keep if c.when == "matched" else FOREVER
+                for p, c in zip(policies, clamps, strict=True)
+            ],
             device=device,
         ),
         always=torch.tensor([c.when == "always" for c in clamps], device=device),
         in_request=torch.tensor(counts, device=device),
         owned=torch.tensor(
-            [scopes.index(_scope_of(over, a)) for a in range(len(over.feature))],
+            [scopes.index(SCOPES[a]) for a in over.scope.tolist()],
             dtype=long,
             device=device,
         ),
@@ -255,7 +256,3 @@ def _matches(clamp: Clamp, e: torch.Tensor, at: scan.Here) -> torch.Tensor:
 
 def _of(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return tensor.new_full((), value)
-
-
-def _scope_of(over: Aggregates, a: int) -> str:
-    return SCOPES[over.scope[a]]

@@ -13,7 +13,7 @@ import torch
 
 from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
-from saeguard.guard.columns import Rules, RulesError, compile_rules
+from saeguard.guard.tables import Rules, RulesError, compile_rules
 from saeguard.policy.types import Clamp, Policy
 from saeguard.sae import SaeError, inspect, read_decoder_rows, read_rows
 
@@ -132,10 +132,16 @@ class WatchList:
         shares: np.ndarray = shares_of(self.mix, self.low, self.span, activations)
         return shares
 
+    def latents(self, feature: int) -> tuple[tuple[int, float], ...]:
+        """Return column and weight of each latent that a feature column is made of."""
+        return tuple((int(c[feature]), float(w[feature])) for c, w in self.mix if feature < len(c))
+
     def nbytes(self) -> int:
         """Return the bytes of weights held by the watch list."""
         tensors = [t for h in self.hooks for t in (h.W, h.b, h.theta)]
-        tensors += [t for c in self.clamps for t in (c.target, c.W_dec, c.scale, c.cap) if t is not None]
+        tensors += [
+            t for c in self.clamps for t in (c.target, c.W_dec, c.scale, c.cap) if t is not None
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -208,9 +214,7 @@ def _latents(feature: Feature) -> int:
     return len(feature.detect) + (feature.probe is not None)
 
 
-def _mix(
-    used: Mapping[str, tuple[FeatureSet, Feature]], column: Mapping[RowKey, int]
-) -> Mix:
+def _mix(used: Mapping[str, tuple[FeatureSet, Feature]], column: Mapping[RowKey, int]) -> Mix:
     """Return how latents make the features, which come with those of most latents first."""
     parts: list[list[tuple[int, float]]] = []
     for name, (_, feature) in used.items():
