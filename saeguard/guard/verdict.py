@@ -12,7 +12,14 @@ Outcome: TypeAlias = Literal["match", "no_match", "error", "not_evaluated"]
 """Never folded into one another. `no_match` speaks of the tokens that coverage counts."""
 
 Reason: TypeAlias = Literal[
-    "not_forwarded", "prefix_cached", "special_token", "shed", "aborted", "error", "untracked"
+    "not_forwarded",
+    "prefix_cached",
+    "special_token",
+    "not_sampled",
+    "shed",
+    "aborted",
+    "error",
+    "untracked",
 ]
 """Why a token was not evaluated; a closed list."""
 
@@ -65,6 +72,8 @@ class Verdict:
     exception: str | None = None
     """Id of the exception that waived the action."""
     error: str | None = None
+    message: str | None = None
+    """What the client reads in place of the text, where the policy stopped the request."""
 
 
 def balanced(coverage: Coverage) -> bool:

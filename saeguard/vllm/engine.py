@@ -31,6 +31,9 @@ VISIBLE = frozenset({"flag", "clamp", "stop"})
 EARLY = frozenset({"abort", "error"})
 """Reasons for which a request ends with passes of it still under way."""
 
+MESSAGE = "message"
+"""Key of what the client reads in place of the text of a request that was stopped."""
+
 PASSES = 16
 """Passes judged together, unless a request ends before."""
 
@@ -188,9 +191,8 @@ class EngineGuard:
     def catch_up(self) -> None:
         """Judge the passes that wait."""
         waiting, self._waiting = self._waiting, []
-        for packet, valid, entering in waiting:
-            for hit in self.ledger.ingest(packet, valid, entering):
-                self._consider(hit)
+        for hit in self.ledger.ingest_all(waiting):
+            self._consider(hit)
 
     def _consider(self, hit: Hit) -> None:
         """Note that a request must stop, if the policy says so and is enforced for it."""
@@ -328,7 +330,9 @@ def response(
     order = ["log", "flag", "clamp", "stop"]
     strongest = max((order.index(v.acted) for v in shown if v.acted), default=-1)
     errors = sum(v.outcome == "error" for v in verdicts)
+    stops = sorted((v.first_token or 0, v.message) for v in shown if v.message is not None)
     return {
+        **({MESSAGE: stops[0][1]} if stops else {}),
         "flagged": bool(shown),
         "action": order[strongest] if shown else None,
         "verdicts": [
