@@ -36,4 +36,5 @@ def activations(watchlist: WatchList, residuals: Mapping[int, torch.Tensor]) -> 
 
 def hook_activations(hook: Hook, x: torch.Tensor) -> torch.Tensor:
     """Return [tokens, rows of the hook] float32 for `x` [tokens, d_in]."""
-    return activate(EncoderRows(hook.W, hook.b, hook.theta), x)
+    one, zero = torch.ones_like(hook.b), torch.zeros_like(hook.b)
+    return activate(EncoderRows(hook.W, hook.b, hook.theta, one, zero, hook.W.sum(1)), x)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saeguard.sae.checkpoint import SaeInfo
+from saeguard.sae.info import SaeInfo
 from saeguard.sae.rows import EncoderRows, read_block
 
 BLOCK = 4096
@@ -32,7 +32,7 @@ class Sparse:
 def activate(rows: EncoderRows, x: torch.Tensor) -> torch.Tensor:
     """Return activations [tokens, latents] of `x` [tokens, d_in], in float32."""
     pre = torch.addmm(rows.b, x.float(), rows.W.t())
-    return pre * (pre > rows.theta)
+    return (pre > rows.theta) * torch.addcmul(rows.shift, rows.scale, pre)
 
 
 def encode_blocks(
