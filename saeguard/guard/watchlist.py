@@ -14,7 +14,7 @@ from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
 from saeguard.guard.evidence import evidence
 from saeguard.policy.types import Policy
-from saeguard.sae import SaeError, inspect, read_decoder_rows, read_rows
+from saeguard.sae import SaeError, SaeInfo, read_decoder_rows, read_rows
 
 RowKey: TypeAlias = tuple[str, int | str]
 """A watched row: feature set, and latent or probe."""
@@ -266,7 +266,9 @@ def _read_hook(
         latents = [key for s, key in keys if s == set_id and isinstance(key, int)]
         if latents:
             try:
-                read = read_rows(inspect(features.sae.path), latents)
+                info = features.sae.inspect()
+                _refuse_what_the_tap_does_not_compute(features, info)
+                read = read_rows(info, latents)
             except SaeError as error:
                 raise WatchListError(f"{features.path}: {error}") from error
             W[at], b[at], theta[at] = read.W, read.b, read.theta
@@ -275,6 +277,14 @@ def _read_hook(
                 i = keys.index((set_id, _probe_key(feature.probe)))
                 W[i], b[i] = _read_probe(feature.probe, d_in)
     return Hook(layer, d_in, W, b, theta, first_column)
+
+
+def _refuse_what_the_tap_does_not_compute(features: FeatureSet, info: SaeInfo) -> None:
+    if info.activation not in {"relu", "jumprelu"} or info.norm != "none":
+        raise WatchListError(
+            f"{features.path}: {info.path} is {info.activation} with norm {info.norm!r}, which "
+            "this version's tap does not compute"
+        )
 
 
 def _read_probe(probe: ProbeRef, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -332,7 +342,7 @@ def _clamps(
             for latents in [[x for s, x in target if s == set_id]]
             for latent, row in zip(
                 latents,
-                read_decoder_rows(inspect(feature_sets[set_id].sae.path), latents),
+                read_decoder_rows(feature_sets[set_id].sae.inspect(), latents),
                 strict=True,
             )
         }

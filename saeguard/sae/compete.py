@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from saeguard.sae.encoder import Encoder, token_scale
+from saeguard.sae.encoder import Encoder, row_norm, token_scale
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, concatenate, nonzero
 
@@ -115,19 +115,17 @@ class Reach:
         scale = token_scale(encoder.norm, wide)
         self._length = length if scale is None else length * scale[:, 0]
         self._gamma = (encoder.d_in + 4) * 2.0**-24
-        self._w = self._b = torch.zeros((), device=x.device)
+        self._longest = encoder.longest
+        self._w, self._b = encoder.longest or 0.0, 0.0
         self.margin = torch.zeros_like(length)
         """[tokens] float32."""
 
     def widen(self, rows: EncoderRows) -> None:
         """Take the latents `rows` in."""
-        self._w = torch.maximum(self._w, _largest_norm(rows.W))
-        self._b = torch.maximum(self._b, rows.b.abs().max())
+        if self._longest is None:
+            self._w = max(self._w, row_norm(rows.W))
+        self._b = max(self._b, float(rows.b.abs().max()))
         self.margin = 2.0 * self._gamma * (self._length * self._w + self._b)
-
-
-def _largest_norm(W: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(W, dim=1).max()
 
 
 def exactly(encoder: Encoder, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saeguard.sae.checkpoint import SaeInfo
 from saeguard.sae.compete import Contest, GroupContest
 from saeguard.sae.encoder import Encoder, open_encoder, product, token_scale
+from saeguard.sae.info import Norm, SaeInfo
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, concatenate, nonzero
 
@@ -45,9 +45,10 @@ class Block:
     """[tokens, latents] bool, room for a comparison."""
 
 
-def activate(rows: EncoderRows, x: torch.Tensor) -> torch.Tensor:
-    """Return activations [tokens, latents] of `x` [tokens, d_in], in float32."""
-    pre = torch.addmm(rows.b, x.float(), rows.W.t())
+def activate(rows: EncoderRows, x: torch.Tensor, norm: Norm = "none") -> torch.Tensor:
+    """Return activations [tokens, latents] of `x` [tokens, d_in] in float32, whatever their rank."""
+    x = x.float()
+    pre = product(rows, x, token_scale(norm, x))
     return pre * (pre > rows.theta)
 
 

@@ -17,14 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 
-from saeguard.sae.checkpoint import SaeInfo
+from saeguard.sae.info import SaeInfo, Norm
 from saeguard.sae.rows import EncoderRows, read_block, read_rows
 
-Norm: TypeAlias = Literal["none", "layer_norm", "constant_norm_rescale"]
 NORMS: tuple[Norm, ...] = ("none", "layer_norm", "constant_norm_rescale")
 LAYER_NORM_EPS = 1e-5
 """What SAELens and OpenAI's autoencoders add to the standard deviation."""
@@ -49,6 +47,8 @@ class Encoder:
     norm: Norm = "none"
     in_memory: bool = False
     """Whether a block costs nothing to get."""
+    longest: float | None = None
+    """The largest norm of a row of `W`, where latents compete and it is known."""
 
     @property
     def group(self) -> int:
@@ -66,6 +66,9 @@ def open_encoder(source: SaeInfo | Encoder) -> Encoder:
         d_sae=info.d_sae,
         block=lambda start, stop: read_block(info, start, stop),
         take=lambda latents: read_rows(info, latents),
+        k=info.k,
+        groups=info.activation == "groupmax",
+        norm=info.norm,
     )
 
 
@@ -97,30 +100,18 @@ def encoder_in_memory(
         at = torch.as_tensor(latents, device=rows.b.device)
         return EncoderRows(rows.W[at], rows.b[at], rows.theta[at])
 
-    return Encoder(d_in, d_sae, block, take, k, groups, norm, in_memory=True)
+    longest = None if k is None else max(row_norm(W) for W in rows.W.split(8192))
+    return Encoder(d_in, d_sae, block, take, k, groups, norm, in_memory=True, longest=longest)
+
+
+def row_norm(W: torch.Tensor) -> float:
+    """Return the largest norm of a row."""
+    return float(torch.linalg.vector_norm(W.float(), dim=1).max())
 
 
 def centred(W: torch.Tensor) -> torch.Tensor:
     """Return rows [latents, d_in] less their own mean, which stands for the token's mean."""
     return (W.double() - W.double().mean(1, keepdim=True)).to(W.dtype)
-
-
-def gated_as_jumprelu(
-    W: torch.Tensor, r_mag: torch.Tensor, b_gate: torch.Tensor, b_mag: torch.Tensor
-) -> EncoderRows:
-    """Return the JumpReLU rows that do what a gated encoder with shared directions does.
-
-    Args:
-        W: [latents, d_in].
-        r_mag: [latents].
-        b_gate: [latents], and `b_mag` alike.
-        b_mag: [latents].
-    """
-    scale = r_mag.double().exp()
-    theta = (b_mag.double() - scale * b_gate.double()).clamp(min=0)
-    return EncoderRows(
-        (W.double() * scale[:, None]).float().contiguous(), b_mag.float(), theta.float()
-    )
 
 
 def token_scale(norm: Norm, x: torch.Tensor) -> torch.Tensor | None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from saeguard.sae.checkpoint import SaeInfo
 from saeguard.sae.compete import Reach, exactly
 from saeguard.sae.encode import products
 from saeguard.sae.encoder import Encoder, encoder_in_memory, open_encoder, product, token_scale
+from saeguard.sae.info import SaeInfo
 from saeguard.sae.rows import EncoderRows
 
 COMPARED = 1 << 22
@@ -57,6 +57,7 @@ def read_rivals(
     """
     encoder = open_encoder(source)
     assert encoder.k is not None
+    limit = 1 if encoder.groups else encoder.k
     groups = sorted({latent // encoder.group for latent in latents})
     spans = [(g * encoder.group, (g + 1) * encoder.group) for g in groups]
     pieces = [
@@ -72,12 +73,12 @@ def read_rivals(
     first = torch.tensor([groups.index(n // encoder.group) * encoder.group for n in latents])
     within = torch.tensor([n % encoder.group for n in latents])
     return Rivals(
-        encoder=encoder_in_memory(rows, norm=encoder.norm),
+        encoder=encoder_in_memory(rows, k=limit, norm=encoder.norm),
         rows=rows,
         start=first.to(device),
         stop=(first + encoder.group).to(device),
         own=(first + within).to(device),
-        limit=1 if encoder.groups else encoder.k,
+        limit=limit,
     )
 
 
