@@ -131,7 +131,13 @@ def admit(
     clamp.ring[slot] = -torch.inf
 
 
-def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> None:
+def apply(
+    clamp: Clamp,
+    hidden: torch.Tensor,
+    f: torch.Tensor,
+    rows: Rows,
+    scale: torch.Tensor | None = None,
+) -> None:
     """Add `(target - f) @ W_dec` to the rows at or after their request's first match, in place.
 
     Args:
@@ -139,6 +145,8 @@ def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> No
         hidden: [rows, d_in], the half of the residual that takes the edit.
         f: [rows, watched] float32 activations before the edit.
         rows: the layout of this pass.
+        scale: [rows, watched] by which an SAE that normalises per token multiplied the residual;
+            what its decoder writes is divided by it.
     """
     n = hidden.shape[0]
     slot, position, offset = rows.slot[:n], rows.position[:n], rows.offset[:n]
@@ -158,7 +166,10 @@ def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> No
     acted = (position[:, None] >= clamp.first[slot]) & clamp.enforced[slot] & readable[:, None]
     clamp.acted[:n].copy_(acted)
 
-    change = torch.where(acted[:, clamp.owner], clamp.target - f[:, clamp.columns], 0.0)
+    change = clamp.target - f[:, clamp.columns]
+    if scale is not None:
+        change = change / scale[:, clamp.columns]
+    change = torch.where(acted[:, clamp.owner], change, 0.0)
     hidden.add_((change @ clamp.W_dec).to(hidden.dtype))
 
 

@@ -11,23 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from saeguard.features.types import Feature
-from saeguard.guard import triton_rank
+from saeguard.sae.encoder import Encoder
 from saeguard.sae.info import SaeInfo
 from saeguard.sae.rank import Rivals, drop, read_rivals
 
 ROUNDING = 1e-5
-"""By how much, relatively, a bar lies lower than the rules' own arithmetic puts it."""
+"""By how much, relatively, a bar lies below where real numbers would put it: the rules round."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankedRows:
     """Which columns of a hook fire by rank, and from where on that matters."""
 
-    source: SaeInfo
+    source: SaeInfo | Encoder
     columns: slice
     """Among the hook's."""
     latents: tuple[int, ...]
@@ -42,26 +43,29 @@ class Ranked:
     rivals: Rivals
     columns: slice
     bar: torch.Tensor
-    unranked: torch.Tensor
-    """[] float32: 1 shows tokens that do not pass as they are, for the start-up self-test."""
-    scratch: triton_rank.Scratch | None
-    """Where the tap runs on a GPU."""
+    shown: torch.Tensor
+    """[] bool: whether activations show whatever their rank, for the start-up self-test."""
 
 
-def make_ranked(rows: RankedRows, *, max_tokens: int, device: torch.device) -> Ranked:
+def make_ranked(rows: RankedRows, device: torch.device) -> Ranked:
     """Bring what competes to the device.
 
     Raises:
         SaeError: the weights are damaged.
     """
-    rivals = read_rivals(rows.source, rows.latents, device)
+    rivals = rivals_of(rows.source, rows.latents, device)
     return Ranked(
         rivals=rivals,
         columns=rows.columns,
         bar=rows.bar.to(device),
-        unranked=torch.zeros((), device=device),
-        scratch=triton_rank.make_scratch(rivals, max_tokens) if device.type == "cuda" else None,
+        shown=torch.zeros((), dtype=torch.bool, device=device),
     )
+
+
+@lru_cache(maxsize=8)
+def rivals_of(source: SaeInfo | Encoder, latents: tuple[int, ...], device: torch.device) -> Rivals:
+    """Return what competes, read once a process."""
+    return read_rivals(source, latents, device)
 
 
 def settle(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
@@ -73,12 +77,9 @@ def settle(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
         f: `z * (z > theta)` on entry, NaN where it cannot be known, which it stays.
     """
     mine = f[:, ranked.columns]
-    if ranked.scratch is not None:
-        triton_rank.settle(ranked.rivals, ranked.scratch, ranked.bar, ranked.unranked, x, mine)
-        return
     passed = (mine > ranked.bar).any(1)
-    mine.mul_(torch.maximum(passed, ranked.unranked)[:, None])
-    rows = passed.nonzero()[:, 0]
+    mine.mul_((passed | ranked.shown)[:, None])
+    rows = (passed & ~ranked.shown).nonzero()[:, 0]
     if len(rows):
         some = mine[rows]
         drop(ranked.rivals, x[rows], some)
@@ -100,7 +101,7 @@ def bars(
         lowest: features with the lowest value that any policy compares them with.
         clamped: latents whose own activation an edit takes off, so that it must be exact.
     """
-    out = {latent: torch.inf for latent in latents}
+    out = dict.fromkeys(latents, torch.inf)
     for feature, value in lowest:
         positive = [term for term in feature.detect if term.weight > 0]
         for term in positive:

@@ -19,6 +19,7 @@ from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.record import on_output
 from saeguard.hf.scan import hook_activations
+from saeguard.sae.encoder import column_scales
 
 
 @contextmanager
@@ -74,7 +75,10 @@ def _change(
             if policy.mode == "enforce":
                 acted[:, local] = np.logical_or.accumulate(scores > THRESHOLD)
         on = torch.from_numpy(acted)[:, list(rows.owner)]
-        delta = torch.where(on, rows.target - f[:, list(rows.columns)], 0.0) @ rows.W_dec
-        return x + delta
+        wanted = rows.target - f[:, list(rows.columns)]
+        scale = column_scales(hook.norm, x[0].float())
+        if scale is not None:
+            wanted = wanted / scale[:, list(rows.columns)]
+        return x + torch.where(on, wanted, 0.0) @ rows.W_dec
 
     return change

@@ -54,9 +54,7 @@ class Contest:
         if len(part):
             self.best[at] = torch.cat([best, _padded(part, len(z))], 1).topk(k, dim=1).values
             keep = part.value > rows.theta[part.latent - latent]
-            self.found.append(
-                Sparse(part.token[keep] + token, part.latent[keep], part.value[keep])
-            )
+            self.found.append(Sparse(part.token[keep] + token, part.latent[keep], part.value[keep]))
         if sum(map(len, self.found)) > 2 * self.best.numel() + (1 << 20):
             self._prune()
 
@@ -133,7 +131,7 @@ def exactly(encoder: Encoder, x: torch.Tensor, latents: torch.Tensor) -> torch.T
     out = torch.empty(len(latents), dtype=torch.float64, device=x.device)
     for first in range(0, len(latents), EXACT_ENTRIES):
         at = slice(first, first + EXACT_ENTRIES)
-        wanted, which = latents[at].unique(return_inverse=True)
+        wanted, which = torch.unique(latents[at], return_inverse=True)
         rows = encoder.take(wanted.tolist())
         wide = x[at].float()
         z = (wide.double() * rows.W.double()[which]).sum(1)

@@ -46,7 +46,7 @@ class Block:
 
 
 def activate(rows: EncoderRows, x: torch.Tensor, norm: Norm = "none") -> torch.Tensor:
-    """Return activations [tokens, latents] of `x` [tokens, d_in] in float32, whatever their rank."""
+    """Return activations [tokens, latents] float32 of `x` [tokens, d_in], whatever their rank."""
     x = x.float()
     pre = product(rows, x, token_scale(norm, x))
     return pre * (pre > rows.theta)
@@ -154,9 +154,7 @@ def what_fired(
     return out
 
 
-def max_per_text(
-    source: SaeInfo | Encoder, x: torch.Tensor, lengths: Sequence[int]
-) -> np.ndarray:
+def max_per_text(source: SaeInfo | Encoder, x: torch.Tensor, lengths: Sequence[int]) -> np.ndarray:
     """Return each latent's largest activation in each text, [texts, d_sae] float32.
 
     Args:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from saeguard.sae.info import SaeInfo, Norm
+from saeguard.sae.errors import SaeError
+from saeguard.sae.info import Norm, SaeInfo
 from saeguard.sae.rows import EncoderRows, read_block, read_rows
 
 NORMS: tuple[Norm, ...] = ("none", "layer_norm", "constant_norm_rescale")
@@ -61,6 +62,10 @@ def open_encoder(source: SaeInfo | Encoder) -> Encoder:
     if isinstance(source, Encoder):
         return source
     info = source
+    if info.norm == "layer_norm" and info.eps != LAYER_NORM_EPS:
+        raise SaeError(
+            f"{info.path}: layer norm with eps {info.eps:g}; only {LAYER_NORM_EPS:g} is supported"
+        )
     return Encoder(
         d_in=info.d_in,
         d_sae=info.d_sae,
@@ -100,7 +105,9 @@ def encoder_in_memory(
         at = torch.as_tensor(latents, device=rows.b.device)
         return EncoderRows(rows.W[at], rows.b[at], rows.theta[at])
 
-    longest = None if k is None else max(row_norm(W) for W in rows.W.split(8192))
+    longest = (
+        None if k is None else max(row_norm(rows.W[i : i + 8192]) for i in range(0, d_sae, 8192))
+    )
     return Encoder(d_in, d_sae, block, take, k, groups, norm, in_memory=True, longest=longest)
 
 
@@ -123,8 +130,23 @@ def token_scale(norm: Norm, x: torch.Tensor) -> torch.Tensor | None:
     if norm == "layer_norm":
         return 1.0 / (x.std(1, keepdim=True) + LAYER_NORM_EPS)
     if norm == "constant_norm_rescale":
-        return x.shape[1] ** 0.5 / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return float(x.shape[1] ** 0.5) / torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return None
+
+
+def column_scales(norm: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """Return what each product of `x` [tokens, d_in] is multiplied by, [tokens, columns].
+
+    Args:
+        norm: [columns] int64, indices into `NORMS`; None, and so the answer, where none is needed.
+        x: float32.
+    """
+    if norm is None:
+        return None
+    kinds = [token_scale(kind, x) for kind in NORMS]
+    one = x.new_ones(len(x), 1)
+    scales: torch.Tensor = torch.cat([one if k is None else k for k in kinds], 1)[:, norm]
+    return scales
 
 
 def product(
@@ -133,7 +155,14 @@ def product(
     scale: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return pre-activations [tokens, latents] float32 of `x` [tokens, d_in] float32."""
+    """Return pre-activations [tokens, latents] float32 of `x` [tokens, d_in] float32.
+
+    Args:
+        rows: of the latents.
+        x: the tokens.
+        scale: [tokens, 1] or [tokens, latents]; None for 1.
+        out: where they go.
+    """
     W = rows.W.float().t()
     if scale is None:
         return torch.addmm(rows.b, x, W, out=out) if out is not None else torch.addmm(rows.b, x, W)

@@ -128,9 +128,9 @@ def outranked(
             break
     ask, other = torch.cat(question), torch.cat(rival)
     # What is certain already needs no float64.
-    open_ = (above[ask] < rivals.limit) & (above + torch.bincount(ask, minlength=len(row)))[
-        ask
-    ].ge(rivals.limit)
+    open_ = (above[ask] < rivals.limit) & (above + torch.bincount(ask, minlength=len(row)))[ask].ge(
+        rivals.limit
+    )
     ask, other = ask[open_], other[open_]
     if len(ask):
         mine = rivals.own[watched[ask]]
