@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sae_lens
 import torch
 import yaml
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from saeguard.sae import inspect
@@ -118,23 +118,21 @@ def make_sae(
     d_sae: int = 256,
     kind: str = "jumprelu",
     seed: int = 0,
+    **options: Any,
 ) -> Path:
-    """Save a random SAE with SAELens's own code."""
+    """Save a random SAE with SAELens's own code; `options` go to its configuration."""
     torch.manual_seed(seed)
     metadata = SAEMetadata(hook_name=f"blocks.{layer}.hook_resid_post", model_name="tiny")
     common = {"d_in": d_in, "d_sae": d_sae, "apply_b_dec_to_input": True, "metadata": metadata}
-    sae: Any = (
-        JumpReLUSAE(JumpReLUSAEConfig(**common))
-        if kind == "jumprelu"
-        else StandardSAE(StandardSAEConfig(**common))
-    )
+    name = {"jumprelu": "JumpReLU", "standard": "Standard", "gated": "Gated", "topk": "TopK"}[kind]
+    config = getattr(sae_lens, f"{name}SAEConfig")(**common, **options)
+    sae: Any = getattr(sae_lens, f"{name}SAE")(config)
     with torch.no_grad():
-        sae.W_enc.normal_(0, 0.3)
-        sae.b_enc.normal_(0, 0.1)
-        sae.W_dec.normal_(0, 0.3)
-        sae.b_dec.normal_(0, 0.1)
-        if kind == "jumprelu":
-            sae.threshold.uniform_(0.05, 0.6)
+        for tensor, parameter in sae.named_parameters():
+            if tensor == "threshold":
+                parameter.uniform_(0.05, 0.6)
+            else:
+                parameter.normal_(0, 0.3 if parameter.dim() > 1 else 0.1)
     sae.save_model(path)
     return path
 

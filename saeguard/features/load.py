@@ -13,7 +13,7 @@ import yaml
 
 from saeguard.features.schema import SCHEMA, Document, FeaturePart, FeatureSetError, read_document
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef, SaeRef, Term
-from saeguard.sae import SaeError, inspect
+from saeguard.sae import SaeError
 
 __all__ = ["FeatureSetError", "load_feature_set", "save_feature_set"]
 
@@ -105,7 +105,7 @@ def _digest(document: Document) -> str:
 def _verify(features: FeatureSet) -> None:
     pinned = features.sae
     try:
-        found = inspect(pinned.path)
+        found = pinned.inspect()
     except SaeError as error:
         raise FeatureSetError(f"{features.path}: sae.path: {error}") from error
     for key in ("layer", "d_in", "d_sae", "sha256"):

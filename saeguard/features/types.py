@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from saeguard.sae import SaeInfo, Stated, inspect
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,16 @@ class SaeRef:
     """`resid_post` of this block: HF `hidden_states[layer + 1]`."""
     d_in: int
     d_sae: int
+    stated: Stated = field(default_factory=Stated)
+    """What the feature set says of the checkpoint where its files do not."""
+
+    def inspect(self) -> SaeInfo:
+        """Read the checkpoint's headers.
+
+        Raises:
+            SaeError: it is not there, or cannot be read rightly.
+        """
+        return inspect(self.path, self.stated)
 
 
 @dataclass(frozen=True, slots=True)

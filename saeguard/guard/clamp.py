@@ -167,7 +167,13 @@ def admit(
     clamp.level[slot] = clamp.missing[windowed:]
 
 
-def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> None:
+def apply(
+    clamp: Clamp,
+    hidden: torch.Tensor,
+    f: torch.Tensor,
+    rows: Rows,
+    scale: torch.Tensor | None = None,
+) -> None:
     """Edit the rows that the policies ask for, in place.
 
     Args:
@@ -175,6 +181,8 @@ def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> No
         hidden: [rows, d_in], the half of the residual that takes the edit.
         f: [rows, watched] float32 activations before the edit.
         rows: the layout of this pass.
+        scale: [rows, watched] by which an SAE that normalises per token multiplied the residual;
+            what its decoder writes is divided by it.
     """
     n = hidden.shape[0]
     at = scan.here(rows.slot[:n], rows.position[:n], rows.offset[:n])
@@ -193,7 +201,10 @@ def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> No
     clamp.acted[:n].copy_(acted)
 
     mine = f[:, clamp.columns]
-    change = torch.where(acted[:, clamp.owner], clamp.edit.edited(mine) - mine, 0.0)
+    change = clamp.edit.edited(mine) - mine
+    if scale is not None:
+        change = change / scale[:, clamp.columns]
+    change = torch.where(acted[:, clamp.owner], change, 0.0)
     hidden.add_((change @ clamp.edit.W_dec).to(hidden.dtype))
 
 

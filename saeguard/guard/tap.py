@@ -15,8 +15,10 @@ import torch
 
 from saeguard.guard import clamp as clamping
 from saeguard.guard.clamp import Clamp
+from saeguard.guard.ranked import Ranked, make_ranked, settle
 from saeguard.guard.rows import Rows, allocate_rows
 from saeguard.guard.watchlist import WatchList
+from saeguard.sae.encoder import column_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,10 @@ class Tap:
     """[] int64: how often the op ran since it was set to 0, which it is before each pass."""
     rows: Rows
     clamp: Clamp | None
+    norm: torch.Tensor | None = None
+    """[watched] int64, which of `NORMS` a column's token is under; None where it is none."""
+    ranked: tuple[Ranked, ...] = ()
+    """Columns that fire by rank."""
 
 
 TAPS: dict[int, Tap] = {}
@@ -64,16 +70,26 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
         x = hidden.float()
         if residual is not None:
             x = torch.addcmul(x, as_rows(residual).float(), tap.halves)
-        pre = torch.addmm(tap.b, x, tap.W)
+        scale = column_scales(tap.norm, x)
+        pre = pre_activations(tap, x, scale)
         # A product rather than a choice, so that NaN stays NaN and is seen.
         torch.mul(pre, pre > tap.theta, out=f)
+        for ranked in tap.ranked:
+            settle(ranked, x, f)
         if tap.clamp is not None:
-            clamping.apply(tap.clamp, hidden, f, tap.rows)
+            clamping.apply(tap.clamp, hidden, f, tap.rows, scale)
     except RuntimeError:  # out of memory among them: serving goes on, the verdict says `error`
         if torch.compiler.is_compiling() or _capturing():
             raise
         tap.f.fill_(torch.nan)  # all of it: which rows are this pass's may be what went wrong
     tap.ticks.add_(1)
+
+
+def pre_activations(tap: Tap, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Return [rows, watched] float32 for `x` [rows, d_in] float32 and its `column_scales`."""
+    if scale is None:
+        return torch.addmm(tap.b, x, tap.W)
+    return torch.addcmul(tap.b, torch.mm(x, tap.W), scale)
 
 
 def _capturing() -> bool:
@@ -118,6 +134,8 @@ def install_taps(
             halves=torch.ones((), device=device),
             ticks=torch.zeros((), dtype=torch.int64, device=device),
             rows=rows,
+            norm=None if hook.norm is None else hook.norm.to(device),
+            ranked=tuple(make_ranked(rows, device) for rows in hook.ranked),
             clamp=None
             if clamp_rows is None
             else clamping.make_clamp(

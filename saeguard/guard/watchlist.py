@@ -13,9 +13,14 @@ import torch
 
 from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
+from saeguard.guard.ranked import ROUNDING, RankedRows, bars
 from saeguard.guard.tables import Rules, RulesError, compile_rules
 from saeguard.policy.types import Clamp, Policy
-from saeguard.sae import SaeError, inspect, read_decoder_rows, read_rows
+from saeguard.sae import SaeError, read_decoder_rows, read_rows
+from saeguard.sae.encoder import NORMS
+
+ADDING = frozenset({"mean", "average"})
+"""Aggregates to which a token adds however little its latents fire."""
 
 RowKey: TypeAlias = tuple[str, int | str]
 """A watched row: feature set, and latent or probe."""
@@ -39,6 +44,10 @@ class Hook:
     """[rows] float32: `f = pre * (pre > theta)`; -inf for probes, which have no activation."""
     first_column: int
     """Where this hook's rows start among the columns of the activations."""
+    norm: torch.Tensor | None = None
+    """[rows] int64, indices into `NORMS`: what is done to each token first; None for nothing."""
+    ranked: tuple[RankedRows, ...] = ()
+    """Rows of TopK and groupmax SAEs, which fire by rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +182,14 @@ def build_watchlist(
         (_set_of(name), key) for name, (_, feature) in used.items() for key in _row_keys(feature)
     )
     by_layer: dict[int, list[RowKey]] = {}
-    for set_id, key in rows:
+    # The latents of one SAE side by side: where they fire by rank, they are one block of columns.
+    for set_id, key in sorted(rows, key=lambda row: (row[0], isinstance(row[1], str))):
         by_layer.setdefault(feature_sets[set_id].sae.layer, []).append((set_id, key))
 
     hooks: list[Hook] = []
     column: dict[RowKey, int] = {}
     for layer in sorted(by_layer):
-        hook = _read_hook(layer, by_layer[layer], feature_sets, first_column=len(column))
+        hook = _read_hook(layer, by_layer[layer], feature_sets, policies, len(column))
         column |= {key: len(column) + i for i, key in enumerate(by_layer[layer])}
         hooks.append(hook)
 
@@ -271,13 +281,15 @@ def _read_hook(
     layer: int,
     keys: Sequence[RowKey],
     feature_sets: Mapping[str, FeatureSet],
-    *,
+    policies: Sequence[Policy],
     first_column: int,
 ) -> Hook:
     d_in = feature_sets[keys[0][0]].sae.d_in
     W = torch.empty(len(keys), d_in)
     b = torch.empty(len(keys))
     theta = torch.full((len(keys),), -torch.inf)
+    norm = torch.zeros(len(keys), dtype=torch.int64)
+    ranked = []
     for set_id in dict.fromkeys(set_id for set_id, _ in keys):
         features = feature_sets[set_id]
         if features.sae.d_in != d_in:
@@ -285,19 +297,46 @@ def _read_hook(
                 f"{features.path}: sae.d_in is {features.sae.d_in}, but another feature set "
                 f"reads layer {layer} with width {d_in}"
             )
-        at = [i for i, (s, key) in enumerate(keys) if s == set_id and isinstance(key, int)]
         latents = [key for s, key in keys if s == set_id and isinstance(key, int)]
         if latents:
+            first = keys.index((set_id, latents[0]))
+            at = slice(first, first + len(latents))
             try:
-                read = read_rows(inspect(features.sae.path), latents)
+                info = features.sae.inspect()
+                read = read_rows(info, latents)
             except SaeError as error:
                 raise WatchListError(f"{features.path}: {error}") from error
             W[at], b[at], theta[at] = read.W, read.b, read.theta
+            norm[at] = NORMS.index(info.norm)
+            if info.k is not None:
+                bar = _bars(latents, set_id, features, policies)
+                ranked.append(RankedRows(info, at, tuple(latents), bar))
         for feature in features.features.values():
             if feature.probe is not None and (set_id, _probe_key(feature.probe)) in keys:
                 i = keys.index((set_id, _probe_key(feature.probe)))
                 W[i], b[i] = _read_probe(feature.probe, d_in)
-    return Hook(layer, d_in, W, b, theta, first_column)
+    normed = norm if norm.any() else None
+    return Hook(layer, d_in, W, b, theta, first_column, normed, tuple(ranked))
+
+
+def _bars(
+    latents: Sequence[int], set_id: str, features: FeatureSet, policies: Sequence[Policy]
+) -> torch.Tensor:
+    """Return from which activation on each latent can make some policy hold."""
+    lowest = []
+    exact: set[int] = set()
+    for policy in policies:
+        if policy.feature_set == set_id:
+            for selection in policy.detect.values():
+                feature = features.features[selection.feature]
+                if selection.over.kind in ADDING:
+                    exact |= {term.latent for term in feature.detect}
+                rise = selection.above * (feature.high - feature.low)
+                slack = ROUNDING * (abs(feature.low) + abs(rise))
+                lowest.append((feature, feature.low + rise - slack))
+            for name in policy.clamp.features if policy.clamp else ():
+                exact |= {term.latent for term in features.features[name].clamp}
+    return bars(latents, lowest, frozenset(exact))
 
 
 def _read_probe(probe: ProbeRef, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -354,7 +393,7 @@ def _clamps(
             for latents in [[x for s, x in target if s == set_id]]
             for latent, row in zip(
                 latents,
-                read_decoder_rows(inspect(feature_sets[set_id].sae.path), latents),
+                read_decoder_rows(feature_sets[set_id].sae.inspect(), latents),
                 strict=True,
             )
         }

@@ -18,6 +18,7 @@ from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.record import on_output
 from saeguard.hf.scan import hook_activations
+from saeguard.sae.encoder import column_scales
 
 
 @contextmanager
@@ -70,7 +71,10 @@ def _change(
                 )
         on = torch.from_numpy(acted)[:, list(rows.owner)]
         mine = f[:, list(rows.columns)]
-        delta = torch.where(on, rows.edited(mine) - mine, 0.0) @ rows.W_dec
-        return x + delta
+        wanted = rows.edited(mine) - mine
+        scale = column_scales(hook.norm, x[0].float())
+        if scale is not None:
+            wanted = wanted / scale[:, list(rows.columns)]
+        return x + torch.where(on, wanted, 0.0) @ rows.W_dec
 
     return change

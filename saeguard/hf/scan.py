@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from saeguard.guard.ranked import make_ranked, settle
 from saeguard.guard.rules import judge_all
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import Hook, WatchList
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.record import record
 from saeguard.hf.texts import Text
-from saeguard.sae import EncoderRows, activate
+from saeguard.sae import EncoderRows
+from saeguard.sae.encoder import column_scales, product
 
 
 def scan(
@@ -36,4 +38,9 @@ def activations(watchlist: WatchList, residuals: Mapping[int, torch.Tensor]) -> 
 
 def hook_activations(hook: Hook, x: torch.Tensor) -> torch.Tensor:
     """Return [tokens, rows of the hook] float32 for `x` [tokens, d_in]."""
-    return activate(EncoderRows(hook.W, hook.b, hook.theta), x)
+    x = x.float()
+    pre = product(EncoderRows(hook.W, hook.b, hook.theta), x, column_scales(hook.norm, x))
+    f = pre * (pre > hook.theta)
+    for rows in hook.ranked:
+        settle(make_ranked(rows, x.device), x, f)
+    return f

@@ -1,4 +1,12 @@
-"""Encode every latent, block by block, so that [tokens, latents] never exists as a whole."""
+"""Encode every latent, block by block, so that [tokens, latents] never exists as a whole.
+
+For search, calibration and forensics. A block's pre-activations stay in the processor's cache:
+they are compared with thresholds there, and only what fires leaves it. Products and comparisons
+are float32; half-precision weights and residuals are widened first, exactly, so a result differs
+from that of exact arithmetic on the same numbers by at most `gamma * |x| * |w|`, with
+`gamma = (d_in + 4) * 2**-24` (Higham 2002, Accuracy and Stability, section 3.1). Which latents
+TopK keeps does not depend on that at all: see `saeguard.sae.compete`.
+"""
 
 from __future__ import annotations
 
@@ -8,76 +16,163 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saeguard.sae.checkpoint import SaeInfo
-from saeguard.sae.rows import EncoderRows, read_block
+from saeguard.sae.compete import Contest, GroupContest
+from saeguard.sae.encoder import Encoder, open_encoder, product, token_scale
+from saeguard.sae.info import Norm, SaeInfo
+from saeguard.sae.rows import EncoderRows
+from saeguard.sae.sparse import Sparse, concatenate, nonzero
 
-BLOCK = 4096
-"""Latents per block."""
-ROWS = 2048
+ROWS = 512
 """Tokens per block."""
+ELEMENTS = 1 << 22
+"""Pre-activations per block: 16 MiB."""
+FILE_BLOCK = 8192
+"""Most latents that are read from a file at once."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sparse:
-    """What fired: one entry per token and active latent, in the order of latent blocks."""
+class Block:
+    """The pre-activations of some tokens and latents; `z` is overwritten by the next block."""
 
-    token: torch.Tensor
-    """[entries] int64."""
-    latent: torch.Tensor
-    """[entries] int64."""
-    value: torch.Tensor
-    """[entries] float32, positive."""
+    token: int
+    """The first token."""
+    latent: int
+    """The first latent."""
+    z: torch.Tensor
+    """[tokens, latents] float32."""
+    rows: EncoderRows
+    mask: torch.Tensor
+    """[tokens, latents] bool, room for a comparison."""
 
 
-def activate(rows: EncoderRows, x: torch.Tensor) -> torch.Tensor:
-    """Return activations [tokens, latents] of `x` [tokens, d_in], in float32."""
-    pre = torch.addmm(rows.b, x.float(), rows.W.t())
+def activate(rows: EncoderRows, x: torch.Tensor, norm: Norm = "none") -> torch.Tensor:
+    """Return activations [tokens, latents] float32 of `x` [tokens, d_in], whatever their rank."""
+    x = x.float()
+    pre = product(rows, x, token_scale(norm, x))
     return pre * (pre > rows.theta)
 
 
+@torch.no_grad()
+def products(
+    encoder: Encoder, x: torch.Tensor, *, block: int | None = None, rows: int = ROWS
+) -> Iterator[Block]:
+    """Yield the pre-activations of all of `x` [tokens, d_in], latents outside, tokens inside.
+
+    Args:
+        encoder: each of its blocks is read once.
+        x: any floating dtype.
+        block: latents per block; by default so many that a block stays in cache.
+        rows: tokens per block.
+    """
+    rows = max(1, min(rows, len(x)))
+    if block is None:
+        block = max(2048, ELEMENTS // rows)
+        block = block if encoder.in_memory else min(block, FILE_BLOCK)
+    block = min(block, encoder.d_sae)
+    if encoder.groups:  # whole groups
+        block = max(1, block // encoder.group) * encoder.group
+    z = torch.empty(rows * block, device=x.device)
+    mask = torch.empty(rows * block, dtype=torch.bool, device=x.device)
+    chunks = [x[first : first + rows].float() for first in range(0, len(x), rows)]
+    scales = [token_scale(encoder.norm, chunk) for chunk in chunks]
+    for start in range(0, encoder.d_sae, block):
+        part = encoder.block(start, min(start + block, encoder.d_sae))
+        part = EncoderRows(part.W.float(), part.b, part.theta)
+        width = len(part.b)
+        for i, (chunk, scale) in enumerate(zip(chunks, scales, strict=True)):
+            size, shape = len(chunk) * width, (len(chunk), width)
+            yield Block(
+                token=i * rows,
+                latent=start,
+                z=product(part, chunk, scale, z[:size].view(shape)),
+                rows=part,
+                mask=mask[:size].view(shape),
+            )
+
+
 def encode_blocks(
-    info: SaeInfo, x: torch.Tensor, *, block: int = BLOCK, rows: int = ROWS
+    source: SaeInfo | Encoder, x: torch.Tensor, *, block: int | None = None, rows: int = ROWS
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yield `(first token, first latent, f)` for all of `x` [tokens, d_in].
 
-    Each block of latents is read from the file once; `f` is [<= rows, <= block] float32.
+    Each block of latents is read once; `f` [tokens, latents] float32 is overwritten by the next.
 
     Raises:
-        SaeError: the architecture is not supported or the weights are damaged.
+        SaeError: the weights are damaged.
+        ValueError: the latents compete with each other, so that no block is complete by itself.
     """
-    for start in range(0, info.d_sae, block):
-        encoder = read_block(info, start, min(start + block, info.d_sae))
-        for first in range(0, len(x), rows):
-            yield first, start, activate(encoder, x[first : first + rows])
+    encoder = open_encoder(source)
+    if encoder.k is not None:
+        raise ValueError("latents of TopK and groupmax compete across blocks; use encode_full")
+    for part in products(encoder, x, block=block, rows=rows):
+        torch.gt(part.z, part.rows.theta, out=part.mask)
+        yield part.token, part.latent, part.z.mul_(part.mask)
 
 
-def encode_full(info: SaeInfo, x: torch.Tensor) -> Sparse:
-    """Return every active latent of `x` [tokens, d_in]."""
-    tokens, latents, values = [], [], []
-    for first, start, f in encode_blocks(info, x):
-        token, latent = torch.nonzero(f, as_tuple=True)
-        tokens.append(token + first)
-        latents.append(latent + start)
-        values.append(f[token, latent])
-    if not tokens:
-        return Sparse(*(torch.empty(0, dtype=t) for t in (torch.int64, torch.int64, torch.float32)))
-    return Sparse(torch.cat(tokens), torch.cat(latents), torch.cat(values))
+def encode_full(
+    source: SaeInfo | Encoder, x: torch.Tensor, *, block: int | None = None, rows: int = ROWS
+) -> Sparse:
+    """Return every active latent of `x` [tokens, d_in]; memory goes with what fires.
+
+    Raises:
+        SaeError: the weights are damaged.
+        ValueError: a token is not finite: what fires on it cannot be told.
+    """
+    encoder = open_encoder(source)
+    bad = ~torch.isfinite(x).all(1)
+    if bad.any():
+        raise ValueError(f"token {int(bad.nonzero()[0])} is not finite (NaN or infinite)")
+    if encoder.k is not None:
+        contest = GroupContest(encoder, x) if encoder.groups else Contest(encoder, x)
+        for part in products(encoder, x, block=block, rows=rows):
+            contest.enter(part.token, part.latent, part.z, part.rows, part.mask)
+        return contest.decide()
+    found = []
+    for part in products(encoder, x, block=block, rows=rows):
+        torch.gt(part.z, part.rows.theta, out=part.mask)
+        found.append(nonzero(part.mask, part.z, part.token, part.latent))
+    return concatenate(found, x.device)
 
 
-def max_per_text(info: SaeInfo, x: torch.Tensor, lengths: Sequence[int]) -> np.ndarray:
+def what_fired(
+    source: SaeInfo | Encoder, x: torch.Tensor, *, most: int = 20
+) -> list[list[tuple[int, float]]]:
+    """Return each token's `most` strongest latents with their activations, strongest first.
+
+    The question of forensics: what else fired on the tokens `x` [tokens, d_in]?
+
+    Raises:
+        SaeError, ValueError: as `encode_full`.
+    """
+    found = encode_full(source, x).cpu()
+    order = np.lexsort((found.latent.numpy(), -found.value.numpy(), found.token.numpy()))
+    out: list[list[tuple[int, float]]] = [[] for _ in range(len(x))]
+    for i in order.tolist():
+        entries = out[int(found.token[i])]
+        if len(entries) < most:
+            entries.append((int(found.latent[i]), float(found.value[i])))
+    return out
+
+
+def max_per_text(source: SaeInfo | Encoder, x: torch.Tensor, lengths: Sequence[int]) -> np.ndarray:
     """Return each latent's largest activation in each text, [texts, d_sae] float32.
 
     Args:
-        info: the SAE.
+        source: the SAE.
         x: [tokens, d_in], the texts one behind the other.
         lengths: tokens of each text; their sum is the number of tokens. A text without tokens
             gets zeros.
     """
+    encoder = open_encoder(source)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     if len(owner) != len(x):
         raise ValueError(f"lengths add up to {len(owner)}, but there are {len(x)} tokens")
-    out = np.zeros((len(lengths), info.d_sae), np.float32)
-    for first, start, f in encode_blocks(info, x):
+    out = np.zeros((len(lengths), encoder.d_sae), np.float32)
+    if encoder.k is not None:
+        found = encode_full(encoder, x).cpu()
+        np.maximum.at(out, (owner[found.token], found.latent.numpy()), found.value.numpy())
+        return out
+    for first, start, f in encode_blocks(encoder, x):
         texts = owner[first : first + len(f)]
         begins = np.flatnonzero(np.diff(texts, prepend=-1))
         peak = np.maximum.reduceat(f.numpy(), begins, axis=0)

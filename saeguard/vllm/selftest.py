@@ -19,7 +19,8 @@ import structlog
 import torch
 from torch import nn
 
-from saeguard.guard.tap import Tap, as_rows
+from saeguard.guard.tap import Tap, as_rows, pre_activations
+from saeguard.sae.encoder import column_scales
 from saeguard.vllm.layers import decoder_layers, is_here
 
 log = structlog.get_logger("saeguard")
@@ -127,6 +128,7 @@ class Observation:
     def watch(self, model: Any, depth: int, taps: tuple[Tap, ...]) -> None:
         """Let the next pass bypass compiled graphs, and record what its blocks consume."""
         if not self.residual:
+            _show_unranked(taps, shown=True)
             self._hooks = [
                 model.register_forward_pre_hook(_bypass_graphs),
                 *_observe(model, decoder_layers(model, depth), taps, self),
@@ -170,6 +172,7 @@ class Observation:
         Raises:
             SelfTestError: says which layer, what was expected and what was seen.
         """
+        _show_unranked(taps, shown=False)
         allowed = TOLERANCE.get(dtype, max(TOLERANCE.values()))
         for tap in taps:
             x = self.residual.get(tap.layer)
@@ -185,7 +188,8 @@ class Observation:
                     f"{list(x.shape)}, expected [tokens, {tap.W.shape[0]}]: not one residual "
                     "stream. This model family is not supported."
                 )
-            pre = x[:rows].to(tap.W.device) @ tap.W + tap.b
+            x = x[:rows].to(tap.W.device)
+            pre = pre_activations(tap, x, column_scales(tap.norm, x))
             scale = pre.abs().max().clamp(min=1e-6)
             # Within rounding of its threshold a latent may show on one side only.
             sure = (pre - tap.theta).abs() / scale > allowed
@@ -198,6 +202,13 @@ class Observation:
                     f"{allowed:.3g}. This model family is not supported."
                 )
             log.info("saeguard self-test", layer=tap.layer, difference=difference, allowed=allowed)
+
+
+def _show_unranked(taps: tuple[Tap, ...], *, shown: bool) -> None:
+    """Let activations show that would be silent for their rank: most, at any one token."""
+    for tap in taps:
+        for ranked in tap.ranked:
+            ranked.shown.fill_(shown)
 
 
 def _ran_once(tap: Tap) -> None:

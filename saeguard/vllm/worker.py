@@ -196,6 +196,7 @@ def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float
         for part in (tap, tap.rows, clamp, None if clamp is None else clamp.edit):
             values = [] if part is None else [getattr(part, f.name) for f in fields(part)]
             tensors |= {v for v in values if isinstance(v, torch.Tensor)}
+        tensors |= {t for r in tap.ranked for t in (r.rivals.rows.W, r.rivals.rows.b)}
     held = sum(t.untyped_storage().nbytes() for t in tensors) / 2**20
     guard.rows.slot.zero_()  # the slot of nobody: nothing is clamped
     samples = []
@@ -261,6 +262,14 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
         free=list(range(1, slots + 1))[::-1],
     )
     log.info("saeguard taps installed", layers=sorted(TAPS), rows=watchlist.columns)
+    for tap in taps:
+        for ranked in tap.ranked:
+            log.info(
+                "saeguard ranks latents exactly, so it holds the encoder of all that compete",
+                layer=tap.layer,
+                latents=len(ranked.rivals.rows.b),
+                mib=round(ranked.rivals.nbytes() / 2**20, 1),
+            )
     return guard
 
 

@@ -1,0 +1,210 @@
+"""TopK and groupmax: which latents stay, decided as exact arithmetic would, block by block.
+
+A latent stays where fewer than `k` others lie above it. Two float32 products of the same numbers
+differ in their last bits with the shape of the matrices, so "above" is only taken from float32
+where the gap exceeds what rounding can do; what lies closer is computed again in float64. Equal
+latents: the lower index stays. So the decision does not depend on the block size, on how many
+tokens are encoded together, or on whether all latents are wanted or one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from saeguard.sae.encoder import Encoder, row_norm, token_scale
+from saeguard.sae.rows import EncoderRows
+from saeguard.sae.sparse import Sparse, concatenate, nonzero
+
+SEED = 1024
+"""Latents whose k-th largest opens the screen."""
+EXACT_ENTRIES = 4096
+"""Pre-activations computed in float64 at once."""
+
+
+class Contest:
+    """TopK over all latents: a running k-th largest per token screens block after block."""
+
+    def __init__(self, encoder: Encoder, x: torch.Tensor) -> None:
+        """Begin for the tokens `x` [tokens, d_in]."""
+        assert encoder.k is not None
+        self.encoder, self.x = encoder, x
+        self.reach = Reach(encoder, x)
+        self.found: list[Sparse] = []
+        self.best = torch.full((len(x), encoder.k), -torch.inf, device=x.device)
+        """[tokens, k] the largest so far, in order."""
+
+    def enter(
+        self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows, mask: torch.Tensor
+    ) -> None:
+        """Take in the pre-activations `z` of the tokens and latents that begin here."""
+        at = slice(token, token + len(z))
+        if token == 0:
+            self.reach.widen(rows)
+        margin = self.reach.margin[at]
+        best = self.best[at]
+        floor = best[:, -1]
+        k = best.shape[1]
+        if latent == 0 and z.shape[1] >= k:
+            floor = z[:, : max(k, SEED)].topk(k, dim=1).values[:, -1]
+        # A pre-activation below all thresholds fires in no case.
+        floor = torch.maximum(floor - margin, rows.theta.min())
+        torch.gt(z, floor[:, None], out=mask)
+        part = nonzero(mask, z, 0, latent)
+        if len(part):
+            self.best[at] = torch.cat([best, _padded(part, len(z))], 1).topk(k, dim=1).values
+            keep = part.value > rows.theta[part.latent - latent]
+            self.found.append(Sparse(part.token[keep] + token, part.latent[keep], part.value[keep]))
+        if sum(map(len, self.found)) > 2 * self.best.numel() + (1 << 20):
+            self._prune()
+
+    def _prune(self) -> None:
+        entries = concatenate(self.found, self.x.device)
+        floor = self.best[:, -1] - self.reach.margin
+        self.found = [entries.pick(entries.value >= floor[entries.token])]
+
+    def decide(self) -> Sparse:
+        """Return what stays."""
+        entries = concatenate(self.found, self.x.device)
+        assert self.encoder.k is not None
+        return choose(self.encoder, self.x, entries, entries.token, self.encoder.k, self.reach)
+
+
+class GroupContest:
+    """Groupmax: the largest of each group of neighbours, whole groups at a time."""
+
+    def __init__(self, encoder: Encoder, x: torch.Tensor) -> None:
+        """Begin for the tokens `x` [tokens, d_in]."""
+        self.encoder, self.x = encoder, x
+        self.reach = Reach(encoder, x)
+        self.found: list[Sparse] = []
+
+    def enter(
+        self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows, mask: torch.Tensor
+    ) -> None:
+        """Take in the pre-activations `z` of the tokens and whole groups that begin here."""
+        if token == 0:
+            self.reach.widen(rows)
+        grouped = z.view(len(z), -1, self.encoder.group)
+        margin = self.reach.margin[token : token + len(z), None]
+        floor = torch.maximum(grouped.amax(2) - margin, rows.theta.min())
+        torch.ge(grouped, floor[..., None], out=mask.view(grouped.shape))
+        part = nonzero(mask, z, token, latent)
+        self.found.append(part.pick(part.value > rows.theta[part.latent - latent]))
+
+    def decide(self) -> Sparse:
+        """Return what stays."""
+        entries = concatenate(self.found, self.x.device)
+        groups = self.encoder.d_sae // self.encoder.group
+        owner = entries.token * groups + entries.latent // self.encoder.group
+        return choose(self.encoder, self.x, entries, owner, 1, self.reach)
+
+
+class Reach:
+    """How far apart two float32 pre-activations of a token must lie for their order to be sure.
+
+    `|fl(z) - z| <= gamma * (scale * |x| * |w| + |b|)` for each of the two.
+    """
+
+    def __init__(self, encoder: Encoder, x: torch.Tensor) -> None:
+        """Know the tokens; `widen` tells of the latents."""
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=1)
+        scale = token_scale(encoder.norm, wide)
+        self._length = length if scale is None else length * scale[:, 0]
+        self._gamma = (encoder.d_in + 4) * 2.0**-24
+        self._longest = encoder.longest
+        self._w, self._b = encoder.longest or 0.0, 0.0
+        self.margin = torch.zeros_like(length)
+        """[tokens] float32."""
+
+    def widen(self, rows: EncoderRows) -> None:
+        """Take the latents `rows` in."""
+        if self._longest is None:
+            self._w = max(self._w, row_norm(rows.W))
+        self._b = max(self._b, float(rows.b.abs().max()))
+        self.margin = 2.0 * self._gamma * (self._length * self._w + self._b)
+
+
+def exactly(encoder: Encoder, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return the pre-activations of `latents` [entries] at `x` [entries, d_in], in float64."""
+    out = torch.empty(len(latents), dtype=torch.float64, device=x.device)
+    for first in range(0, len(latents), EXACT_ENTRIES):
+        at = slice(first, first + EXACT_ENTRIES)
+        wanted, which = torch.unique(latents[at], return_inverse=True)
+        rows = encoder.take(wanted.tolist())
+        wide = x[at].float()
+        z = (wide.double() * rows.W.double()[which]).sum(1)
+        scale = token_scale(encoder.norm, wide)
+        if scale is not None:
+            z *= scale[:, 0].double()
+        out[at] = z + rows.b.double()[which]
+    return out
+
+
+def choose(
+    encoder: Encoder,
+    x: torch.Tensor,
+    entries: Sparse,
+    owner: torch.Tensor,
+    limit: int,
+    reach: Reach,
+) -> Sparse:
+    """Return the `limit` largest entries of each owner.
+
+    Args:
+        encoder: to compute again what is too close.
+        x: [tokens, d_in].
+        entries: float32 pre-activations that may be among the largest.
+        owner: [entries] int64, among which entries each competes.
+        limit: how many stay.
+        reach: what counts as close.
+    """
+    entries = entries.cpu()
+    who, z = owner.cpu().numpy(), entries.value.numpy()
+    order = np.lexsort((entries.latent.numpy(), -z, who))
+    entries, who, z = entries.pick(torch.from_numpy(order)), who[order], z[order]
+    place = _place(who)
+    # The last that would stay, by owner; owners with no more than `limit` entries keep all.
+    last = np.flatnonzero(place == limit - 1)
+    if not len(last):
+        return _on(entries, x.device)
+    mine = np.minimum(np.searchsorted(who[last], who), len(last) - 1)
+    full = who[last][mine] == who
+    gap = z - z[last][mine]
+    margin = reach.margin.cpu().numpy()[entries.token.numpy()]
+    sure = ~full | (gap > margin)
+    near = full & (np.abs(gap) <= margin)
+    groups = np.bincount(mine[near], minlength=len(last))
+    left = limit - np.bincount(mine[sure & full], minlength=len(last))
+    keep = sure | (near & (groups <= left)[mine])
+    close = np.flatnonzero(near & (groups > left)[mine])
+    if len(close):
+        some = entries.pick(torch.from_numpy(close))
+        exact = exactly(encoder, x[some.token.to(x.device)], some.latent.to(x.device)).cpu().numpy()
+        again = np.lexsort((some.latent.numpy(), -exact, mine[close]))
+        close = close[again]
+        keep[close[_place(mine[close]) < left[mine[close]]]] = True
+    return _on(entries.pick(torch.from_numpy(keep)), x.device)
+
+
+def _on(entries: Sparse, device: torch.device) -> Sparse:
+    return Sparse(*(t.to(device) for t in (entries.token, entries.latent, entries.value)))
+
+
+def _place(who: np.ndarray) -> np.ndarray:
+    """Return each entry's place among its owner's, for owners in order."""
+    begins = np.flatnonzero(np.diff(who, prepend=-1))
+    sizes = np.diff(begins, append=len(who))
+    place: np.ndarray = np.arange(len(who)) - np.repeat(begins, sizes)
+    return place
+
+
+def _padded(part: Sparse, tokens: int) -> torch.Tensor:
+    """Return the values side by side, [tokens, most of one token], filled up with -inf."""
+    sizes = torch.bincount(part.token, minlength=tokens)
+    place = torch.arange(len(part), device=part.token.device)
+    place -= (sizes.cumsum(0) - sizes)[part.token]
+    out = torch.full((tokens, int(sizes.max())), -torch.inf, device=part.token.device)
+    out[part.token, place] = part.value
+    return out

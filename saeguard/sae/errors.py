@@ -1,0 +1,7 @@
+"""What is raised where a checkpoint cannot be read rightly."""
+
+from __future__ import annotations
+
+
+class SaeError(ValueError):
+    """A checkpoint is missing, damaged or of a form that cannot be read; says what to do."""

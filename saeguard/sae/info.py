@@ -1,0 +1,146 @@
+"""What one checkpoint is, in the terms that hold for all of them.
+
+Every SAE becomes, for the latents that are asked for,
+
+    z = scale(x) * (x @ W.T) + b
+    f = z * (z > theta)
+
+with everything that is the same for every token folded into the rows when they are read. What is
+left to do per token is said by `SaeInfo.norm`, and by `SaeInfo.k` where a latent's activation
+depends on its rank among the others. `saeguard.sae.encoder` tells why gated SAEs and layer norm
+fit in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Activation: TypeAlias = Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
+Norm: TypeAlias = Literal["none", "layer_norm", "constant_norm_rescale"]
+Convention: TypeAlias = Literal["openmoss", "saelens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What the user says of a checkpoint where its files do not; never overrides a file."""
+
+    layer: int | None = None
+    """`resid_post` of this block."""
+    k: int | None = None
+    """Latents that TopK keeps."""
+    norm_factor: float | None = None
+    """Factor of `expected_average_only_in`: sqrt(d_in) / mean norm of the residual."""
+    convention: Convention | None = None
+    """Reading of Llama Scope; see docs/sae-formats.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stored matrix: its name and the axis that counts latents."""
+
+    name: str
+    axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the canonical tensors lie in the file, and the constants folded into them.
+
+    With stored W_enc, b_enc, theta, W_dec and b_dec, n the norms of the stored decoder rows where
+    `decoder_norm` is set and otherwise 1, and p the tensor `subtract`:
+
+        W     = W_enc * W_enc_factor * n
+        b     = (b_enc * b_enc_factor - W_enc @ p) * n
+        theta = threshold * threshold_factor        (or exp(threshold) where `log_threshold`)
+        W_dec' = W_dec / n * W_dec_factor,  b_dec' = b_dec * b_dec_factor
+    """
+
+    W_enc: Part
+    W_dec: Part
+    b_enc: str | None = None
+    """[N] added to the product; the gate's bias where the SAE is gated. None: zero."""
+    subtract: str | None = None
+    """[d_in] subtracted from the normalised input."""
+    b_dec: str | None = None
+    """[d_in] added to the reconstruction. None: zero."""
+    threshold: str | float | None = None
+    """[N], or one for all; None is 0, as for ReLU."""
+    log_threshold: bool = False
+    r_mag: str | None = None
+    """[N], gated only: log of the magnitude path's scale."""
+    b_mag: str | None = None
+    """[N], gated only."""
+    decoder_norm: bool = False
+    W_enc_factor: float = 1.0
+    b_enc_factor: float = 1.0
+    threshold_factor: float = 1.0
+    W_dec_factor: float = 1.0
+    b_dec_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SaeInfo:
+    """What the headers of one checkpoint say."""
+
+    path: Path
+    """Folder of the checkpoint, absolute."""
+    weights: Path
+    """The weight file in it."""
+    config: Path | None
+    """The configuration beside it, where the format has one."""
+    format: str
+    """The family, a key of `formats.FAMILIES`, such as `saelens` or `gemma_scope`."""
+    architecture: str
+    """As the family names it, such as `jumprelu` or `batch_top_k`."""
+    layer: int
+    """The SAE reads `resid_post` of this block."""
+    d_in: int
+    d_sae: int
+    dtype: str
+    """Of the stored encoder, as safetensors names it, such as `F32`."""
+    activation: Activation
+    k: int | None
+    """topk: latents that stay, of all; groupmax: groups of `d_sae / k` neighbours, of each of
+    which the largest stays. None where latents do not depend on each other."""
+    relu_after_topk: bool
+    """Whether a kept latent below zero becomes zero. False only where a format keeps it."""
+    norm: Norm
+    """layer_norm: (x - mean) / (std + eps), std with d_in - 1; constant_norm_rescale:
+    x * sqrt(d_in) / |x|. Both over one token's residual."""
+    eps: float
+    """Of layer_norm."""
+    transcoder: bool
+    """The decoder writes elsewhere than it reads: latents can be watched, not clamped."""
+    model: str | None
+    """The model the checkpoint names, for people."""
+    folded: tuple[str, ...]
+    """What is folded into the rows, in words."""
+    layout: Layout
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the weight file; read once and remembered while the file is unchanged."""
+        return file_sha256(self.weights)
+
+    @property
+    def config_sha256(self) -> str | None:
+        """Digest of the configuration, where there is one."""
+        return None if self.config is None else file_sha256(self.config)
+
+
+def file_sha256(file: Path) -> str:
+    """Return the sha256 of `file`, remembered while its size and time of change stay."""
+    stat = file.stat()
+    return _digest(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest(file: Path, size: int, mtime_ns: int) -> str:
+    """Hash a file; size and time of change are only there to key the cache."""
+    del size, mtime_ns
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,55 @@
+"""What fired, as a list: one entry per token and active latent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """What fired: one entry per token and active latent, in no order that is promised."""
+
+    token: torch.Tensor
+    """[entries] int64."""
+    latent: torch.Tensor
+    """[entries] int64."""
+    value: torch.Tensor
+    """[entries] float32, positive."""
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def cpu(self) -> Sparse:
+        """Return the same in the host's memory."""
+        return Sparse(self.token.cpu(), self.latent.cpu(), self.value.cpu())
+
+    def pick(self, keep: torch.Tensor) -> Sparse:
+        """Return the entries that a mask or a list of indices keeps."""
+        return Sparse(self.token[keep], self.latent[keep], self.value[keep])
+
+
+def nonzero(mask: torch.Tensor, z: torch.Tensor, first_token: int, first_latent: int) -> Sparse:
+    """Return the entries of `z` [tokens, latents], contiguous, where `mask` holds."""
+    if mask.device.type == "cpu":  # many times faster than torch's
+        at = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    else:
+        at = mask.reshape(-1).nonzero().reshape(-1)
+    width = mask.shape[1]
+    token = torch.div(at, width, rounding_mode="floor")
+    return Sparse(token + first_token, at - token * width + first_latent, z.reshape(-1)[at])
+
+
+def concatenate(parts: Sequence[Sparse], device: torch.device) -> Sparse:
+    """Return the entries of all parts."""
+    if not parts:
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        return Sparse(empty, empty, torch.empty(0, device=device))
+    return Sparse(
+        torch.cat([p.token for p in parts]),
+        torch.cat([p.latent for p in parts]),
+        torch.cat([p.value for p in parts]),
+    )
