@@ -2,7 +2,8 @@
 
 One process. A decode step of the benchmark model (random Qwen3 of 222M parameters, Transformers,
 float32) runs between any two measurements, so that the rules are come back to cold, as in an
-engine, and both times fall under the same load. See README.md beside this file.
+engine. Both are the processor time of one thread, which other work on the machine stretches less
+than the clock. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import platform
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -170,10 +172,10 @@ def measure(
                 step()
                 many.append(timed(lambda now=passes: ledger.ingest_all(now)) / PASSES)
                 continue
-            for now in passes[:4]:
+            for now in passes[: args.steps]:
                 steps.append(timed(step))
                 one.append(timed(lambda now=now: ledger.ingest(*now)))
-            ledger.ingest_all(passes[4:])
+            ledger.ingest_all(passes[args.steps :])
         if round_ == 0:  # the first one compiles, allocates and sees every request's first tokens
             steps, one, many = [], [], []
     finish = timed(lambda: [ledger.finish(str(i), first) for i in range(batch)]) / batch
@@ -192,11 +194,17 @@ def measure(
     }
 
 
+def cpu() -> str:
+    """Return what the processor calls itself."""
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
+
+
 def timed(function: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
-    begin = time.perf_counter()
+    """Return the processor seconds that a call takes of this thread."""
+    begin = time.thread_time()
     function()
-    return time.perf_counter() - begin
+    return time.thread_time() - begin
 
 
 def rows_of(cells: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
@@ -226,11 +234,11 @@ def main() -> None:
     parser.add_argument("--firing", default="0.02", metavar="SHARE,...", help="latents that fire")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plain", action="store_true", help="no aggregates, counts or points")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="steps of a round that are timed")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     console = Console(stderr=True)
     cells = []
     for batch in map(int, args.batches.split(",")):
@@ -242,7 +250,7 @@ def main() -> None:
                     console.print(*next(rows_of(cells[-1:])), sep=" | ")
     if args.out:
         about = {
-            "machine": platform.processor() or platform.machine(),
+            "machine": cpu(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("numpy", "torch", "transformers")},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
