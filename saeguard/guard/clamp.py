@@ -11,7 +11,7 @@ the SAE's reconstruction error stays (Templeton et al. 2024, "Scaling Monosemant
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,8 @@ class Clamp:
     """[slots, ring, rules] float64: evidence by `position % ring`; empty where every n is 1."""
     acted: torch.Tensor
     """[max_tokens, rules] bool: where the last pass clamped."""
+    edit: Callable[..., None] | None = None
+    """`saeguard.guard.fused.edit`, where the tap runs on a GPU: the edit in one launch."""
 
 
 def make_clamp(
@@ -76,6 +78,7 @@ def make_clamp(
     slots: int,
     max_tokens: int,
     device: torch.device,
+    edit: Callable[..., None] | None = None,
 ) -> Clamp:
     """Move one layer's clamps to `device`, with state for `slots` requests."""
     policies = [watchlist.policies[i] for i in rows.policies]
@@ -118,6 +121,7 @@ def make_clamp(
             device=device,
         ),
         acted=torch.zeros(max_tokens, len(rules), dtype=torch.bool, device=device),
+        edit=edit,
     )
 
 
@@ -166,6 +170,9 @@ def apply(
     acted = (position[:, None] >= clamp.first[slot]) & clamp.enforced[slot] & readable[:, None]
     clamp.acted[:n].copy_(acted)
 
+    if clamp.edit is not None:
+        clamp.edit(hidden, f, acted, clamp.columns, clamp.owner, clamp.target, clamp.W_dec, scale)
+        return
     change = clamp.target - f[:, clamp.columns]
     if scale is not None:
         change = change / scale[:, clamp.columns]
