@@ -50,13 +50,15 @@ class Part:
 class Layout:
     """Where the canonical tensors lie in the file, and the constants folded into them.
 
-    With stored W_enc, b_enc, theta, W_dec and b_dec, n the norms of the stored decoder rows where
-    `decoder_norm` is set and otherwise 1, and p the tensor `subtract`:
+    With stored W_enc, b_enc, theta, W_dec and b_dec, p the tensor `subtract`, and n the norms of
+    the stored decoder rows where `decoder_norm` is set, otherwise 1:
 
-        W     = W_enc * W_enc_factor * n
-        b     = (b_enc * b_enc_factor - W_enc @ p) * n
-        theta = threshold * threshold_factor        (or exp(threshold) where `log_threshold`)
-        W_dec' = W_dec / n * W_dec_factor,  b_dec' = b_dec * b_dec_factor
+        W      = W_enc * W_enc_factor * n
+        b      = (b_enc * b_enc_factor - W_enc @ p) * n
+        theta  = threshold * threshold_factor     (of exp(threshold) where `log_threshold`),
+                 times n where the norm comes after the threshold
+        W_dec' = W_dec / n * W_dec_factor
+        b_dec' = b_dec * b_dec_factor
     """
 
     W_enc: Part
@@ -74,7 +76,8 @@ class Layout:
     """[N], gated only: log of the magnitude path's scale."""
     b_mag: str | None = None
     """[N], gated only."""
-    decoder_norm: bool = False
+    decoder_norm: Literal["none", "before_threshold", "after_threshold"] = "none"
+    """Whether activations are in units of the decoder rows' norms, and what the threshold sees."""
     W_enc_factor: float = 1.0
     b_enc_factor: float = 1.0
     threshold_factor: float = 1.0
