@@ -98,7 +98,7 @@ def describe(source: Source) -> SaeInfo:
         activation="jumprelu",
         model="meta-llama/Llama-3.1-8B",
         folded=(
-            f"convention {convention!r} ({'as' if source.stated.convention else 'not'} stated)",
+            f"convention {convention!r}, {chosen}",
             how,
         ),
         layout=layout,
