@@ -20,7 +20,7 @@ from saeguard.features.probe import read_probe
 from saeguard.features.search import term_values
 from saeguard.features.stats import rate
 from saeguard.features.types import Feature, FeatureSet
-from saeguard.sae import read_rows
+from saeguard.sae import read_rows, require_rowwise
 
 MIN_SHARE = 0.05
 """Least threshold: a latent that is silent on ordinary texts must still rise out of the noise."""
@@ -55,7 +55,9 @@ def values(features: FeatureSet, feature: Feature, corpus: Corpus) -> np.ndarray
     """
     if feature.probe is not None:
         return read_probe(feature.probe, features.sae.d_in).logits(corpus.x)
-    rows = read_rows(features.sae.inspect(), [term.latent for term in feature.detect])
+    info = features.sae.inspect()
+    require_rowwise(info)
+    rows = read_rows(info, [term.latent for term in feature.detect])
     return term_values(rows, feature.detect, corpus)
 
 

@@ -14,7 +14,7 @@ from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
 from saeguard.guard.evidence import evidence
 from saeguard.policy.types import Policy
-from saeguard.sae import SaeError, SaeInfo, read_decoder_rows, read_rows
+from saeguard.sae import SaeError, read_decoder_rows, read_rows, require_rowwise
 
 RowKey: TypeAlias = tuple[str, int | str]
 """A watched row: feature set, and latent or probe."""
@@ -132,6 +132,7 @@ def build_watchlist(
     """
     policies = tuple(sorted(policies, key=lambda p: (p.id, p.mode)))
     _refuse_unsupported(policies)
+    _refuse_uncalibrated(policies, feature_sets, may_enforce)
     used: dict[str, tuple[FeatureSet, Feature]] = {}
     for policy in policies:
         for name in _features_of(policy):
@@ -192,6 +193,23 @@ def _refuse_unsupported(policies: Sequence[Policy]) -> None:
             raise WatchListError(
                 f"{policy.path}: exceptions are not supported yet by this version, which does not "
                 "know tenants; remove them, or keep the policy out of this server"
+            )
+
+
+def _refuse_uncalibrated(
+    policies: Sequence[Policy],
+    feature_sets: Mapping[str, FeatureSet],
+    may_enforce: frozenset[str],
+) -> None:
+    for policy in policies:
+        features = feature_sets.get(policy.feature_set)
+        acts = policy.action != "log" and (policy.mode == "enforce" or policy.id in may_enforce)
+        if features is not None and features.status == "published" and acts:
+            raise WatchListError(
+                f"{policy.path}: mode: enforce with action {policy.action}, but {features.path} "
+                "holds published ids that were never measured here; `mode: shadow` or "
+                "`action: log` work at once, and `saeguard features calibrate` on your own "
+                "traffic makes the set one that may act"
             )
 
 
@@ -267,7 +285,7 @@ def _read_hook(
         if latents:
             try:
                 info = features.sae.inspect()
-                _refuse_what_the_tap_does_not_compute(features, info)
+                require_rowwise(info)
                 read = read_rows(info, latents)
             except SaeError as error:
                 raise WatchListError(f"{features.path}: {error}") from error
@@ -277,14 +295,6 @@ def _read_hook(
                 i = keys.index((set_id, _probe_key(feature.probe)))
                 W[i], b[i] = _read_probe(feature.probe, d_in)
     return Hook(layer, d_in, W, b, theta, first_column)
-
-
-def _refuse_what_the_tap_does_not_compute(features: FeatureSet, info: SaeInfo) -> None:
-    if info.activation not in {"relu", "jumprelu"} or info.norm != "none":
-        raise WatchListError(
-            f"{features.path}: {info.path} is {info.activation} with norm {info.norm!r}, which "
-            "this version's tap does not compute"
-        )
 
 
 def _read_probe(probe: ProbeRef, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from saeguard.sae.rows import (
     read_decoder_bias,
     read_decoder_rows,
     read_rows,
+    require_rowwise,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "read_decoder_bias",
     "read_decoder_rows",
     "read_rows",
+    "require_rowwise",
 ]

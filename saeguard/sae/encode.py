@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from saeguard.sae.info import SaeInfo
-from saeguard.sae.rows import EncoderRows, read_block
+from saeguard.sae.rows import EncoderRows, read_block, require_rowwise
 
 BLOCK = 4096
 """Latents per block."""
@@ -45,6 +45,7 @@ def encode_blocks(
     Raises:
         SaeError: the architecture is not supported or the weights are damaged.
     """
+    require_rowwise(info)
     for start in range(0, info.d_sae, block):
         encoder = read_block(info, start, min(start + block, info.d_sae))
         for first in range(0, len(x), rows):

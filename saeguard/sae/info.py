@@ -14,10 +14,15 @@ above 0; both are functions of the same z, so one threshold says it.
 from __future__ import annotations
 
 import hashlib
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias
+
+LARGE = 256 << 20
+"""Bytes from which a file's digest is remembered across processes."""
 
 Activation: TypeAlias = Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
 Norm: TypeAlias = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -136,14 +141,30 @@ class SaeInfo:
 
 
 def file_sha256(file: Path) -> str:
-    """Return the sha256 of `file`, remembered while its size and time of change stay."""
+    """Return the sha256 of `file`, remembered while its size and times of change stay.
+
+    Of large files it is remembered across processes, in the user's cache: hashing a checkpoint of
+    100 GB takes minutes, and every start would wait for it.
+    """
     stat = file.stat()
-    return _digest(file, stat.st_size, stat.st_mtime_ns)
+    key = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    return _digest(file, key, stat.st_size >= LARGE)
 
 
 @lru_cache(maxsize=64)
-def _digest(file: Path, size: int, mtime_ns: int) -> str:
-    """Hash a file; size and time of change are only there to key the cache."""
-    del size, mtime_ns
+def _digest(file: Path, key: str, large: bool) -> str:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saeguard/digests"
+    note = cache / hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
+    if large and note.is_file():
+        told, _, digest = note.read_text().rpartition(" ")
+        if told == key:
+            return digest
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if large:
+        with suppress(OSError):  # a read-only home only costs the time again
+            cache.mkdir(parents=True, exist_ok=True)
+            part = note.with_name(f"{note.name}.{os.getpid()}")
+            part.write_text(f"{key} {digest}")
+            part.replace(note)
+    return digest

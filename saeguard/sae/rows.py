@@ -41,6 +41,15 @@ class EncoderRows:
     """[latents] float32: the sum of each row of `W`."""
 
 
+def require_rowwise(info: SaeInfo) -> None:
+    """Raise `SaeError` where a latent's activation is not a function of its own row alone."""
+    if info.activation in {"topk", "groupmax"} or info.norm != "none":
+        raise SaeError(
+            f"{info.path}: activation {info.activation!r} with normalisation {info.norm!r} is "
+            "read, but not yet computed by this version for watched latents"
+        )
+
+
 def read_rows(info: SaeInfo, latents: Sequence[int]) -> EncoderRows:
     """Read the encoder rows of `latents`; nothing else of the encoder is loaded.
 

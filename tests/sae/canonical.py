@@ -32,9 +32,11 @@ def decode(info: SaeInfo, x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         return y
     mean, _ = moments(info, x)
     spread = x.std(-1, keepdim=True)
-    return y * spread + mean if info.norm == "layer_norm" else y * x.norm(
-        dim=-1, keepdim=True
-    ) / x.shape[-1] ** 0.5
+    return (
+        y * spread + mean
+        if info.norm == "layer_norm"
+        else y * x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+    )
 
 
 def moments(info: SaeInfo, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from saeguard.sae import SaeError, SaeInfo, Stated, inspect, read_decoder_rows, read_rows
 from saeguard.sae.convert import convert
 from tests.sae import canonical, made
-from tests.sae.made import K, D, Made, N
+from tests.sae.made import D, K, Made, N
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 CLASSES = [
@@ -57,7 +57,7 @@ def test_read_as_published(tmp_path: Path, name: str) -> None:
     make, stated = READ[name]
     made_ = make(tmp_path / "published")
     info = inspect(made_.path, stated)
-    assert info.format == name.split()[0]
+    assert info.format == name.split(maxsplit=1)[0]
     assert (info.d_in, info.d_sae) == (D, N)
     _agrees(info, made_)
     rows = convert(made_.path, tmp_path / "rows", stated=stated)
@@ -87,7 +87,7 @@ def test_converted_from_a_pickle(tmp_path: Path, name: str) -> None:
     with pytest.raises(SaeError, match="saeguard sae convert"):
         inspect(made_.path)
     info = convert(made_.path, tmp_path / "rows", stated=stated, revision="abc123")
-    assert (info.format, info.layer) == (name.split()[0], layer)
+    assert (info.format, info.layer) == (name.split(maxsplit=1)[0], layer)
     _agrees(info, made_)
     record = json.loads((tmp_path / "rows" / "saeguard_sae.json").read_text())["provenance"]
     assert record["source"] == made_.path.name
