@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -18,6 +20,7 @@ from tests.sae import made
 from tests.sae.standin import COMMIT, Hub, hub
 
 REPO = "google/gemma-scope-2b-pt-res"
+W = 48_000
 ID = "layer_1/width_160/average_l0_30"
 
 
@@ -75,14 +78,21 @@ def test_fetch_pins_and_offline_serves_it(tmp_path: Path, served: Hub) -> None:
 
 
 def test_a_cut_download_is_resumed(tmp_path: Path, served: Hub) -> None:
-    """A download that breaks off is continued from where it broke."""
-    served.cut_after = 10_000
-    code, output = run(tmp_path, served, "sae", "fetch", "gemma-scope-2b-pt-res", ID)
-    if code:  # the client gave up; the next call goes on
-        code, output = run(tmp_path, served, "sae", "fetch", "gemma-scope-2b-pt-res", ID)
+    """A download that breaks off is continued behind the last whole piece, 10 MiB in this client."""
+    wide = "layer_1/width_48k/average_l0_30"
+    folder = served.root / REPO / wide
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    shapes = {"W_enc": (made.D, W), "W_dec": (W, made.D), "b_enc": (W,), "b_dec": (made.D,)}
+    arrays = {name: rng.random(s, np.float32) for name, s in {**shapes, "threshold": (W,)}.items()}
+    np.savez(folder / "params.npz", **arrays)
+    served.cut_after = 11 << 20
+    code, output = run(tmp_path, served, "sae", "fetch", "gemma-scope-2b-pt-res", wide)
     assert code == 0, output
     assert served.cut_after is None
-    assert any(r.startswith("bytes=10000-") for r in served.ranges), served.ranges
+    assert served.ranges == [f"bytes={10 << 20}-"]
+    digest = hashlib.sha256((folder / "params.npz").read_bytes()).hexdigest()
+    assert _pin(output)["sha256"] == digest
 
 
 def test_a_feature_set_by_name(
