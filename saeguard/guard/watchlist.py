@@ -138,6 +138,7 @@ def build_watchlist(
     """
     policies = tuple(sorted(policies, key=lambda p: (p.id, p.mode)))
     _refuse_unsupported(policies)
+    _refuse_uncalibrated(policies, feature_sets, may_enforce)
     used: dict[str, tuple[FeatureSet, Feature]] = {}
     for policy in policies:
         for name in _features_of(policy):
@@ -199,6 +200,23 @@ def _refuse_unsupported(policies: Sequence[Policy]) -> None:
             raise WatchListError(
                 f"{policy.path}: exceptions are not supported yet by this version, which does not "
                 "know tenants; remove them, or keep the policy out of this server"
+            )
+
+
+def _refuse_uncalibrated(
+    policies: Sequence[Policy],
+    feature_sets: Mapping[str, FeatureSet],
+    may_enforce: frozenset[str],
+) -> None:
+    for policy in policies:
+        features = feature_sets.get(policy.feature_set)
+        acts = policy.action != "log" and (policy.mode == "enforce" or policy.id in may_enforce)
+        if features is not None and features.status == "published" and acts:
+            raise WatchListError(
+                f"{policy.path}: mode: enforce with action {policy.action}, but {features.path} "
+                "holds published ids that were never measured here; `mode: shadow` or "
+                "`action: log` work at once, and `saeguard features calibrate` on your own "
+                "traffic makes the set one that may act"
             )
 
 
