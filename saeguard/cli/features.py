@@ -107,7 +107,7 @@ def calibrate(
     """Set each feature's range and threshold, and write the measured rates as its evidence."""
     from saeguard.features.calibrate import Texts
     from saeguard.features.calibrate import calibrate as set_thresholds
-    from saeguard.features.load import load_feature_set, save_feature_set
+    from saeguard.features.load import load_feature_set, pin, save_feature_set
     from saeguard.hf.corpus import read_corpus
     from saeguard.hf.model import check_model, load_model
     from saeguard.policy.phrases import window
@@ -144,7 +144,8 @@ def calibrate(
                 decode=lm.tokenizer.decode,
             )
         target = out or set_
-        save_feature_set(replace(features, features=done), target)
+        here = replace(features, features=done, status="calibrated", sae=pin(features.sae))
+        save_feature_set(here, target)
     for name, feature in done.items():
         measured = feature.evidence.get("fpr_holdout", feature.evidence["fpr_calibration"])
         low, high = measured["interval"]

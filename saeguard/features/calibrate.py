@@ -20,7 +20,6 @@ from saeguard.features.probe import read_probe
 from saeguard.features.search import term_values
 from saeguard.features.stats import rate
 from saeguard.features.types import Feature, FeatureSet
-from saeguard.sae import read_rows
 
 MIN_SHARE = 0.05
 """Least threshold: a latent that is silent on ordinary texts must still rise out of the noise."""
@@ -55,8 +54,7 @@ def values(features: FeatureSet, feature: Feature, corpus: Corpus) -> np.ndarray
     """
     if feature.probe is not None:
         return read_probe(feature.probe, features.sae.d_in).logits(corpus.x)
-    rows = read_rows(features.sae.inspect(), [term.latent for term in feature.detect])
-    return term_values(rows, feature.detect, corpus)
+    return term_values(features.sae.inspect(), feature.detect, corpus)
 
 
 def shares(feature: Feature, value: np.ndarray) -> np.ndarray:

@@ -6,14 +6,23 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from saeguard.features.schema import SCHEMA, Document, FeaturePart, FeatureSetError, read_document
+from saeguard.features.schema import (
+    SCHEMA,
+    Document,
+    FeaturePart,
+    FeatureSetError,
+    SaePart,
+    read_document,
+)
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef, SaeRef, Term
-from saeguard.sae import SaeError
+from saeguard.sae import SaeError, Stated
+from saeguard.sae.hub import HubRef, commit_of, fetch, named
 
 __all__ = ["FeatureSetError", "load_feature_set", "save_feature_set"]
 
@@ -35,11 +44,12 @@ def load_feature_set(path: str | Path, *, verify: bool = True) -> FeatureSet:
         id=document.id,
         path=file,
         model=ModelRef(**document.model.model_dump()),
-        sae=SaeRef(**document.sae.model_dump() | {"path": _beside(file, document.sae.path)}),
+        sae=_sae(file, document, reach=verify),
         features={name: _feature(file, name, part) for name, part in document.features.items()},
         exclude_tokens=tuple(document.exclude_tokens),
         digest=_digest(document),
         title=document.title,
+        status=document.status,
     )
     if verify:
         _verify(features)
@@ -72,6 +82,53 @@ def file_digest(path: Path) -> str:
 
 def _beside(file: Path, path: str) -> Path:
     return (file.parent / path).resolve()
+
+
+def _sae(file: Path, document: Document, *, reach: bool) -> SaeRef:
+    """Return the reference, with the folder that its names stand for."""
+    part = document.sae
+    if part.path is not None:
+        path, name = _beside(file, part.path), None
+    else:
+        keys = ("release", "id", "repo", "folder", "files", "revision")
+        name = {k: v for k in keys if (v := getattr(part, k)) is not None}
+        try:
+            ref = hub_ref(part)
+            path = fetch(ref) if reach else ref.converted
+        except SaeError as error:
+            raise FeatureSetError(f"{file}: sae: {error}") from error
+    return SaeRef(
+        path=path,
+        sha256=part.sha256,
+        layer=part.layer,
+        d_in=part.d_in,
+        d_sae=part.d_sae,
+        stated=Stated(k=part.k, norm_factor=part.norm_factor, convention=part.convention),
+        config_sha256=part.config_sha256,
+        name=name,
+    )
+
+
+def pin(ref: SaeRef) -> SaeRef:
+    """Return `ref` with the digests, and the commit, of the checkpoint that lies there now."""
+    info = ref.inspect()
+    name, commit = ref.name, commit_of(ref.path)
+    if name is not None and commit is not None:
+        name = {**name, "revision": commit}
+    return replace(ref, sha256=info.sha256, config_sha256=info.config_sha256, name=name)
+
+
+def hub_ref(part: SaePart) -> HubRef:
+    """Return where a named SAE lies.
+
+    Raises:
+        SaeError: the release or the id is not known.
+    """
+    if part.release is not None and part.id is not None:
+        return named(part.release, part.id, part.revision)
+    assert part.repo is not None
+    assert part.files is not None
+    return HubRef(part.repo, part.folder or "", tuple(part.files), part.revision or "main")
 
 
 def _terms(weights: Mapping[int, float] | None) -> tuple[Term, ...]:
@@ -108,7 +165,10 @@ def _verify(features: FeatureSet) -> None:
         found = pinned.inspect()
     except SaeError as error:
         raise FeatureSetError(f"{features.path}: sae.path: {error}") from error
-    for key in ("layer", "d_in", "d_sae", "sha256"):
+    keys = ["layer", "d_in", "d_sae"]
+    # Hashing is last: it reads all of the file.
+    keys += [key for key in ("config_sha256", "sha256") if getattr(pinned, key) is not None]
+    for key in keys:
         if getattr(pinned, key) != getattr(found, key):
             raise FeatureSetError(
                 f"{features.path}: sae.{key} is {getattr(pinned, key)}, but {found.path} has "
@@ -159,6 +219,7 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
         "schema": SCHEMA,
         "id": features.id,
         "title": features.title or features.id,
+        **({"status": features.status} if features.status != "calibrated" else {}),
         "model": {
             "name": model.name,
             "hidden_size": model.hidden_size,
@@ -166,11 +227,17 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
             **({"sha256": model.sha256} if model.sha256 else {}),
         },
         "sae": {
-            "path": relative(sae.path),
-            "sha256": sae.sha256,
+            **(sae.name or {"path": relative(sae.path)}),
+            **({"sha256": sae.sha256} if sae.sha256 else {}),
+            **({"config_sha256": sae.config_sha256} if sae.config_sha256 else {}),
             "layer": sae.layer,
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
+            **{
+                key: value
+                for key in ("k", "norm_factor", "convention")
+                if (value := getattr(sae.stated, key)) is not None
+            },
         },
         "exclude_tokens": list(features.exclude_tokens),
         "features": {name: feature(f) for name, f in features.features.items()},

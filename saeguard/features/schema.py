@@ -37,13 +37,60 @@ class ModelPart(_Strict):
 
 
 class SaePart(_Strict):
-    """The checkpoint the latents are numbered in."""
+    """The checkpoint the latents are numbered in: a path, a release and id, or a repository."""
 
-    path: str = Field(min_length=1, description="Folder, relative to this file or absolute.")
-    sha256: Digest
+    path: str | None = Field(
+        default=None, min_length=1, description="Folder, relative to this file or absolute."
+    )
+    release: str | None = Field(default=None, description="As SAELens names it.")
+    id: str | None = Field(default=None, description="Of one SAE of the release.")
+    repo: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Repository of the Hugging Face hub.",
+    )
+    folder: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+(/[\w.-]+)*$",
+        description="Of one SAE within the repository.",
+    )
+    files: list[str] | None = Field(
+        default=None, min_length=1, description="Within the folder, the weights first."
+    )
+    revision: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{40}$", description="Commit of the repository."
+    )
+    sha256: Digest | None = Field(default=None, description="Of the weight file.")
+    config_sha256: Digest | None = Field(default=None, description="Of the file beside it.")
     layer: int = Field(ge=0)
     d_in: int = Field(gt=0)
     d_sae: int = Field(gt=0)
+    k: int | None = Field(default=None, gt=0, description="Where the files do not say it.")
+    norm_factor: float | None = Field(
+        default=None, gt=0, description="Of `expected_average_only_in`, not in the files."
+    )
+    convention: Literal["openmoss", "saelens"] | None = Field(
+        default=None, description="Reading of Llama Scope."
+    )
+
+    @model_validator(mode="after")
+    def _one_name(self) -> SaePart:
+        ways = [
+            self.path is not None,
+            self.release is not None or self.id is not None,
+            self.repo is not None or self.folder is not None or self.files is not None,
+        ]
+        if sum(ways) != 1:
+            raise ValueError("give either path, or release and id, or repo, files and folder")
+        if (self.release is None) != (self.id is None):
+            raise ValueError("release and id belong together")
+        if (self.repo is None) != (self.files is None):
+            raise ValueError("repo and files belong together")
+        if any(".." in name.split("/") for name in (self.folder or "", *(self.files or []))):
+            raise ValueError("folder and files lie within the repository, without `..`")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("revision is a repository's, path needs none")
+        return self
 
 
 class ProbePart(_Strict):
@@ -84,6 +131,10 @@ class Document(_Strict):
     schema_: Literal["saeguard.features/v1"] = Field(alias="schema")
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)*$", max_length=200)
     title: str = Field(min_length=1)
+    status: Literal["calibrated", "published"] = Field(
+        default="calibrated",
+        description="published: ids from a publication, not verified here; for logging only.",
+    )
     model: ModelPart
     sae: SaePart
     exclude_tokens: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
@@ -98,6 +149,11 @@ class Document(_Strict):
         if self.sae.layer >= self.model.num_layers:
             raise ValueError(
                 f"sae.layer is {self.sae.layer}, but the model has {self.model.num_layers} layers"
+            )
+        if self.sae.sha256 is None and self.status != "published":
+            raise ValueError(
+                "sae.sha256 is missing; only a published set, which has not been calibrated, may "
+                "leave it open"
             )
         for name, feature in self.features.items():
             for latent in (*(feature.detect or {}), *feature.clamp):

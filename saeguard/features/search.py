@@ -18,7 +18,7 @@ from saeguard.features.probe import Probe
 from saeguard.features.probing import fit_probe
 from saeguard.features.stats import auroc, auroc_interval
 from saeguard.features.types import Term
-from saeguard.sae import EncoderRows, SaeInfo, activate, max_per_text, read_rows
+from saeguard.sae import SaeInfo, encode_latents, max_per_text
 
 CONTROLS = 20
 MIN_HOLD_OUT = 20
@@ -124,7 +124,7 @@ def search(
         measure_terms(info, [Term(int(latent), 1.0)], split, holdout, seed, "latent")
         for latent in best[:top]
     ]
-    f = activate(read_rows(info, best.tolist()), split.x).numpy()
+    f = encode_latents(info, best.tolist(), split.x).numpy()
     size, validated = choose_size(split, f, peak[:, best], min(group_size, len(best)))
     chosen = replace(group(best, size, "group"), auroc_validation=validated)
     probe, probe_validated = fit_probe(split, seed)
@@ -158,21 +158,21 @@ def measure_terms(
     form: str = "group",
 ) -> Finding:
     """Measure one weighted group of latents on both splits."""
-    rows = read_rows(info, [term.latent for term in terms])
-    return _measure(form, tuple(terms), rows, split, holdout, seed)
+    return _measure(form, tuple(terms), info, split, holdout, seed)
 
 
-def term_values(rows: EncoderRows, terms: Sequence[Term], corpus: Corpus) -> np.ndarray:
+def term_values(info: SaeInfo, terms: Sequence[Term], corpus: Corpus) -> np.ndarray:
     """Return `sum(weight * f)` [T] float32."""
     weights = np.array([term.weight for term in terms], np.float32)
-    values: np.ndarray = activate(rows, corpus.x).numpy() @ weights
+    f = encode_latents(info, [term.latent for term in terms], corpus.x)
+    values: np.ndarray = f.numpy() @ weights
     return values
 
 
 def _measure(
     form: str,
     terms: tuple[Term, ...],
-    reader: EncoderRows | Probe,
+    reader: SaeInfo | Probe,
     split: Corpus,
     holdout: Corpus,
     seed: int,

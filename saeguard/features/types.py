@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from saeguard.sae import SaeInfo, Stated, inspect
 
@@ -27,14 +27,18 @@ class SaeRef:
 
     path: Path
     """Directory of the checkpoint, absolute."""
-    sha256: str
-    """Digest of the weight file."""
+    sha256: str | None
+    """Digest of the weight file. None: not pinned yet, which only a published set may be."""
     layer: int
     """`resid_post` of this block: HF `hidden_states[layer + 1]`."""
     d_in: int
     d_sae: int
     stated: Stated = field(default_factory=Stated)
     """What the feature set says of the checkpoint where its files do not."""
+    config_sha256: str | None = None
+    """Digest of the configuration, where it is pinned."""
+    name: Mapping[str, Any] | None = None
+    """Release and id, or repository and files, as the file has them; None where it has a path."""
 
     def inspect(self) -> SaeInfo:
         """Read the checkpoint's headers.
@@ -42,7 +46,7 @@ class SaeRef:
         Raises:
             SaeError: it is not there, or cannot be read rightly.
         """
-        return inspect(self.path, self.stated)
+        return inspect(self.path, replace(self.stated, layer=self.layer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +105,5 @@ class FeatureSet:
     digest: str
     """sha256 of the file's canonical content, so that comments and layout do not matter."""
     title: str = ""
+    status: Literal["calibrated", "published"] = "calibrated"
+    """published: ids from a publication, never measured here; they may log, not act."""

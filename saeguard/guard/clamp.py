@@ -11,7 +11,7 @@ the SAE's reconstruction error stays (Templeton et al. 2024, "Scaling Monosemant
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,9 @@ class Clamp:
     """[slots, ring, other aggregates] float64 averages and maxima."""
     acted: torch.Tensor
     """[max_tokens, rules] bool: where the last pass clamped."""
+    launch: Callable[..., None] | None = None
+    """`saeguard.guard.fused.edit`, where the tap runs on a GPU: edits that set a value, in one
+    launch."""
 
 
 def make_clamp(
@@ -87,6 +90,7 @@ def make_clamp(
     slots: int,
     max_tokens: int,
     device: torch.device,
+    launch: Callable[..., None] | None = None,
 ) -> Clamp:
     """Move one layer's clamps to `device`, with state for `slots` requests."""
     policies = [watchlist.policies[i] for i in rows.policies]
@@ -150,6 +154,7 @@ def make_clamp(
         past=full(0.0, over.longest + MAX_DRAFTS if windowed else 0, windowed, double),
         level=full(0.0, 1 + MAX_DRAFTS if levels else 0, levels, double),
         acted=torch.zeros(max_tokens, count, dtype=torch.bool, device=device),
+        launch=launch,
     )
 
 
@@ -200,6 +205,10 @@ def apply(
     acted = torch.where(clamp.always, looked, on) & enforced & readable[:, None]
     clamp.acted[:n].copy_(acted)
 
+    if clamp.launch is not None and clamp.edit.scale is None and clamp.edit.cap is None:
+        edit = clamp.edit
+        clamp.launch(hidden, f, acted, clamp.columns, clamp.owner, edit.target, edit.W_dec, scale)
+        return
     mine = f[:, clamp.columns]
     change = clamp.edit.edited(mine) - mine
     if scale is not None:

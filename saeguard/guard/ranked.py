@@ -17,6 +17,7 @@ import torch
 
 from saeguard.features.types import Feature
 from saeguard.sae.encoder import Encoder
+from saeguard.sae.errors import SaeError
 from saeguard.sae.info import SaeInfo
 from saeguard.sae.rank import Rivals, drop, read_rivals
 
@@ -51,8 +52,14 @@ def make_ranked(rows: RankedRows, device: torch.device) -> Ranked:
     """Bring what competes to the device.
 
     Raises:
-        SaeError: the weights are damaged.
+        SaeError: the weights are damaged, or the tap runs on a GPU, where which tokens pass would
+            have to be asked of the device in every pass.
     """
+    if device.type == "cuda":
+        raise SaeError(
+            "latents of TopK and groupmax SAEs are not ranked on a GPU yet by this version: serve "
+            "on a CPU, scan with Transformers, or use an SAE with thresholds"
+        )
     rivals = rivals_of(rows.source, rows.latents, device)
     return Ranked(
         rivals=rivals,

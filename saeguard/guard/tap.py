@@ -7,6 +7,8 @@ writes persistent buffers only, never waits for the device, and is found by its 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,10 @@ class Tap:
     """[watched] int64, which of `NORMS` a column's token is under; None where it is none."""
     ranked: tuple[Ranked, ...] = ()
     """Columns that fire by rank."""
+    fused: Callable[..., None] | None = None
+    """`saeguard.guard.fused.read`, where the tap runs on a GPU."""
+    scale: torch.Tensor | None = None
+    """[max_tokens, watched] float32, room for `column_scales` where it is used."""
 
 
 TAPS: dict[int, Tap] = {}
@@ -67,15 +73,8 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
     hidden = as_rows(hidden)
     f = tap.f[: hidden.shape[0]]
     try:
-        x = hidden.float()
-        if residual is not None:
-            x = torch.addcmul(x, as_rows(residual).float(), tap.halves)
-        scale = column_scales(tap.norm, x)
-        pre = pre_activations(tap, x, scale)
-        # A product rather than a choice, so that NaN stays NaN and is seen.
-        torch.mul(pre, pre > tap.theta, out=f)
-        for ranked in tap.ranked:
-            settle(ranked, x, f)
+        read = _read_plainly if tap.fused is None else _read_fused
+        scale = read(tap, hidden, None if residual is None else as_rows(residual), f)
         if tap.clamp is not None:
             clamping.apply(tap.clamp, hidden, f, tap.rows, scale)
     except RuntimeError:  # out of memory among them: serving goes on, the verdict says `error`
@@ -83,6 +82,39 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
             raise
         tap.f.fill_(torch.nan)  # all of it: which rows are this pass's may be what went wrong
     tap.ticks.add_(1)
+
+
+def _read_plainly(
+    tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None, f: torch.Tensor
+) -> torch.Tensor | None:
+    """Write the activations of a pass to `f`; return `column_scales`."""
+    x = hidden.float()
+    if residual is not None:
+        x = torch.addcmul(x, residual.float(), tap.halves)
+    scale = column_scales(tap.norm, x)
+    pre = pre_activations(tap, x, scale)
+    # A product rather than a choice, so that NaN stays NaN and is seen.
+    torch.mul(pre, pre > tap.theta, out=f)
+    for ranked in tap.ranked:
+        settle(ranked, x, f)
+    return scale
+
+
+def _read_fused(
+    tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None, f: torch.Tensor
+) -> torch.Tensor | None:
+    """Do the same in one launch."""
+    assert tap.fused is not None
+    scale = None if tap.scale is None else tap.scale[: len(f)]
+    tap.fused(hidden, residual, tap.halves, tap.W.t(), tap.b, tap.theta, f, tap.norm, scale)
+    return scale
+
+
+def _kernels(device: torch.device) -> Any:
+    """Return the module of Triton kernels where it can run."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("saeguard.guard.fused")
 
 
 def pre_activations(tap: Tap, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -123,6 +155,7 @@ def install_taps(
     """
     TAPS.clear()
     rows = allocate_rows(max_tokens, device)
+    kernels = _kernels(device)
     for hook in watchlist.hooks:
         clamp_rows = next((c for c in watchlist.clamps if c.layer == hook.layer), None)
         TAPS[hook.layer] = Tap(
@@ -135,6 +168,10 @@ def install_taps(
             ticks=torch.zeros((), dtype=torch.int64, device=device),
             rows=rows,
             norm=None if hook.norm is None else hook.norm.to(device),
+            fused=None if kernels is None else kernels.read,
+            scale=None
+            if hook.norm is None or kernels is None
+            else torch.zeros(max_tokens, hook.W.shape[0], device=device),
             ranked=tuple(make_ranked(rows, device) for rows in hook.ranked),
             clamp=None
             if clamp_rows is None
@@ -145,6 +182,7 @@ def install_taps(
                 slots=slots + 1,
                 max_tokens=max_tokens,
                 device=device,
+                launch=None if kernels is None else kernels.edit,
             ),
         )
     return tuple(TAPS.values())

@@ -173,6 +173,7 @@ def build_watchlist(
             policies are too many, or a checkpoint does not fit.
     """
     policies = tuple(sorted(policies, key=lambda p: (p.id, p.mode)))
+    _refuse_uncalibrated(policies, feature_sets, may_enforce)
     used: dict[str, tuple[FeatureSet, Feature]] = {}
     for policy in policies:
         for name in _features_of(policy):
@@ -222,6 +223,23 @@ def build_watchlist(
 
 def _latents(feature: Feature) -> int:
     return len(feature.detect) + (feature.probe is not None)
+
+
+def _refuse_uncalibrated(
+    policies: Sequence[Policy],
+    feature_sets: Mapping[str, FeatureSet],
+    may_enforce: frozenset[str],
+) -> None:
+    for policy in policies:
+        features = feature_sets.get(policy.feature_set)
+        acts = policy.action != "log" and (policy.mode == "enforce" or policy.id in may_enforce)
+        if features is not None and features.status == "published" and acts:
+            raise WatchListError(
+                f"{policy.path}: mode: enforce with action {policy.action}, but {features.path} "
+                "holds published ids that were never measured here; `mode: shadow` or "
+                "`action: log` work at once, and `saeguard features calibrate` on your own "
+                "traffic makes the set one that may act"
+            )
 
 
 def _mix(used: Mapping[str, tuple[FeatureSet, Feature]], column: Mapping[RowKey, int]) -> Mix:

@@ -16,7 +16,7 @@ from saeguard.sae.encoder import Encoder, row_norm, token_scale
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, concatenate, nonzero
 
-SEED = 1024
+SEED = 4096
 """Latents whose k-th largest opens the screen."""
 EXACT_ENTRIES = 4096
 """Pre-activations computed in float64 at once."""
@@ -67,7 +67,10 @@ class Contest:
         """Return what stays."""
         entries = concatenate(self.found, self.x.device)
         assert self.encoder.k is not None
-        return choose(self.encoder, self.x, entries, entries.token, self.encoder.k, self.reach)
+        last = self.best[:, -1]
+        return choose(
+            self.encoder, self.x, entries, entries.token, last, self.encoder.k, self.reach
+        )
 
 
 class GroupContest:
@@ -78,6 +81,9 @@ class GroupContest:
         self.encoder, self.x = encoder, x
         self.reach = Reach(encoder, x)
         self.found: list[Sparse] = []
+        assert encoder.k is not None
+        self.best = torch.full((len(x), encoder.k), -torch.inf, device=x.device)
+        """[tokens, groups] the largest of each group."""
 
     def enter(
         self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows, mask: torch.Tensor
@@ -87,7 +93,9 @@ class GroupContest:
             self.reach.widen(rows)
         grouped = z.view(len(z), -1, self.encoder.group)
         margin = self.reach.margin[token : token + len(z), None]
-        floor = torch.maximum(grouped.amax(2) - margin, rows.theta.min())
+        best, group = grouped.amax(2), latent // self.encoder.group
+        self.best[token : token + len(z), group : group + best.shape[1]] = best
+        floor = torch.maximum(best - margin, rows.theta.min())
         torch.ge(grouped, floor[..., None], out=mask.view(grouped.shape))
         part = nonzero(mask, z, token, latent)
         self.found.append(part.pick(part.value > rows.theta[part.latent - latent]))
@@ -97,7 +105,7 @@ class GroupContest:
         entries = concatenate(self.found, self.x.device)
         groups = self.encoder.d_sae // self.encoder.group
         owner = entries.token * groups + entries.latent // self.encoder.group
-        return choose(self.encoder, self.x, entries, owner, 1, self.reach)
+        return choose(self.encoder, self.x, entries, owner, self.best.reshape(-1), 1, self.reach)
 
 
 class Reach:
@@ -147,6 +155,7 @@ def choose(
     x: torch.Tensor,
     entries: Sparse,
     owner: torch.Tensor,
+    last: torch.Tensor,
     limit: int,
     reach: Reach,
 ) -> Sparse:
@@ -157,39 +166,25 @@ def choose(
         x: [tokens, d_in].
         entries: float32 pre-activations that may be among the largest.
         owner: [entries] int64, among which entries each competes.
+        last: [owners] the `limit`-th largest of each; -inf where there are fewer.
         limit: how many stay.
         reach: what counts as close.
     """
-    entries = entries.cpu()
-    who, z = owner.cpu().numpy(), entries.value.numpy()
-    order = np.lexsort((entries.latent.numpy(), -z, who))
-    entries, who, z = entries.pick(torch.from_numpy(order)), who[order], z[order]
-    place = _place(who)
-    # The last that would stay, by owner; owners with no more than `limit` entries keep all.
-    last = np.flatnonzero(place == limit - 1)
-    if not len(last):
-        return _on(entries, x.device)
-    mine = np.minimum(np.searchsorted(who[last], who), len(last) - 1)
-    full = who[last][mine] == who
-    gap = z - z[last][mine]
-    margin = reach.margin.cpu().numpy()[entries.token.numpy()]
-    sure = ~full | (gap > margin)
-    near = full & (np.abs(gap) <= margin)
-    groups = np.bincount(mine[near], minlength=len(last))
-    left = limit - np.bincount(mine[sure & full], minlength=len(last))
-    keep = sure | (near & (groups <= left)[mine])
-    close = np.flatnonzero(near & (groups > left)[mine])
-    if len(close):
-        some = entries.pick(torch.from_numpy(close))
-        exact = exactly(encoder, x[some.token.to(x.device)], some.latent.to(x.device)).cpu().numpy()
-        again = np.lexsort((some.latent.numpy(), -exact, mine[close]))
-        close = close[again]
-        keep[close[_place(mine[close]) < left[mine[close]]]] = True
-    return _on(entries.pick(torch.from_numpy(keep)), x.device)
-
-
-def _on(entries: Sparse, device: torch.device) -> Sparse:
-    return Sparse(*(t.to(device) for t in (entries.token, entries.latent, entries.value)))
+    gap = entries.value - last[owner]
+    margin = reach.margin[entries.token]
+    sure, near = gap > margin, gap.abs() <= margin
+    left = limit - torch.bincount(owner[sure], minlength=len(last))
+    close = torch.bincount(owner[near], minlength=len(last))
+    keep = sure | (near & (close <= left)[owner])
+    open_ = (near & (close > left)[owner]).nonzero()[:, 0]
+    if len(open_):
+        some = entries.pick(open_)
+        exact = exactly(encoder, x[some.token], some.latent).cpu().numpy()
+        who = owner[open_].cpu().numpy()
+        order = np.lexsort((some.latent.cpu().numpy(), -exact, who))
+        stays = _place(who[order]) < left.cpu().numpy()[who[order]]
+        keep[open_[torch.from_numpy(order[stays]).to(x.device)]] = True
+    return entries.pick(keep)
 
 
 def _place(who: np.ndarray) -> np.ndarray:

@@ -130,7 +130,8 @@ def token_scale(norm: Norm, x: torch.Tensor) -> torch.Tensor | None:
     if norm == "layer_norm":
         return 1.0 / (x.std(1, keepdim=True) + LAYER_NORM_EPS)
     if norm == "constant_norm_rescale":
-        return float(x.shape[1] ** 0.5) / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        length: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return float(x.shape[1] ** 0.5) / length
     return None
 
 

@@ -98,7 +98,7 @@ def read_safetensors(file: Path) -> TensorFile:
     try:
         entries = parse_json(file, header)
     except SaeError as error:
-        raise _damaged(file, f"its header is {str(error).removeprefix(f'{file}: ')}") from error
+        raise _damaged(file, f"its header: {str(error).removeprefix(f'{file}: ')}") from error
     entries.pop("__metadata__", None)
     data = 8 + length
     end = 0

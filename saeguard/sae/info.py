@@ -14,10 +14,15 @@ fit in.
 from __future__ import annotations
 
 import hashlib
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias
+
+LARGE = 256 << 20
+"""Bytes from which a file's digest is remembered across processes."""
 
 Activation: TypeAlias = Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
 Norm: TypeAlias = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -50,13 +55,15 @@ class Part:
 class Layout:
     """Where the canonical tensors lie in the file, and the constants folded into them.
 
-    With stored W_enc, b_enc, theta, W_dec and b_dec, n the norms of the stored decoder rows where
-    `decoder_norm` is set and otherwise 1, and p the tensor `subtract`:
+    With stored W_enc, b_enc, theta, W_dec and b_dec, p the tensor `subtract`, and n the norms of
+    the stored decoder rows where `decoder_norm` is set, otherwise 1:
 
-        W     = W_enc * W_enc_factor * n
-        b     = (b_enc * b_enc_factor - W_enc @ p) * n
-        theta = threshold * threshold_factor        (or exp(threshold) where `log_threshold`)
-        W_dec' = W_dec / n * W_dec_factor,  b_dec' = b_dec * b_dec_factor
+        W      = W_enc * W_enc_factor * n
+        b      = (b_enc * b_enc_factor - W_enc @ p) * n
+        theta  = threshold * threshold_factor     (of exp(threshold) where `log_threshold`),
+                 times n where the norm comes after the threshold
+        W_dec' = W_dec / n * W_dec_factor
+        b_dec' = b_dec * b_dec_factor
     """
 
     W_enc: Part
@@ -74,7 +81,8 @@ class Layout:
     """[N], gated only: log of the magnitude path's scale."""
     b_mag: str | None = None
     """[N], gated only."""
-    decoder_norm: bool = False
+    decoder_norm: Literal["none", "before_threshold", "after_threshold"] = "none"
+    """Whether activations are in units of the decoder rows' norms, and what the threshold sees."""
     W_enc_factor: float = 1.0
     b_enc_factor: float = 1.0
     threshold_factor: float = 1.0
@@ -133,14 +141,30 @@ class SaeInfo:
 
 
 def file_sha256(file: Path) -> str:
-    """Return the sha256 of `file`, remembered while its size and time of change stay."""
+    """Return the sha256 of `file`, remembered while its size and times of change stay.
+
+    Of large files it is remembered across processes, in the user's cache: hashing a checkpoint of
+    100 GB takes minutes, and every start would wait for it.
+    """
     stat = file.stat()
-    return _digest(file, stat.st_size, stat.st_mtime_ns)
+    key = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    return _digest(file, key, stat.st_size >= LARGE)
 
 
 @lru_cache(maxsize=64)
-def _digest(file: Path, size: int, mtime_ns: int) -> str:
-    """Hash a file; size and time of change are only there to key the cache."""
-    del size, mtime_ns
+def _digest(file: Path, key: str, large: bool) -> str:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saeguard/digests"
+    note = cache / hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
+    if large and note.is_file():
+        told, _, digest = note.read_text().rpartition(" ")
+        if told == key:
+            return digest
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if large:
+        with suppress(OSError):  # a read-only home only costs the time again
+            cache.mkdir(parents=True, exist_ok=True)
+            part = note.with_name(f"{note.name}.{os.getpid()}")
+            part.write_text(f"{key} {digest}")
+            part.replace(note)
+    return digest

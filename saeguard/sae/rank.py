@@ -160,7 +160,7 @@ def encode_latents(
 
 def drop(rivals: Rivals, x: torch.Tensor, f: torch.Tensor) -> None:
     """Set to 0, in place, what of the activations `f` [tokens, watched] is outranked."""
-    row, watched = (f > 0).nonzero(as_tuple=True)
+    row, watched = (f != 0).nonzero(as_tuple=True)
     if len(row):
         out = outranked(rivals, x, row, watched, f[row, watched])
         f[row[out], watched[out]] = 0.0

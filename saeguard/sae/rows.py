@@ -64,7 +64,7 @@ def read_decoder_rows(info: SaeInfo, latents: Sequence[int]) -> torch.Tensor:
     _check_latents(info, latents)
     layout = info.layout
     stored = _matrix(info, read_headers(info.weights), layout.W_dec, latents).double()
-    if layout.decoder_norm:
+    if layout.decoder_norm != "none":
         stored /= _norms(info, stored, latents)[:, None]
     return (stored * layout.W_dec_factor).float()
 
@@ -87,17 +87,22 @@ def _read(info: SaeInfo, latents: Sequence[int]) -> EncoderRows:
     scale, shift = torch.ones_like(b), torch.zeros_like(b)
     if layout.r_mag is not None and layout.b_mag is not None:
         scale = _of_latents(info, file, layout.r_mag, latents).exp()
+        _check_finite(info, f"exp({layout.r_mag})", scale.float(), latents)
         shift = _of_latents(info, file, layout.b_mag, latents) - scale * b
     b = b * layout.b_enc_factor
     if layout.subtract is not None:
         b = b - W @ _vector(info, file, layout.subtract)
     W = W * layout.W_enc_factor
-    if layout.decoder_norm:
-        stored = _matrix(info, file, layout.W_dec, latents).double()
-        norms = _norms(info, stored, latents)
-        W, b = W * norms[:, None], b * norms
-    # The gate is a threshold of the magnitude, since both are functions of one product.
-    theta = scale * torch.maximum(_thresholds(info, file, latents), -shift / scale) + shift
+    theta = _thresholds(info, file, latents)
+    if layout.decoder_norm != "none":
+        norms = _norms(info, _matrix(info, file, layout.W_dec, latents).double(), latents)
+        W, b, shift = W * norms[:, None], b * norms, shift * norms
+        if layout.decoder_norm == "after_threshold":
+            theta = theta * norms
+    if not info.relu_after_topk:
+        theta = torch.full_like(theta, -torch.inf)
+    # A gate is a threshold of the magnitude, since both are functions of one product.
+    theta = scale * torch.maximum(theta, -shift / scale) + shift
     W, b = W * scale[:, None], b * scale + shift
     if info.norm == "layer_norm":  # stands for subtracting each token's mean
         W = W - W.mean(1, keepdim=True)

@@ -18,7 +18,7 @@ class Sparse:
     latent: torch.Tensor
     """[entries] int64."""
     value: torch.Tensor
-    """[entries] float32, positive."""
+    """[entries] float32; positive, but for formats that keep what TopK chose below zero."""
 
     def __len__(self) -> int:
         return len(self.value)

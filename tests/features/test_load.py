@@ -147,7 +147,7 @@ class TestPinned:
     def test_other_layer(self, tmp_path: Path) -> None:
         """A set for another layer is refused."""
         file = _edited(tmp_path, "sae", "layer", value=2)
-        with pytest.raises(FeatureSetError, match=r"sae\.layer is 2, but .* has 1"):
+        with pytest.raises(FeatureSetError, match=r"reads layer 1, but layer 2 was stated"):
             load_feature_set(file)
 
     def test_other_probe(self, tmp_path: Path) -> None:

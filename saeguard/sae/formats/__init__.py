@@ -3,6 +3,15 @@
 | family | files | module |
 |---|---|---|
 | SAELens | `cfg.json`, `sae_weights.safetensors` | `saelens` |
+| Gemma Scope | `params.npz` | `gemma_scope` |
+| Gemma Scope 2 | `config.json`, `params.safetensors` | `gemma_scope_2` |
+| Llama Scope | `hyperparams.json`, `checkpoints/final.safetensors` | `llama_scope` |
+| Llama Scope R1 | `config.json`, `sae_weights.safetensors` | `llama_scope` |
+| sparsify | `cfg.json`, `sae.safetensors` | `sparsify` |
+| converted | `saeguard_sae.json`, `saeguard_sae.safetensors` | `converted` |
+
+Pickled families (Goodfire, dictionary_learning, OpenAI, Qwen-Scope) are in `pickled`; only
+`saeguard sae convert` reads them, and what it writes is of the last kind.
 """
 
 from __future__ import annotations
@@ -10,7 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from saeguard.sae.formats import saelens
+from saeguard.sae.formats import (
+    converted,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    saelens,
+    sparsify,
+)
 from saeguard.sae.formats.source import Source
 from saeguard.sae.info import SaeInfo
 
@@ -35,4 +51,12 @@ class Family:
 
 FAMILIES: tuple[Family, ...] = (
     Family("SAELens checkpoints", saelens.WEIGHTS, saelens.CONFIG, saelens.describe),
+    Family("Gemma Scope", gemma_scope.WEIGHTS, None, gemma_scope.describe),
+    Family("Gemma Scope 2", gemma_scope_2.WEIGHTS, gemma_scope_2.CONFIG, gemma_scope_2.describe),
+    Family("Llama Scope", llama_scope.WEIGHTS, llama_scope.CONFIG, llama_scope.describe),
+    Family(
+        "Llama Scope R1", llama_scope.R1_WEIGHTS, llama_scope.R1_CONFIG, llama_scope.describe_r1
+    ),
+    Family("sparsify checkpoints", sparsify.WEIGHTS, sparsify.CONFIG, sparsify.describe),
+    Family("converted checkpoints", converted.WEIGHTS, converted.CONFIG, converted.describe),
 )

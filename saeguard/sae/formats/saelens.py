@@ -16,6 +16,7 @@ from saeguard.sae.formats.source import (
     flag,
     hooked_layer,
     kept,
+    make_info,
     positive,
     sizes,
     wrong,
@@ -75,12 +76,12 @@ def describe(source: Source) -> SaeInfo:
         arguments = source.config.get("activation_fn_kwargs")
         arguments = arguments if isinstance(arguments, dict) else {}
         k = kept(source, source.config.get("k", arguments.get("k")), found.d_sae)
+    jumps = architecture.startswith("jumprelu")
     activations: dict[str, Activation] = {"gated": "gated", "topk": "topk"}
-    return SaeInfo(
-        path=source.folder,
-        weights=source.weights.path,
-        config=source.config_file,
-        format="saelens",
+    return make_info(
+        source,
+        found,
+        format_="saelens",
         architecture=architecture,
         layer=hooked_layer(
             source,
@@ -88,14 +89,8 @@ def describe(source: Source) -> SaeInfo:
                 "hook_name", source.config.get("hook_name", source.config.get("hook_point"))
             ),
         ),
-        d_in=found.d_in,
-        d_sae=found.d_sae,
-        dtype=found.dtype,
-        activation=activations.get(
-            architecture, "jumprelu" if architecture.startswith("jumprelu") else "relu"
-        ),
+        activation=activations.get(architecture, "jumprelu" if jumps else "relu"),
         k=k,
-        relu_after_topk=True,
         norm=norm,
         eps=EPS if norm == "layer_norm" else 0.0,
         transcoder=transcoder,
@@ -111,10 +106,10 @@ def describe(source: Source) -> SaeInfo:
             b_enc="b_gate" if architecture == "gated" else "b_enc",
             subtract="b_dec" if subtracts else None,
             b_dec="b_dec",
-            threshold="threshold" if architecture.startswith("jumprelu") else None,
+            threshold="threshold" if jumps else None,
             r_mag="r_mag" if architecture == "gated" else None,
             b_mag="b_mag" if architecture == "gated" else None,
-            decoder_norm=rescales,
+            decoder_norm="before_threshold" if rescales else "none",
             W_enc_factor=factor,
             W_dec_factor=1 / factor,
             b_dec_factor=1 / factor,

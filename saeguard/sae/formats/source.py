@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saeguard.sae.errors import SaeError
-from saeguard.sae.info import Stated
+from saeguard.sae.info import Activation, Layout, Norm, SaeInfo, Stated
 from saeguard.sae.tensors import DTYPES, TensorFile
 
 _TRANSFORMER_LENS_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|post)")
@@ -35,6 +35,46 @@ class Sizes:
     d_sae: int
     dtype: str
     """Of the encoder."""
+
+
+def make_info(
+    source: Source,
+    found: Sizes,
+    *,
+    format_: str,
+    architecture: str,
+    layer: int,
+    activation: Activation,
+    layout: Layout,
+    k: int | None = None,
+    relu_after_topk: bool = True,
+    norm: Norm = "none",
+    eps: float = 0.0,
+    transcoder: bool = False,
+    model: str | None = None,
+    folded: Sequence[str] = (),
+) -> SaeInfo:
+    """Return the description of `source`; what is left out is as in most families."""
+    return SaeInfo(
+        path=source.folder,
+        weights=source.weights.path,
+        config=source.config_file,
+        format=format_,
+        architecture=architecture,
+        layer=layer,
+        d_in=found.d_in,
+        d_sae=found.d_sae,
+        dtype=found.dtype,
+        activation=activation,
+        k=k,
+        relu_after_topk=relu_after_topk,
+        norm=norm,
+        eps=eps,
+        transcoder=transcoder,
+        model=model,
+        folded=tuple(folded),
+        layout=layout,
+    )
 
 
 def sizes(source: Source, wanted: Mapping[str, str]) -> Sizes:

@@ -1,0 +1,73 @@
+"""Latents that fire on a token, measured against published: the quickest test of a whole reading.
+
+A wrong layer, scale, bias or threshold moves it by factors; so does a model the SAE is not of.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from saeguard.sae.encode import encode_full
+from saeguard.sae.files import read_json
+from saeguard.sae.info import SaeInfo
+
+NEAR, FAR = 2.0, 4.0
+"""Factors between measured and published up to which texts explain it, and from which on not."""
+
+_NAMED = re.compile(r"average_l0_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class L0:
+    """Latents active on a token, over texts."""
+
+    mean: float
+    median: float
+    tokens: int
+    published: float | None
+
+    @property
+    def verdict(self) -> str:
+        """What the comparison says, in one sentence."""
+        if self.published is None:
+            return "no published L0 to compare with; state one with --l0"
+        ratio = max(self.mean, 1e-9) / self.published
+        if 1 / NEAR <= ratio <= NEAR:
+            return f"as published, about {self.published:g}: this looks like the SAE it says it is"
+        if 1 / FAR <= ratio <= FAR:
+            return (
+                f"{ratio:.2g} times the published {self.published:g}: doubtful; are these texts "
+                "like those it was trained on, and is the model the right one?"
+            )
+        return (
+            f"{ratio:.2g} times the published {self.published:g}: this does not look like the SAE "
+            "you think it is. Check model, layer, and what is stated beside the files"
+        )
+
+
+def measure_l0(info: SaeInfo, x: torch.Tensor, published: float | None = None) -> L0:
+    """Count what fires on `x` [tokens, d_in], special tokens left out.
+
+    Raises:
+        SaeError: the SAE cannot be computed.
+    """
+    counts = torch.bincount(encode_full(info, x).token, minlength=len(x))
+    if published is None:
+        published = published_l0(info)
+    return L0(float(counts.float().mean()), float(counts.median()), len(x), published)
+
+
+def published_l0(info: SaeInfo) -> float | None:
+    """Return the mean L0 that a checkpoint's folder or configuration names."""
+    for part in reversed(info.path.parts):
+        if (match := _NAMED.fullmatch(part)) is not None:
+            return float(match[1])
+    if info.config is None:
+        return None
+    config = read_json(info.config)
+    # Of Llama Scope, top_k is what the threshold was calibrated to.
+    value = config.get({"gemma_scope_2": "l0", "llama_scope": "top_k"}.get(info.format, ""))
+    return float(value) if isinstance(value, int | float) and value > 0 else None
