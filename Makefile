@@ -14,7 +14,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak check format bench build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak fuzz check format bench build doctor clean
 
 setup: $(READY)
 
@@ -76,6 +76,12 @@ mutants: setup
 MINUTES ?= 30
 soak: setup
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+# A million spoilt policy files; nothing but policy errors may come out. INPUTS=10000 for fewer.
+INPUTS ?= 1000000
+fuzz: setup
+	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e ".[fuzz]"
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS)
 
 check: setup
 	$(BIN)/ruff format --check .
