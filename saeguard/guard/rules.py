@@ -56,14 +56,29 @@ def on_tokens(match: np.ndarray, keep: int) -> np.ndarray:
     return on
 
 
-def judge(policy: Policy, shares: Mapping[str, np.ndarray], prompt_tokens: int) -> Verdict:
-    """Judge one policy on traces of feature shares, one value per token, all evaluated."""
+def judge(
+    policy: Policy,
+    shares: Mapping[str, np.ndarray],
+    prompt_tokens: int,
+    evaluable: np.ndarray | None = None,
+) -> Verdict:
+    """Judge one policy on traces of feature shares, one value per token.
+
+    Args:
+        policy: what to judge by.
+        shares: per feature [tokens].
+        prompt_tokens: how many of the tokens are the prompt.
+        evaluable: [tokens] bool; tokens left out count as special ones. Default: all of them.
+    """
     tokens = len(next(iter(shares.values())))
+    evaluable = np.ones(tokens, bool) if evaluable is None else evaluable
+    skipped = int((~evaluable & in_scope(policy, np.arange(tokens), prompt_tokens)).sum())
     traces = {name: np.asarray(shares[s.feature], np.float64) for name, s in policy.detect.items()}
     e = evidence(
         policy.condition, {name: t / policy.detect[name].above for name, t in traces.items()}, np
     )
-    return _verdict(policy, e, traces, np.ones(tokens, bool), prompt_tokens, {})
+    reasons: Mapping[Reason, int] = {"special_token": skipped} if skipped else {}
+    return _verdict(policy, e, traces, evaluable, prompt_tokens, reasons)
 
 
 def judge_all(

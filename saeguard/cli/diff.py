@@ -1,0 +1,185 @@
+"""`saeguard policy diff`: what changed between two sets of policies, and what that would do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from saeguard.cli.exits import FINDINGS, told
+from saeguard.cli.judged import ModelOption, judge_corpus, judgeable, open_corpus, read_all
+from saeguard.cli.report import columns, count
+from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
+
+if TYPE_CHECKING:
+    from saeguard.features.recording import Recording
+    from saeguard.guard.shifts import Done, Shift
+    from saeguard.guard.verdict import Verdict
+    from saeguard.policy.changes import Pair
+    from saeguard.policy.types import Policy
+
+SHOWN = 20
+"""Requests that the text output names at most; JSON names all."""
+
+
+def verb(
+    old: Annotated[Path, typer.Argument(help="Policy file or folder as it was.")],
+    new: Annotated[Path, typer.Argument(help="The same as it is to be.")],
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Texts to judge by both: JSON lines with --model, or a recording."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Fail where more than this share of texts would change.", min=0, max=1),
+    ] = None,
+    model: ModelOption = None,
+    feature_sets: FeatureSetsOption = FEATURE_SETS,
+    format_: Annotated[
+        Literal["text", "json"], typer.Option("--format", help="text, or json for programs.")
+    ] = "text",
+) -> None:
+    """Compare two sets of policies: key by key, and verdict by verdict on a corpus.
+
+    A text changes where a verdict on it does, or what is done about it. Exits with 0, 1 where more
+    than --budget change, 2 where a file or the command is wrong, 3 where something is missing.
+    """
+    from saeguard.policy.changes import pairs
+
+    if budget is not None and corpus is None:
+        raise typer.BadParameter("a budget needs a --corpus", param_hint="--budget")
+    with told():
+        before, after = read_all([old]), read_all([new])
+        sets = read_feature_sets(feature_sets) if corpus is not None else None
+        both = pairs(before, after)
+        told_ = [_changed(pair) for pair in both]
+        report: dict[str, Any] = {"policies": [record for record in told_ if record]}
+        if sets is not None and corpus is not None:
+            ready_old, notes_old = judgeable(before, sets)
+            ready_new, notes = judgeable(after, sets)
+            recording = open_corpus(corpus, (*ready_old, *ready_new), model, feature_sets)
+            judged_old = judge_corpus(ready_old, sets, recording)
+            judged_new = judge_corpus(ready_new, sets, recording)
+            found = _found(
+                pairs(ready_old, ready_new), recording,
+                (ready_old, judged_old), (ready_new, judged_new),
+            )  # fmt: skip
+            report["corpus"] = _measured(found, recording, budget)
+            report["not_calibrated"] = sorted({note.path.as_posix() for note in (*notes_old, *notes)})
+    typer.echo(json.dumps(report, indent=2) if format_ == "json" else "\n".join(_told(report)))
+    if report.get("corpus", {}).get("over_budget"):
+        raise typer.Exit(FINDINGS)
+
+
+def _changed(pair: Pair) -> dict[str, Any] | None:
+    from saeguard.policy.changes import changes
+
+    differing = changes(pair)
+    what = "added" if pair.old is None else "removed" if pair.new is None else "changed"
+    if what == "changed" and not differing:
+        return None
+    return {"policy": pair.name, "what": what, "changes": [asdict(c) for c in differing]}
+
+
+def _found(
+    both: Sequence[Pair],
+    recording: Recording,
+    old: tuple[Sequence[Policy], Sequence[Sequence[Verdict]]],
+    new: tuple[Sequence[Policy], Sequence[Sequence[Verdict]]],
+) -> list[tuple[str, list[Shift], Done | None]]:
+    """Return each text that changes, with its verdicts that do and what is done about it."""
+    from saeguard.guard.shifts import done, shifts
+
+    found = []
+    for i, id_ in enumerate(recording.ids):
+        before = {p.path: v for p, v in zip(old[0], old[1][i], strict=True)}
+        after = {p.path: v for p, v in zip(new[0], new[1][i], strict=True)}
+        beside = [
+            (pair, before[pair.old.path] if pair.old else None,
+             after[pair.new.path] if pair.new else None)
+            for pair in both
+        ]  # fmt: skip
+        moved = shifts(id_, beside)
+        otherwise = done(id_, old[1][i], new[1][i])
+        if moved or otherwise:
+            found.append((id_, moved, otherwise))
+    return found
+
+
+def _measured(
+    found: Sequence[tuple[str, list[Shift], Done | None]], recording: Recording, budget: float | None
+) -> dict[str, Any]:
+    from saeguard.cli.benign import rate
+
+    share, interval = rate(len(found), len(recording.ids))
+    return {
+        "texts": len(recording.ids),
+        "changed": len(found),
+        "rate": share,
+        "interval": list(interval),
+        "budget": budget,
+        "over_budget": budget is not None and share > budget,
+        "requests": [
+            {
+                "request": id_,
+                "verdicts": [asdict(shift) for shift in moved],
+                "done": asdict(otherwise) if otherwise else None,
+            }
+            for id_, moved, otherwise in found
+        ],
+    }
+
+
+def _told(report: dict[str, Any]) -> list[str]:
+    """Return the report in lines for people."""
+    lines = []
+    for record in report["policies"]:
+        lines.append(f"{record['what']:8} {record['policy']}")
+        rows = [
+            (f"    {c['key']}", f"{_short(c['old'])} -> {_short(c['new'])}", f"({c['weight']})")
+            for c in record["changes"]
+        ]
+        lines += columns(rows)
+    if not report["policies"]:
+        lines.append("the policies say the same")
+    for path in report.get("not_calibrated", ()):
+        lines.append(f"not judged: {path} uses a feature set that is a template")
+    measured = report.get("corpus")
+    if measured is None:
+        return lines
+    low, high = measured["interval"]
+    lines += [
+        "",
+        f"{measured['changed']} of {count(measured['texts'], 'text')} would change: "
+        f"{measured['rate']:.2%} (95 %: {low:.2%} to {high:.2%})",
+    ]
+    for request in measured["requests"][:SHOWN]:
+        for v in request["verdicts"]:
+            where = "" if v["first_token"] is None else f" at token {v['first_token']}"
+            scores = f"score {_score(v['old_score'])} -> {_score(v['new_score'])}"
+            lines.append(
+                f"  {request['request']}: {v['policy']}: {v['old']} -> {v['new']}{where}, {scores}"
+            )
+        if request["done"]:
+            lines.append(
+                f"  {request['request']}: done: {request['done']['old']} -> "
+                f"{request['done']['new']}"
+            )
+    if len(measured["requests"]) > SHOWN:
+        lines.append(f"  and {len(measured['requests']) - SHOWN} more; --format json names all")
+    if measured["budget"] is not None:
+        verdict = "above" if measured["over_budget"] else "within"
+        lines.append(f"{verdict} the budget of {measured['budget']:.2%}")
+    return lines
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."  # noqa: PLR2004
