@@ -18,8 +18,7 @@ import yaml
 
 from saeguard.features.load import save_feature_set
 from saeguard.features.types import Feature, FeatureSet, Term
-from saeguard.guard.rules import in_scope, window_score
-from saeguard.guard.verdict import THRESHOLD
+from saeguard.guard.rules import clamped_tokens
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.record import record
@@ -44,17 +43,14 @@ def residuals_at_edits(
         local: which of `rows.policies` it is.
         texts: token ids.
     """
-    policy = watchlist.policies[rows.policies[local]]
     found = [torch.zeros(0, lm.hidden_size)]
     for i, residuals in record(lm, [t.tokens for t in texts], [h.layer for h in watchlist.hooks]):
         tokens = np.array(texts[i].tokens)
-        e = watchlist.evidence(watchlist.shares(activations(watchlist, residuals)))
-        looked = in_scope(policy, np.arange(len(tokens)), texts[i].prompt_tokens)
-        looked &= ~np.isin(tokens, np.array(watchlist.exclude_tokens, np.int64))
-        scores = window_score(
-            np.where(looked, e[:, rows.policies[local]], -np.inf), policy.window.k, policy.window.n
+        shares = watchlist.shares(activations(watchlist, residuals))
+        looked = ~np.isin(tokens, np.array(watchlist.exclude_tokens, np.int64))
+        acted = clamped_tokens(
+            watchlist.rules, rows.policies[local], shares, looked, texts[i].prompt_tokens
         )
-        acted = np.logical_or.accumulate(scores > THRESHOLD)
         acted[-1] = False  # the last token sampled never went into the model
         found.append(residuals[rows.layer][torch.from_numpy(acted)])
     return torch.cat(found)
@@ -67,7 +63,13 @@ def edit_norm(watchlist: WatchList, rows: ClampRows, local: int, x: torch.Tensor
     columns = [rows.columns[j] for j in mine]
     pre = x @ hook.W[columns].t() + hook.b[columns]
     f = pre * (pre > hook.theta[columns])
-    delta = (rows.target[mine] - f) @ rows.W_dec[mine]
+    target = replace(
+        rows,
+        target=rows.target[mine],
+        scale=None if rows.scale is None else rows.scale[mine],
+        cap=None if rows.cap is None else rows.cap[mine],
+    )
+    delta = (target.edited(f) - f) @ rows.W_dec[mine]
     return float(delta.norm(dim=1).mean()) if len(x) else 0.0
 
 

@@ -435,7 +435,7 @@ def _conditions(
         "layer": features.sae.layer,
         "policy": policy.id,
         "policy_digest": policy.digest,
-        "clamp_to": policy.clamp.to,
+        "clamp_to": policy.clamp.amount,
         "latents": {name: list(map(int, latents)) for name, latents in setting.latents.items()},
         "calibrated_edit_norm": setting.norms[setting.clamp],
         "residual_norm": setting.residual,

@@ -1,27 +1,30 @@
 """The rule semantics once more, slow and plain, for tests to compare the fast ones with.
 
 No numpy, no shortcuts, and nothing shared with `saeguard.guard`: each line is a line of
-docs/policy-language.md.
+docs/policy-language.md. Positions that a policy looks at are given: those in its scope that were
+evaluated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Policy
+from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Points, Policy, Selection
+
+Shares = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What the policy concludes of a text whose tokens were all evaluated."""
+    """What the policy concludes of a text."""
 
     match: tuple[int, ...]
-    """Positions at which the window is full enough."""
+    """Positions at which enough tokens hold."""
     on: tuple[int, ...]
     """Those positions, and `keep` more after each."""
     score: float | None
-    """Largest window score; None where no window has enough tokens in scope."""
+    """Largest score; None where no window has enough tokens that were looked at."""
 
     @property
     def first_token(self) -> int | None:
@@ -34,21 +37,42 @@ class Judged:
         return len(self.on)
 
 
-def judge(policy: Policy, shares: Mapping[str, Sequence[float]], prompt_tokens: int) -> Judged:
-    """Judge one text from its feature shares, one value per token and feature."""
-    tokens = len(next(iter(shares.values())))
-    looked_at = [t for t in range(tokens) if in_scope(policy, t, prompt_tokens)]
+def judge(policy: Policy, shares: Shares, prompt_tokens: int) -> Judged:
+    """Judge one text whose tokens were all evaluated, one share per token and feature."""
+    tokens = range(len(next(iter(shares.values()))))
+    looked = [t for t in tokens if in_scope(policy, t, prompt_tokens)]
+    return judge_where(policy, shares, looked, tokens)
+
+
+def judge_where(
+    policy: Policy, shares: Shares, looked: Sequence[int], seen: Sequence[int]
+) -> Judged:
+    """Judge one text of which `looked` was looked at, and `seen` reached the rules at all."""
     k, n = policy.window.k, policy.window.n
     match, scores = [], []
-    for t in range(tokens):
-        window = [u for u in looked_at if t - n < u <= t]
-        if sum(holds_at(policy, shares, u) for u in window) >= k:
+    strengths = {u: strength_at(policy, shares, looked, u) for u in looked}
+    held = {u for u in looked if holds_at(policy, shares, looked, u)}
+    for t in seen:
+        window = [u for u in looked if u <= t and (n is None or u > t - n)]
+        if len([u for u in window if u in held]) >= k:
             match.append(t)
         if len(window) >= k:
-            strengths = sorted((strength_at(policy, shares, u) for u in window), reverse=True)
-            scores.append(strengths[k - 1])
-    on = [t for t in range(tokens) if any(t - policy.keep <= u <= t for u in match)]
+            scores.append(sorted((strengths[u] for u in window), reverse=True)[k - 1])
+    on = [t for t in seen if any(t - policy.keep <= u <= t for u in match)]
     return Judged(tuple(match), tuple(on), max(scores, default=None))
+
+
+def edited(policy: Policy, shares: Shares, looked: Sequence[int], tokens: int) -> list[int]:
+    """Return the positions of a text at which an enforced clamp edits."""
+    assert policy.clamp is not None
+    judged = judge_where(policy, shares, looked, range(tokens))
+    match policy.clamp.when:
+        case "always":
+            return list(looked)
+        case "matched":
+            return list(judged.on)
+        case "rest":
+            return [t for t in range(tokens) if any(u <= t for u in judged.match)]
 
 
 def in_scope(policy: Policy, t: int, prompt_tokens: int) -> bool:
@@ -57,15 +81,39 @@ def in_scope(policy: Policy, t: int, prompt_tokens: int) -> bool:
     return {"both": True, "prompt": in_prompt, "output": not in_prompt}[policy.scope]
 
 
-def holds_at(policy: Policy, shares: Mapping[str, Sequence[float]], t: int) -> bool:
+def compared(selection: Selection, shares: Shares, looked: Collection[int], t: int) -> float:
+    """Return what a selection compares at `t`."""
+    trace, n = shares[selection.feature], selection.over.n
+    match selection.over.kind:
+        case "token":
+            return trace[t]
+        case "mean":
+            return sum(trace[u] for u in looked if t - n < u <= t) / n
+        case "max":
+            return max(trace[u] for u in looked if t - n < u <= t)
+        case "peak":
+            return max(trace[u] for u in looked if u <= t)
+        case "average":
+            left = 0.5 ** (1 / n)
+            average = 0.0
+            for u in range(t + 1):
+                average = left * average + (1 - left) * (trace[u] if u in looked else 0.0)
+            return average
+
+
+def holds_at(policy: Policy, shares: Shares, looked: Collection[int], t: int) -> bool:
     """Return whether the condition holds at `t`, with strict thresholds."""
-    selections = {name: shares[s.feature][t] > s.above for name, s in policy.detect.items()}
+    selections = {
+        name: compared(s, shares, looked, t) > s.above for name, s in policy.detect.items()
+    }
     return holds(policy.condition, selections)
 
 
-def strength_at(policy: Policy, shares: Mapping[str, Sequence[float]], t: int) -> float:
+def strength_at(policy: Policy, shares: Shares, looked: Collection[int], t: int) -> float:
     """Return how strongly the condition holds at `t`; 1 is the threshold."""
-    strengths = {name: shares[s.feature][t] / s.above for name, s in policy.detect.items()}
+    strengths = {
+        name: compared(s, shares, looked, t) / s.above for name, s in policy.detect.items()
+    }
     return strength(policy.condition, strengths)
 
 
@@ -82,6 +130,8 @@ def holds(condition: Expr, selections: Mapping[str, bool]) -> bool:
             return any(holds(term, selections) for term in terms)
         case KOf(k, terms):
             return [holds(term, selections) for term in terms].count(True) >= k
+        case Points(k, given):
+            return sum(points for points, term in given if holds(term, selections)) >= k
 
 
 def strength(condition: Expr, strengths: Mapping[str, float]) -> float:
@@ -97,3 +147,6 @@ def strength(condition: Expr, strengths: Mapping[str, float]) -> float:
             return max(strength(term, strengths) for term in terms)
         case KOf(k, terms):
             return sorted((strength(term, strengths) for term in terms), reverse=True)[k - 1]
+        case Points(k, given):
+            points = [strength(term, strengths) for many, term in given for _ in range(many)]
+            return sorted(points, reverse=True)[k - 1]

@@ -34,6 +34,9 @@ def verb(
         ),
     ] = "text",
     strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
+    notes: Annotated[
+        bool, typer.Option("--notes", help="Show notes as well: what is open, but not wrong.")
+    ] = False,
     require_tests: Annotated[
         bool, typer.Option("--require-tests", help="Fail where a policy has no test file.")
     ] = False,
@@ -57,13 +60,15 @@ def verb(
         found += [missing_tests(p) for p in policies if not cases_path(p.path).exists()]
     findings = PolicyErrors(found).errors
     wrong, warned = (sum(f.level == level for f in findings) for level in ("error", "warning"))
-    text = rendered(findings, format_)
+    quiet = format_ == "text" and not notes
+    text = rendered([f for f in findings if f.level != "note" or not quiet], format_)
     if text:
         typer.echo(text)
     if format_ == "text":
         counts = f"{count(wrong, 'error')}, {count(warned, 'warning')}"
-        notes = len(findings) - wrong - warned
-        counts += f", {count(notes, 'note')}" if notes else ""
+        noted = len(findings) - wrong - warned
+        counts += f", {count(noted, 'note')}" if noted else ""
+        counts += " (--notes shows them)" if noted and not notes else ""
         typer.echo(f"{count(len(policies), 'policy', 'policies')} read: {counts}", err=bool(wrong))
     if wrong or (strict and warned):
         raise typer.Exit(FINDINGS)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from saeguard.policy.changes import Pair
     from saeguard.policy.types import Policy
 
-SHOWN = 20
-"""Requests that the text output names at most; JSON names all."""
+SHOWN = 4
+"""Texts that a line names at most; JSON names all, with scores and tokens."""
 
 
 def verb(
@@ -157,28 +157,29 @@ def _told(report: dict[str, Any]) -> list[str]:
         f"{measured['changed']} of {count(measured['texts'], 'text')} would change: "
         f"{measured['rate']:.2%} (95 %: {low:.2%} to {high:.2%})",
     ]
-    for request in measured["requests"][:SHOWN]:
-        for v in request["verdicts"]:
-            where = "" if v["first_token"] is None else f" at token {v['first_token']}"
-            scores = f"score {_score(v['old_score'])} -> {_score(v['new_score'])}"
-            lines.append(
-                f"  {request['request']}: {v['policy']}: {v['old']} -> {v['new']}{where}, {scores}"
-            )
-        if request["done"]:
-            lines.append(
-                f"  {request['request']}: done: {request['done']['old']} -> "
-                f"{request['done']['new']}"
-            )
-    if len(measured["requests"]) > SHOWN:
-        lines.append(f"  and {len(measured['requests']) - SHOWN} more; --format json names all")
+    lines += [f"  {what}: {count(len(ids), 'text')}: {_named(ids)}" for what, ids in _kinds(measured)]
     if measured["budget"] is not None:
         verdict = "above" if measured["over_budget"] else "within"
         lines.append(f"{verdict} the budget of {measured['budget']:.2%}")
     return lines
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _kinds(measured: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return each kind of change with the texts it happens to, changes of verdict first."""
+    verdicts: dict[str, list[str]] = {}
+    actions: dict[str, list[str]] = {}
+    for request in measured["requests"]:
+        for v in request["verdicts"]:
+            kind = f"{v['policy']}: {v['old']} -> {v['new']}"
+            verdicts.setdefault(kind, []).append(request["request"])
+        if request["done"]:
+            kind = f"done: {request['done']['old']} -> {request['done']['new']}"
+            actions.setdefault(kind, []).append(request["request"])
+    return [*sorted(verdicts.items()), *sorted(actions.items())]
+
+
+def _named(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
 
 
 def _short(text: str) -> str:

@@ -107,7 +107,4 @@ def judge_corpus(
     from saeguard.guard.account import judge_recorded
 
     with told():
-        return [
-            judge_recorded(policies, sets.known, recording, text)
-            for text in range(len(recording.ids))
-        ]
+        return list(judge_recorded(policies, sets.known, recording, range(len(recording.ids))))

@@ -86,7 +86,7 @@ def _recorded(
         else:
             assert read is not None
             recording, text = read, read.text(_name(policy, case))
-        [verdict] = judge_recorded([policy], sets.known, recording, text)
+        [[verdict]] = judge_recorded([policy], sets.known, recording, [text])
     except RecordingError as error:
         return failed(str(error))
     return compare(policy, case, verdict)

@@ -39,6 +39,9 @@ class Skipped(Part):
     special_token: int | None = Field(
         None, ge=1, description="Tokens that the feature sets exclude by id, such as BOS."
     )
+    not_sampled: int | None = Field(
+        None, ge=1, description="All tokens of a request that the policy's sample leaves out."
+    )
     shed: int | None = Field(None, ge=1, description="Tokens let go under overload.")
     aborted: int | None = Field(
         None, ge=1, description="Tokens that the request's end kept from being computed."

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from saeguard.features.schema import Document
 
@@ -128,7 +128,7 @@ def write_recording(recording: Recording, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, part, metadata=kept)
+        part.write_bytes(save(tensors, metadata=kept))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

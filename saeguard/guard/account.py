@@ -1,16 +1,16 @@
-"""A verdict with everything it was reached from, token by token: what `explain` tells."""
+"""Judge recorded texts, and keep what a verdict was reached from, token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from saeguard.features.recording import Recording
 from saeguard.features.schema import Document
-from saeguard.guard.evidence import evidence
-from saeguard.guard.rules import in_scope, judge, on_tokens, window_score
+from saeguard.guard.columns import compile_rules
+from saeguard.guard.rules import judge_text, on_tokens, score_text
 from saeguard.guard.verdict import THRESHOLD, Verdict
 from saeguard.policy.types import Policy
 
@@ -24,8 +24,8 @@ class Account:
     prompt_tokens: int
     looked: np.ndarray
     """[tokens] bool: in scope and evaluated."""
-    shares: Mapping[str, np.ndarray]
-    """Per selection the share it compares, [tokens] float64."""
+    values: Mapping[str, np.ndarray]
+    """Per selection what it compares with its threshold, [tokens] float64."""
     evidence: np.ndarray
     """[tokens] the condition's evidence; it holds where this is above 1, -inf where not looked."""
     score: np.ndarray
@@ -40,67 +40,67 @@ def judge_recorded(
     policies: Sequence[Policy],
     feature_sets: Mapping[str, Document],
     recording: Recording,
-    text: int,
-) -> list[Verdict]:
-    """Judge one recorded text by every policy.
+    texts: Sequence[int],
+) -> Iterator[list[Verdict]]:
+    """Yield one verdict per policy for each of the recorded `texts`.
 
     Args:
         policies: what to judge by; each one's feature set is among `feature_sets`.
         feature_sets: by the name that policies use, as they are today.
         recording: what the model showed.
-        text: index of the text.
+        texts: indices into it.
 
     Raises:
         RecordingError: a feature was not recorded, or was made of something else.
     """
-    here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
-    return [
-        judge(policy, shares, prompt_tokens, recording.evaluable[here])
-        for policy, shares in (
-            (policy, shares_of(policy, feature_sets, recording, here)) for policy in policies
-        )
-    ]
-
-
-def shares_of(
-    policy: Policy, feature_sets: Mapping[str, Document], recording: Recording, here: slice
-) -> dict[str, np.ndarray]:
-    """Return the shares of every feature the policy reads, at the tokens `here`.
-
-    Raises:
-        RecordingError: a feature was not recorded, or was made of something else.
-    """
-    features = dict.fromkeys(s.feature for s in policy.detect.values())
-    document = feature_sets[policy.feature_set]
-    return {name: recording.shares(document, name, here) for name in features}
+    shares, column = _shares(policies, feature_sets, recording)
+    rules = compile_rules(policies, column)
+    for text in texts:
+        here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
+        yield judge_text(rules, shares[here], recording.evaluable[here], prompt_tokens)
 
 
 def account(
-    policy: Policy, shares: Mapping[str, np.ndarray], prompt_tokens: int, evaluable: np.ndarray
+    policy: Policy, feature_sets: Mapping[str, Document], recording: Recording, text: int
 ) -> Account:
-    """Judge one text and keep what the verdict was reached from.
+    """Judge one recorded text and keep what the verdict was reached from.
 
-    Args:
-        policy: what to judge by.
-        shares: per feature [tokens].
-        prompt_tokens: how many of the tokens are the prompt.
-        evaluable: [tokens] bool.
+    Raises:
+        RecordingError: a feature was not recorded, or was made of something else.
     """
-    traces = {name: np.asarray(shares[s.feature], np.float64) for name, s in policy.detect.items()}
-    ratios = {name: trace / policy.detect[name].above for name, trace in traces.items()}
-    looked = in_scope(policy, np.arange(len(evaluable)), prompt_tokens) & evaluable
-    looked &= np.isfinite(np.stack(list(traces.values()))).all(axis=0)
-    e = np.where(looked, evidence(policy.condition, ratios, np), -np.inf)
-    score = window_score(e, policy.window.k, policy.window.n)
-    match = score > THRESHOLD
+    shares, column = _shares([policy], feature_sets, recording)
+    rules = compile_rules([policy], column)
+    here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
+    given = (rules, shares[here], recording.evaluable[here], prompt_tokens)
+    scored = score_text(*given)
+    terms = dict(zip(policy.detect, rules.terms.of_policy[0], strict=True))
+    match = scored.score[0, :, 0] > THRESHOLD
     return Account(
         policy=policy,
-        verdict=judge(policy, shares, prompt_tokens, evaluable),
+        verdict=judge_text(*given)[0],
         prompt_tokens=prompt_tokens,
-        looked=looked,
-        shares=traces,
-        evidence=e,
-        score=score,
+        looked=scored.looked[0, :, rules.scope[0]],
+        values={
+            name: scored.values[0, :, rules.terms.trace[term]].astype(np.float64)
+            for name, (_, term) in terms.items()
+        },
+        evidence=scored.evidence[0, :, 0],
+        score=scored.score[0, :, 0],
         match=match,
         on=on_tokens(match, policy.keep),
     )
+
+
+def _shares(
+    policies: Sequence[Policy], feature_sets: Mapping[str, Document], recording: Recording
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the shares [T, features] of every feature the policies read, and their columns."""
+    wanted = dict.fromkeys(
+        (policy.feature_set, selection.feature)
+        for policy in policies
+        for selection in policy.detect.values()
+    )
+    everywhere = slice(None)
+    columns = [recording.shares(feature_sets[s], name, everywhere) for s, name in wanted]
+    shares = np.stack(columns, axis=1) if columns else np.empty((len(recording.evaluable), 0))
+    return shares, {f"{set_}/{name}": i for i, (set_, name) in enumerate(wanted)}

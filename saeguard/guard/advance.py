@@ -1,7 +1,7 @@
-"""Advance rule state by what a pass brings: the semantics of `saeguard.guard.rules`, by position.
+"""Advance rule state by what passes bring: the semantics of `saeguard.guard.rules`, by position.
 
-Requests that bring one row (decoding) are advanced together; a request that brings several
-(prefill, accepted drafts, a cached prefix) is advanced on its own, all its tokens at once.
+A block is some consecutive tokens of each of several requests: one token of each request that
+decodes, the same over several passes, or a whole chunk of one request's prompt.
 """
 
 from __future__ import annotations
@@ -10,177 +10,175 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.state import State, Terms, make_terms
+from saeguard.guard.aggregate import aggregate, pass_over
+from saeguard.guard.columns import Counted, Rules, Windowed
+from saeguard.guard.program import evidence
+from saeguard.guard.state import State
 from saeguard.guard.verdict import THRESHOLD
-from saeguard.guard.watchlist import WatchList
 
 PROMPT, OUTPUT = 0, 1
 EVALUATED, SPECIAL, CACHED, ERROR, UNTRACKED = range(5)
-
-
-class Rules(NamedTuple):
-    """The policies' columns, in the watch list's order."""
-
-    prompt_scope: np.ndarray
-    """[P] bool."""
-    output_scope: np.ndarray
-    keep: np.ndarray
-    """[P] tokens that a match stays on."""
-    windows: tuple[tuple[int, int, np.ndarray], ...]
-    """(k, n, the policies with that window)."""
-    longest: int
-    terms: Terms
+_WHY = np.arange(2 * 5)
 
 
 class Tokens(NamedTuple):
-    """Rows of one pass: consecutive tokens of one request, or one token of each of several."""
+    """A block of tokens."""
 
     position: np.ndarray
-    """[rows] int64."""
+    """[requests, tokens] int64, consecutive within each request."""
     shares: np.ndarray
-    """[rows, features] float32."""
-    evidence: np.ndarray
-    """[rows, P] float64."""
+    """[requests, tokens, features] float32 or float64."""
     watched: np.ndarray
-    """[rows] bool, False for tokens excluded by id."""
+    """[requests, tokens] bool, False for tokens excluded by id."""
     finite: np.ndarray
-    """[rows] bool, False where the activations could not be read."""
+    """[requests, tokens] bool, False where the activations could not be read."""
 
 
-def compile_rules(watchlist: WatchList) -> Rules:
-    """Return the policies as columns."""
-    policies = watchlist.policies
-    windows = sorted({(p.window.k, p.window.n) for p in policies})
-    return Rules(
-        prompt_scope=np.array([p.scope in ("prompt", "both") for p in policies], bool),
-        output_scope=np.array([p.scope in ("output", "both") for p in policies], bool),
-        keep=np.array([p.keep for p in policies], np.int64),
-        windows=tuple(
-            (
-                k,
-                n,
-                np.array([i for i, p in enumerate(policies) if (p.window.k, p.window.n) == (k, n)]),
-            )
-            for k, n in windows
-        ),
-        longest=max((n for _, n in windows), default=1),
-        terms=make_terms(watchlist),
-    )
+class Scored(NamedTuple):
+    """What the rules say of each token of a block."""
+
+    values: np.ndarray
+    """[requests, tokens, features + aggregates] what selections compare."""
+    looked: np.ndarray
+    """[requests, tokens, scopes] bool: in the scope, and evaluated."""
+    evidence: np.ndarray
+    """[requests, tokens, P] -inf where the policy does not look."""
+    score: np.ndarray
+    """[requests, tokens, P]; where no token of the block can match or raise the request's score,
+    -inf may stand for it."""
 
 
-def looked(rules: Rules, is_prompt: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Return [rows, P]: in the policy's scope, and evaluated."""
-    scope = np.where(is_prompt[:, None], rules.prompt_scope, rules.output_scope)
-    seen: np.ndarray = scope & usable[:, None]
-    return seen
+def in_scopes(is_prompt: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Return [..., scopes] bool for tokens that can be used, in the order of `SCOPES`."""
+    return np.stack([usable & is_prompt, usable & ~is_prompt, usable], axis=-1)
 
 
-def _what(tokens: Tokens) -> np.ndarray:
-    what: np.ndarray = np.where(tokens.watched, np.where(tokens.finite, EVALUATED, ERROR), SPECIAL)
-    return what
+def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scored:
+    """Score a block of the requests in distinct slots `at`; windows and aggregates move on."""
+    looked = in_scopes(tokens.position < s.prompt[at, None], tokens.watched & tokens.finite)
+    values = tokens.shares
+    if len(rules.aggregates.feature):
+        more = aggregate(rules.aggregates, s, at, tokens.position, values, looked)
+        values = np.concatenate([values, more], axis=2)
+    requests, length, width = values.shape
+    ratio = values.reshape(-1, width).T[rules.trace].astype(np.float64) / rules.above
+    e = evidence(rules.program, ratio).T.reshape(requests, length, -1)
+    seen = looked[..., rules.scope]
+    if rules.sampled:
+        seen &= s.sampled[at, None]
+    e = np.where(seen, e, -np.inf)
+    score = e
+    if len(rules.windowed.policy) or len(rules.counted.policy):
+        score = e.copy()
+        if len(rules.windowed.policy):
+            _of_window(rules.windowed, s, at, tokens.position, score)
+        if len(rules.counted.policy):
+            _of_request(rules.counted, s, at, score)
+    return Scored(values, looked, e, score)
 
 
-def advance_many(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarray | None:
-    """Advance distinct slots `at` by one token each; return [rows, P] where a first match came."""
+def _of_window(w: Windowed, s: State, at: np.ndarray, position: np.ndarray, e: np.ndarray) -> None:
+    """Replace evidence by the k-th largest of the last n, in place.
+
+    The k-th largest exceeds neither the one before it nor the token's own evidence. So where
+    nothing in the block exceeds the highest score so far, and that is no match, no window of the
+    block needs to be looked at: after a request's first tokens these are nearly all.
+    """
+    x = e[..., w.policy]
+    before = s.score[at[:, None], w.policy]
+    worth = (x.max(axis=1) > before) | (before > THRESHOLD)
+    score = np.full_like(x, -np.inf)
+    for k, n, which in w.groups:
+        r, j = np.nonzero(worth[:, which])
+        if len(r):
+            c = which[j]
+            back = (position[r, :1] + np.arange(1 - n, 0)) % w.longest
+            line = np.concatenate([s.ring[at[r, None], back, c[:, None]], x[r, :, c]], axis=1)
+            windows = np.lib.stride_tricks.sliding_window_view(line, n, axis=1)
+            score[r, :, c] = np.partition(windows, n - k, axis=-1)[..., n - k]
+    kept = slice(-w.longest, None)
+    s.ring[at[:, None], position[:, kept] % w.longest] = x[:, kept]
+    e[..., w.policy] = score
+
+
+def _of_request(counted: Counted, s: State, at: np.ndarray, e: np.ndarray) -> None:
+    """Replace evidence by the k-th largest of the request so far, in place.
+
+    It never falls, so that its highest is the last one; of the others it matters only whether
+    they exceed the threshold, which the number of tokens that do says.
+    """
+    x = e[..., counted.policy]
+    best = s.best[at]
+    held = (best > THRESHOLD).sum(axis=1)[:, None] + (x > THRESHOLD).cumsum(axis=1)
+    most = best.shape[1]
+    best = np.sort(np.concatenate([best, x], axis=1), axis=1)[:, -most:]
+    s.best[at] = best
+    kth = best[:, most - counted.k, np.arange(len(counted.k))][:, None]
+    told = held >= counted.k
+    told[:, -1] = True
+    e[..., counted.policy] = np.where(told, kth, -np.inf)
+
+
+def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarray | None:
+    """Advance the requests in distinct slots `at` by a block.
+
+    Returns:
+        [requests, P] position of the first match where it came in this block, else -1; None where
+        none did.
+    """
     position = tokens.position
-    is_prompt = position < s.prompt[at]
-    seen = looked(rules, is_prompt, tokens.watched & tokens.finite)
-    e = np.where(seen, tokens.evidence, -np.inf)
-    score = _window_scores(rules, s, at, position, e)
-    s.next[at] = position + 1
-    s.counts[at, np.where(is_prompt, PROMPT, OUTPUT), _what(tokens)] += 1
-    s.score[at] = np.maximum(s.score[at], score)
+    scored = score_tokens(rules, s, at, tokens)
+    what = np.where(tokens.watched, np.where(tokens.finite, EVALUATED, ERROR), SPECIAL)
+    what += np.where(position < s.prompt[at, None], PROMPT, 5 * OUTPUT)
+    s.counts[at] += (what[..., None] == _WHY).sum(axis=1).reshape(-1, 2, 5)
+    s.next[at] = position[:, -1] + 1
+    s.score[at] = np.maximum(s.score[at], scored.score.max(axis=1))
+    _tell(rules, s, at, position, scored)
 
+    match = scored.score > THRESHOLD
+    on_until = s.on_until[at]
+    if not match.any() and not (on_until >= position[:, :1]).any():
+        return None
+    last = np.where(match, position[..., None] + rules.keep, -1)
+    last[:, 0] = np.maximum(last[:, 0], on_until)
+    last = np.maximum.accumulate(last, axis=1)
+    s.on_until[at] = last[:, -1]
+    s.matched[at] += (last >= position[..., None]).sum(axis=1)
+    here = np.where(
+        match.any(axis=1) & (s.first[at] < 0),
+        position[:, :1] + match.argmax(axis=1),
+        -1,
+    )
+    s.first[at] = np.maximum(s.first[at], here)
+    return here if (here >= 0).any() else None
+
+
+def _tell(rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: Scored) -> None:
+    """Note how often and how strongly each selection fired."""
     t = rules.terms
-    trace = np.where(seen[:, t.policy], tokens.shares[:, t.feature], -np.inf)
+    trace = np.where(scored.looked[..., t.scope], scored.values[..., t.trace], -np.inf)
     above = trace > t.above
     if above.any():
-        s.fired[at] += above
+        s.fired[at] += above.sum(axis=1)
+    top = trace.max(axis=1)
     peak = s.peak[at]
-    higher = trace > peak
+    higher = top > peak
     if higher.any():  # seldom, once a request has some tokens
-        s.peak[at] = np.where(higher, trace, peak)
-        s.peak_at[at] = np.where(higher, position[:, None], s.peak_at[at])
-
-    match = score > THRESHOLD
-    on_until = s.on_until[at]
-    if not match.any() and not (on_until >= position[:, None]).any():
-        return None
-    on_until = np.where(match, position[:, None] + rules.keep, on_until)
-    s.on_until[at] = on_until
-    s.matched[at] += on_until >= position[:, None]
-    first = match & (s.first[at] < 0)
-    s.first[at] = np.where(first, position[:, None], s.first[at])
-    return first if first.any() else None
-
-
-def _window_scores(
-    rules: Rules, s: State, at: np.ndarray, position: np.ndarray, e: np.ndarray
-) -> np.ndarray:
-    if rules.longest == 1:
-        return e
-    s.ring[at, position % rules.longest] = e
-    back = (position[:, None] - np.arange(rules.longest)) % rules.longest
-    window = s.ring[at[:, None], back]
-    score = np.empty_like(e)
-    for k, n, policies in rules.windows:
-        kth = np.partition(window[:, :n][:, :, policies], n - k, axis=1)[:, n - k]
-        score[:, policies] = kth
-    return score
-
-
-def advance_one(rules: Rules, s: State, slot: int, tokens: Tokens) -> list[int]:
-    """Advance one slot by consecutive tokens; return the policies that first matched."""
-    position = tokens.position
-    is_prompt = position < s.prompt[slot]
-    seen = looked(rules, is_prompt, tokens.watched & tokens.finite)
-    e = np.where(seen, tokens.evidence, -np.inf)
-    np.add.at(s.counts[slot], (np.where(is_prompt, PROMPT, OUTPUT), _what(tokens)), 1)
-
-    history = rules.longest - 1
-    if history:
-        back = np.arange(position[0] - history, position[0]) % rules.longest
-        padded = np.concatenate([s.ring[slot, back], e])
-        s.ring[slot, position[-rules.longest :] % rules.longest] = e[-rules.longest :]
-    else:
-        padded = e
-    score = np.empty_like(e)
-    for k, n, policies in rules.windows:
-        windows = np.lib.stride_tricks.sliding_window_view(
-            padded[history - n + 1 :, policies], n, axis=0
-        )
-        score[:, policies] = np.partition(windows, n - k, axis=-1)[..., n - k]
-    s.score[slot] = np.maximum(s.score[slot], score.max(axis=0))
-    s.next[slot] = position[-1] + 1
-
-    t = rules.terms
-    trace = np.where(seen[:, t.policy], tokens.shares[:, t.feature], -np.inf)
-    s.fired[slot] += (trace > t.above).sum(axis=0)
-    top = trace.argmax(axis=0)
-    peak = trace[top, np.arange(len(top))]
-    higher = peak > s.peak[slot]
-    s.peak[slot] = np.where(higher, peak, s.peak[slot])
-    s.peak_at[slot] = np.where(higher, position[top], s.peak_at[slot])
-
-    match = score > THRESHOLD
-    last = np.where(match, position[:, None] + rules.keep, -1)
-    last = np.maximum.accumulate(np.concatenate([s.on_until[slot][None], last]))[1:]
-    s.on_until[slot] = last[-1]
-    s.matched[slot] += (last >= position[:, None]).sum(axis=0)
-    first = np.flatnonzero(match.any(axis=0) & (s.first[slot] < 0))
-    s.first[slot, first] = position[match[:, first].argmax(axis=0)]
-    return [int(p) for p in first]
+        s.peak[at] = np.where(higher, top, peak)
+        where = position[:, :1] + trace.argmax(axis=1)
+        s.peak_at[at] = np.where(higher, where, s.peak_at[at])
 
 
 def skip(rules: Rules, s: State, slot: int, position: int, why: int) -> None:
     """Account for the tokens before `position` of which no activations came."""
-    gap = position - int(s.next[slot])
+    first = int(s.next[slot])
+    gap = position - first
     if gap <= 0:
         return
-    prompt = int(np.clip(s.prompt[slot] - s.next[slot], 0, gap))
+    prompt = int(np.clip(s.prompt[slot] - first, 0, gap))
     s.counts[slot, PROMPT, why] += prompt
     s.counts[slot, OUTPUT, why] += gap - prompt
-    if rules.longest > 1:
-        missed = np.arange(max(int(s.next[slot]), position - rules.longest), position)
-        s.ring[slot, missed % rules.longest] = -np.inf
+    longest = rules.windowed.longest
+    s.ring[slot, np.arange(max(first, position - longest), position) % longest] = -np.inf
+    pass_over(rules.aggregates, s, slot, first, position)
     s.next[slot] = position

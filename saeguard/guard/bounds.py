@@ -16,13 +16,13 @@ Anything else needs the tokens themselves: a recording.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, TypeAlias
 
 from saeguard.guard.verdict import THRESHOLD
 from saeguard.policy.condition import terms_of
-from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Policy, Selection, Window
+from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Points, Policy, Selection, Window
 
 ROUNDING = 5e-7
 """Events give shares to six digits."""
@@ -148,14 +148,26 @@ def _evidence(expr: Expr, at: Mapping[str, Interval]) -> Interval:
             low, high = _evidence(term, at)
             return 2.0 - high, 2.0 - low
         case And(terms):
-            return _kth(terms, len(terms), at)
+            return _kth([(1, term) for term in terms], len(terms), at)
         case Or(terms):
-            return _kth(terms, 1, at)
+            return _kth([(1, term) for term in terms], 1, at)
         case KOf(k, terms):
+            return _kth([(1, term) for term in terms], k, at)
+        case Points(k, terms):
             return _kth(terms, k, at)
 
 
-def _kth(terms: tuple[Expr, ...], k: int, at: Mapping[str, Interval]) -> Interval:
-    found = [_evidence(term, at) for term in terms]
-    lows, highs = (sorted(end, reverse=True) for end in zip(*found, strict=True))
-    return lows[k - 1], highs[k - 1]
+def _kth(terms: Sequence[tuple[int, Expr]], k: int, at: Mapping[str, Interval]) -> Interval:
+    """Return the highest evidence that terms of `k` points in all reach."""
+    found = [(points, _evidence(term, at)) for points, term in terms]
+    low, high = (_reached([(ends[end], points) for points, ends in found], k) for end in (0, 1))
+    return low, high
+
+
+def _reached(ends: Sequence[tuple[float, int]], k: int) -> float:
+    gathered = 0
+    for value, points in sorted(ends, reverse=True):
+        gathered += points
+        if gathered >= k:
+            return value
+    return -math.inf

@@ -1,69 +1,80 @@
-"""Clamp inside the forward: from the token where a policy matched, set latents to a target.
+"""Clamp inside the forward: where a policy asks for it, edit latents of the residual.
 
 The whole rule runs on the device, because a match found on the host is a step late, or two
 under asynchronous scheduling, and the same text must get the same edit however it was chunked.
 State is keyed by request slot and token position, so a position that is computed again (after
 preemption, or behind a rejected draft) replaces what was there.
 
-Only the part of the residual along the clamped decoder rows changes, `x + (target - f) @ W_dec`:
+Only the part of the residual along the clamped decoder rows changes, `x + (edited - f) @ W_dec`:
 the SAE's reconstruction error stays (Templeton et al. 2024, "Scaling Monosemanticity").
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from saeguard.guard.evidence import evidence
+from saeguard.guard import scan
+from saeguard.guard.columns import SCOPES, Aggregates, Rules, compile_rules
+from saeguard.guard.program import Program, evidence, on_device
 from saeguard.guard.rows import Rows
 from saeguard.guard.verdict import THRESHOLD
-from saeguard.guard.watchlist import ClampRows, Hook, WatchList
-from saeguard.policy.types import Expr
+from saeguard.guard.watchlist import ClampRows, Hook, Mix, WatchList, shares_of
 
-NEVER = torch.iinfo(torch.int64).max
+FOREVER = torch.iinfo(torch.int64).max
 MAX_DRAFTS = 64
-"""Speculated tokens per step that window state can take back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One clamp policy's condition, over columns of shares on the device."""
-
-    condition: Expr
-    column: Mapping[str, int]
-    above: Mapping[str, float]
-    k: int
-    n: int
+"""Speculated tokens per step that state can take back."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
-    """One layer's clamp policies: rules, targets and per-request state, all on the device."""
+    """One layer's clamp policies: rules, edits and per-request state, all on the device."""
 
-    rules: tuple[Rule, ...]
     policies: tuple[int, ...]
-    mix: torch.Tensor
-    """[rows, features] float32."""
+    """Indices into the watch list's."""
+    rules: Rules
+    """Of these policies alone."""
+    program: Program
+    mix: Mix
     low: torch.Tensor
     span: torch.Tensor
+    trace: torch.Tensor
+    above: torch.Tensor
+    k: torch.Tensor
+    """[rules] tokens at which the condition has to hold."""
+    keep: torch.Tensor
+    """[rules] tokens that a match keeps the clamp on."""
+    always: torch.Tensor
+    """[rules] bool: on whether the policy matches or not."""
+    in_request: torch.Tensor
+    """[rules] bool: the tokens that hold are counted over the whole request."""
+    owned: torch.Tensor
+    """[aggregates] a rule with the aggregate's scope."""
+    missing: torch.Tensor
+    """[aggregates] what a token counts as that is not looked at."""
+    decay: torch.Tensor
     columns: torch.Tensor
     """[clamped] int64: column of each clamped latent among the hook's rows."""
     owner: torch.Tensor
-    """[clamped] int64: index of the policy that clamps it, among `rules`."""
-    target: torch.Tensor
-    W_dec: torch.Tensor
-    """[clamped, d_in] float32."""
+    """[clamped] int64: index of the policy that clamps it, among `policies`."""
+    edit: ClampRows
     enforced: torch.Tensor
     """[slots, rules] bool."""
     scope: torch.Tensor
     """[slots, rules, 2] int64: positions `[from, to)` the rule looks at."""
-    first: torch.Tensor
-    """[slots, rules] int64: position of the first match, `NEVER` before it."""
+    last: torch.Tensor
+    """[slots, ring, rules] int64: position of the latest match up to a position, -1 without."""
+    held: torch.Tensor
+    """[slots, ring, rules] int64: tokens up to a position that hold."""
     ring: torch.Tensor
-    """[slots, ring, rules] float64: evidence by `position % ring`; empty where every n is 1."""
+    """[slots, ring, rules] float64: evidence; empty where every window is one token."""
+    past: torch.Tensor
+    """[slots, ring, aggregates of a window] float64 shares."""
+    level: torch.Tensor
+    """[slots, ring, other aggregates] float64 averages and maxima."""
     acted: torch.Tensor
     """[max_tokens, rules] bool: where the last pass clamped."""
 
@@ -79,45 +90,65 @@ def make_clamp(
 ) -> Clamp:
     """Move one layer's clamps to `device`, with state for `slots` requests."""
     policies = [watchlist.policies[i] for i in rows.policies]
-    rules = tuple(
-        Rule(
-            condition=policy.condition,
-            column={
-                name: int(watchlist.selection_feature[j])
-                for name, j in watchlist.policy_selections[i].items()
-            },
-            above={name: s.above for name, s in policy.detect.items()},
-            k=policy.window.k,
-            n=policy.window.n,
-        )
-        for i, policy in zip(rows.policies, policies, strict=True)
+    clamps = [p.clamp for p in policies if p.clamp is not None]
+    wanted = {f"{p.feature_set}/{s.feature}" for p in policies for s in p.detect.values()}
+    features = [i for i, name in enumerate(watchlist.features) if name in wanted]
+    rules = compile_rules(
+        policies, {watchlist.features[i]: j for j, i in enumerate(features)}
     )
-    longest = max(rule.n for rule in rules)
-    span = hook.first_column, hook.first_column + hook.W.shape[0]
+    over = rules.aggregates
+    windowed = max((which.stop for *_, which in over.windows), default=0)
+    count, levels = len(policies), len(over.feature) - windowed
+    counts = [p.window.n is None for p in policies]
+    scopes = [p.scope for p in policies]
 
-    def on_device(array: np.ndarray) -> torch.Tensor:
+    def move(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
+    def full(value: float, size: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((slots, size, columns), value, dtype=dtype, device=device)
+
+    double, long = torch.float64, torch.int64
+    longest = rules.windowed.longest
     return Clamp(
-        rules=rules,
         policies=rows.policies,
-        mix=on_device(watchlist.mix[span[0] : span[1]]),
-        low=on_device(watchlist.low),
-        span=on_device(watchlist.span),
-        columns=torch.tensor(rows.columns, device=device),
-        owner=torch.tensor(rows.owner, device=device),
-        target=rows.target.to(device),
-        W_dec=rows.W_dec.to(device),
-        enforced=torch.zeros(slots, len(rules), dtype=torch.bool, device=device),
-        scope=torch.zeros(slots, len(rules), 2, dtype=torch.int64, device=device),
-        first=torch.full((slots, len(rules)), NEVER, dtype=torch.int64, device=device),
-        ring=torch.full(
-            (slots, 0 if longest == 1 else longest + MAX_DRAFTS, len(rules)),
-            -torch.inf,
-            dtype=torch.float64,
+        rules=rules,
+        program=on_device(rules.program, device),
+        mix=tuple(
+            (move(column[kept] - hook.first_column), move(weight[kept]))
+            for column, weight in watchlist.mix
+            for kept in [[i for i in features if i < len(column)]]
+            if kept
+        ),
+        low=move(watchlist.low[features]),
+        span=move(watchlist.span[features]),
+        trace=move(rules.trace),
+        above=move(rules.above),
+        k=torch.tensor([p.window.k for p in policies], device=device),
+        keep=torch.tensor(
+            [p.keep if c.when == "matched" else FOREVER for p, c in zip(policies, clamps, strict=True)],
             device=device,
         ),
-        acted=torch.zeros(max_tokens, len(rules), dtype=torch.bool, device=device),
+        always=torch.tensor([c.when == "always" for c in clamps], device=device),
+        in_request=torch.tensor(counts, device=device),
+        owned=torch.tensor(
+            [scopes.index(_scope_of(over, a)) for a in range(len(over.feature))],
+            dtype=long,
+            device=device,
+        ),
+        missing=move(over.missing),
+        decay=move(over.decay),
+        columns=torch.tensor(rows.columns, device=device),
+        owner=torch.tensor(rows.owner, device=device),
+        edit=rows.to(device),
+        enforced=torch.zeros(slots, count, dtype=torch.bool, device=device),
+        scope=torch.zeros(slots, count, 2, dtype=long, device=device),
+        last=full(-1, 1 + MAX_DRAFTS, count, long),
+        held=full(0, 1 + MAX_DRAFTS if any(counts) else 0, count, long),
+        ring=full(-torch.inf, longest + MAX_DRAFTS if longest > 1 else 0, count, double),
+        past=full(0.0, over.longest + MAX_DRAFTS if windowed else 0, windowed, double),
+        level=full(0.0, 1 + MAX_DRAFTS if levels else 0, levels, double),
+        acted=torch.zeros(max_tokens, count, dtype=torch.bool, device=device),
     )
 
 
@@ -127,94 +158,104 @@ def admit(
     """Start a request in `slot`: which rules hold for it, and over which positions."""
     clamp.enforced[slot] = torch.tensor(enforced, device=clamp.enforced.device)
     clamp.scope[slot] = torch.tensor(scope, device=clamp.scope.device)
-    clamp.first[slot] = NEVER
+    clamp.last[slot] = -1
+    clamp.held[slot] = 0
     clamp.ring[slot] = -torch.inf
+    windowed = clamp.past.shape[2]
+    clamp.past[slot] = clamp.missing[:windowed]
+    clamp.level[slot] = clamp.missing[windowed:]
 
 
 def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> None:
-    """Add `(target - f) @ W_dec` to the rows at or after their request's first match, in place.
+    """Edit the rows that the policies ask for, in place.
 
     Args:
-        clamp: rules and state; `first`, `ring` and `acted` are updated.
+        clamp: rules and state; the rings and `acted` are updated.
         hidden: [rows, d_in], the half of the residual that takes the edit.
         f: [rows, watched] float32 activations before the edit.
         rows: the layout of this pass.
     """
     n = hidden.shape[0]
-    slot, position, offset = rows.slot[:n], rows.position[:n], rows.offset[:n]
-    start = position - offset
-    # What was concluded at or behind a position that is computed anew no longer holds.
-    before = clamp.first[slot]
-    before = torch.where(before >= start[:, None], NEVER, before)
-
+    at = scan.here(rows.slot[:n], rows.position[:n], rows.offset[:n])
+    position = at.position[:, None]
     # What cannot be read supports nothing, as on the host, and what to subtract is unknown.
     readable = f.isfinite().all(dim=1)
-    looked = rows.watched[:n] & readable
-    score = _scores(clamp, _evidence(clamp, f, slot, position, looked), slot, position, offset)
-    match = (score > THRESHOLD) & clamp.enforced[slot]
-    here = torch.where(match, position[:, None], NEVER)
-    clamp.first.index_copy_(0, slot, before)
-    clamp.first.scatter_reduce_(0, slot[:, None].expand_as(here), here, "amin")
-    acted = (position[:, None] >= clamp.first[slot]) & clamp.enforced[slot] & readable[:, None]
+    scope, enforced = clamp.scope[at.slot], clamp.enforced[at.slot]
+    looked = (position >= scope[..., 0]) & (position < scope[..., 1])
+    looked &= (rows.watched[:n] & readable)[:, None]
+
+    match = _matches(clamp, _evidence(clamp, f, at, looked), at) & enforced
+    last = scan.latest(match, at, scan.before(clamp.last, at, _of(clamp.last, -1)))
+    scan.remember(clamp.last, last, at)
+    on = (last >= 0) & (position - last <= clamp.keep)
+    acted = torch.where(clamp.always, looked, on) & enforced & readable[:, None]
     clamp.acted[:n].copy_(acted)
 
-    change = torch.where(acted[:, clamp.owner], clamp.target - f[:, clamp.columns], 0.0)
-    hidden.add_((change @ clamp.W_dec).to(hidden.dtype))
+    mine = f[:, clamp.columns]
+    change = torch.where(acted[:, clamp.owner], clamp.edit.edited(mine) - mine, 0.0)
+    hidden.add_((change @ clamp.edit.W_dec).to(hidden.dtype))
 
 
-def _evidence(
-    clamp: Clamp, f: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, looked: torch.Tensor
+def _evidence(clamp: Clamp, f: torch.Tensor, at: scan.Here, looked: torch.Tensor) -> torch.Tensor:
+    """Return [rows, rules] float64, -inf where a rule does not look at a row."""
+    values = shares_of(clamp.mix, clamp.low, clamp.span, f).double()
+    if len(clamp.owned):
+        values = torch.cat([values, _aggregate(clamp, values, at, looked)], 1)
+    e = evidence(clamp.program, values.t()[clamp.trace] / clamp.above).t()
+    return torch.where(looked, e, -torch.inf)
+
+
+def _aggregate(
+    clamp: Clamp, shares: torch.Tensor, at: scan.Here, looked: torch.Tensor
 ) -> torch.Tensor:
-    """Return [rows, rules] float64, -inf out of scope and where a row is not looked at."""
-    shares = ((f @ clamp.mix - clamp.low) / clamp.span).double()
-    columns = [
-        evidence(
-            rule.condition,
-            {name: shares[:, j] / rule.above[name] for name, j in rule.column.items()},
-            torch,
-        )
-        for rule in clamp.rules
-    ]
-    scope = clamp.scope[slot]
-    inside = (position[:, None] >= scope[..., 0]) & (position[:, None] < scope[..., 1])
-    return torch.where(inside & looked[:, None], torch.stack(columns, 1), -torch.inf)
+    """Return [rows, aggregates] float64, as `saeguard.guard.aggregate` does on the host."""
+    over = clamp.rules.aggregates
+    x = torch.where(looked[:, clamp.owned], shares[:, over.feature], clamp.missing)
+    windowed = clamp.past.shape[2]
+    out = torch.empty_like(x)
+    if windowed:
+        recent = x[:, :windowed]
+        line = scan.windows(recent, clamp.past, at, over.longest, clamp.missing[:windowed])
+        for kind, n, which in over.windows:
+            part = line[:, :n, which]
+            out[:, which] = part.sum(1) / n if kind == "mean" else part.amax(1)
+        scan.remember(clamp.past, recent, at)
+    if clamp.level.shape[2]:
+        start = scan.before(clamp.level, at, clamp.missing[windowed:])
+        average, peak = over.average, over.peak
+        if average.stop:
+            mine = start[:, average.start - windowed : average.stop - windowed]
+            out[:, average] = scan.averaged(x[:, average], at, clamp.decay, mine)
+        if peak.stop:
+            mine = start[:, peak.start - windowed : peak.stop - windowed]
+            out[:, peak] = scan.highest(x[:, peak], at, mine)
+        scan.remember(clamp.level, out[:, windowed:], at)
+    return out
 
 
-def _scores(
-    clamp: Clamp,
-    e: torch.Tensor,
-    slot: torch.Tensor,
-    position: torch.Tensor,
-    offset: torch.Tensor,
-) -> torch.Tensor:
-    """Return the k-th largest evidence of each rule's last n positions, [rows, rules]."""
-    size = clamp.ring.shape[1]
-    if size == 0:
-        return e
-    longest = size - MAX_DRAFTS
-    back = torch.arange(longest, device=e.device)
-    row = torch.arange(len(e), device=e.device)[:, None] - back
-    then = position[:, None] - back
-    earlier = clamp.ring[slot[:, None], then % size]
-    window = torch.where((back <= offset[:, None])[..., None], e[row.clamp(min=0)], earlier)
-    window = torch.where((then >= 0)[..., None], window, -torch.inf)
-    scores = [
-        window[:, : rule.n, i].topk(rule.k, dim=1).values[:, -1]
-        for i, rule in enumerate(clamp.rules)
-    ]
-    _remember(clamp, e, slot, position, offset)
-    return torch.stack(scores, 1)
+def _matches(clamp: Clamp, e: torch.Tensor, at: scan.Here) -> torch.Tensor:
+    """Return [rows, rules] bool: where each rule's `for` is reached."""
+    holds = e > THRESHOLD
+    match = holds
+    if clamp.ring.shape[1]:
+        window = clamp.rules.windowed
+        line = scan.windows(e, clamp.ring, at, window.longest, _of(clamp.ring, -torch.inf))
+        held = (line > THRESHOLD).cumsum(1)
+        match = match.clone()
+        for k, n, which in window.groups:
+            columns = window.policy[which]
+            match[:, columns] = held[:, n - 1, columns] >= k
+        scan.remember(clamp.ring, e, at)
+    if clamp.held.shape[1]:
+        so_far = scan.counted(holds.long(), at, scan.before(clamp.held, at, _of(clamp.held, 0)))
+        scan.remember(clamp.held, so_far, at)
+        match = torch.where(clamp.in_request, so_far >= clamp.k, match)
+    return match
 
 
-def _remember(
-    clamp: Clamp, e: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, offset: torch.Tensor
-) -> None:
-    """Write the last rows of each request to its ring; older ones would fall on the same cells."""
-    size = clamp.ring.shape[1]
-    n = len(e)
-    # A row is among the last `size` of its request where the row `size` further on is not its.
-    ahead = torch.arange(n, device=e.device) + size
-    same = (ahead < n) & (offset[ahead.clamp(max=n - 1)] == offset + size)
-    same &= slot[ahead.clamp(max=n - 1)] == slot
-    home = torch.where(same, 0, slot)  # slot 0 belongs to nobody
-    clamp.ring[home, position % size] = e
+def _of(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    return tensor.new_full((), value)
+
+
+def _scope_of(over: Aggregates, a: int) -> str:
+    return SCOPES[over.scope[a]]

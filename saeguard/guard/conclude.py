@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saeguard.guard.advance import (
-    CACHED,
-    ERROR,
-    EVALUATED,
-    PROMPT,
-    SPECIAL,
-    UNTRACKED,
-    Rules,
-)
-from saeguard.guard.rules import outcome
+from saeguard.guard.advance import CACHED, ERROR, EVALUATED, OUTPUT, PROMPT, SPECIAL, UNTRACKED
+from saeguard.guard.columns import SCOPES, Rules
 from saeguard.guard.state import State
-from saeguard.guard.verdict import Coverage, Fired, Reason, Verdict
-from saeguard.policy.types import Policy
+from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict
 
 _REASONS: dict[int, Reason] = {
     SPECIAL: "special_token",
@@ -56,50 +47,76 @@ def add(parts: Sequence[Coverage]) -> Coverage:
     return Coverage(sum(p.tokens for p in parts), sum(p.evaluated for p in parts), skipped)
 
 
-def verdict_of(
-    rules: Rules, s: State, slot: int, i: int, policy: Policy, covered: Sequence[Coverage]
-) -> Verdict:
-    """Return what policy `i` concludes of the request in `slot`.
+def verdicts_of(
+    rules: Rules, s: State, slot: int, tokens: int, waived: Mapping[int, str] | None = None
+) -> list[Verdict]:
+    """Return what each policy concludes of the request in `slot`.
 
     Args:
         rules: the compiled policies.
         s: the state.
         slot: the request's.
-        i: the policy's column.
-        policy: the policy.
-        covered: coverage of prompt and output.
+        tokens: prompt and output tokens; those never forwarded count as not evaluated.
+        waived: id of the exception that waives a policy's action for this request, by policy.
     """
-    looks = (rules.prompt_scope[i], rules.output_scope[i])
-    coverage = add([c for c, look in zip(covered, looks, strict=True) if look])
-    matched = bool(s.first[slot, i] >= 0)
-    error = coverage.skipped.get("error", 0) > 0
-    enforced = bool(s.enforced[slot, i])
-    acts = matched and enforced
-    if policy.action == "clamp":
-        acts = acts and bool(s.acted[slot, i])
-    score = float(s.score[slot, i])
-    return Verdict(
-        policy=policy.id,
-        digest=policy.digest,
-        mode="enforce" if enforced else "shadow",
-        action=policy.action,
-        severity=policy.severity,
-        outcome=outcome(matched=matched, error=error, evaluated=coverage.evaluated),
-        score=score if np.isfinite(score) else None,
-        first_token=int(s.first[slot, i]) if matched else None,
-        matched_tokens=int(s.matched[slot, i]),
-        acted=policy.action if acts else None,
-        features=_fired(rules, s, slot, i),
-        coverage=coverage,
-        error="not_read" if error else None,
-    )
+    waived = waived or {}
+    prompt, output = (coverage_of(s, slot, scope, tokens) for scope in (PROMPT, OUTPUT))
+    of_scope = {"prompt": prompt, "output": output, "both": add([prompt, output])}
+    covered = [of_scope[scope] for scope in SCOPES]
+    scores, firsts = s.score[slot].tolist(), s.first[slot].tolist()
+    on, enforced = s.matched[slot].tolist(), s.enforced[slot].tolist()
+    acted, sampled = s.acted[slot].tolist(), s.sampled[slot].tolist()
+    fired = list(zip(*(a[slot].tolist() for a in (s.fired, s.peak, s.peak_at)), strict=True))
+    verdicts = []
+    for i, policy in enumerate(rules.policies):
+        coverage = covered[rules.scope[i]]
+        if not sampled[i]:
+            coverage = Coverage(coverage.tokens, 0, _all(coverage.tokens))
+        matched = firsts[i] >= 0
+        error = coverage.skipped.get("error", 0) > 0
+        acts = matched and enforced[i] and (acted[i] or policy.action != "clamp")
+        exception = waived.get(i) if matched and enforced[i] else None
+        verdicts.append(
+            Verdict(
+                policy=policy.id,
+                digest=policy.digest,
+                mode="enforce" if enforced[i] else "shadow",
+                action=policy.action,
+                severity=policy.severity,
+                outcome=outcome(matched=matched, error=error, evaluated=coverage.evaluated),
+                score=scores[i] if np.isfinite(scores[i]) else None,
+                first_token=firsts[i] if matched else None,
+                matched_tokens=on[i],
+                acted=policy.action if acts and exception is None else None,
+                features=_fired(rules.terms.of_policy[i], fired) if sampled[i] else {},
+                coverage=coverage,
+                exception=exception,
+                error="not_read" if error else None,
+            )
+        )
+    return verdicts
 
 
-def _fired(rules: Rules, s: State, slot: int, i: int) -> dict[str, Fired]:
+def _all(tokens: int) -> dict[Reason, int]:
+    return {"not_sampled": tokens} if tokens else {}
+
+
+def outcome(*, matched: bool, error: bool, evaluated: int) -> Outcome:
+    """Fold nothing into `no_match`: a match stands, else an error, else whether it looked."""
+    if matched:
+        return "match"
+    if error:
+        return "error"
+    return "no_match" if evaluated else "not_evaluated"
+
+
+def _fired(
+    terms: Sequence[tuple[str, int]], all_fired: Sequence[tuple[int, float, int]]
+) -> dict[str, Fired]:
+    """Return each feature's activity; of several selections of it, that of the one held most."""
     fired: dict[str, Fired] = {}
-    for q in np.flatnonzero(rules.terms.policy == i):
-        name, count = rules.terms.name[q], int(s.fired[slot, q])
-        if s.peak_at[slot, q] < 0 or (name in fired and fired[name].count >= count):
-            continue
-        fired[name] = Fired(count, float(s.peak[slot, q]), int(s.peak_at[slot, q]))
+    for name, q in terms:
+        count, peak, at = all_fired[q]
+        if at >= 0 and (name not in fired or fired[name].count < count):
+            fired[name] = Fired(count, peak, at)
     return fired

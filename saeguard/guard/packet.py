@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,3 +31,23 @@ class Packet:
     acted: np.ndarray | None
     ran: bool
     watchlist: str
+
+
+def in_step(passes: Sequence[tuple[Packet, np.ndarray, object]]) -> int:
+    """Return how many of the leading passes bring the next token of the same requests.
+
+    Args:
+        passes: each with [requests] rows that count.
+    """
+    first = passes[0][0]
+    requests = len(first.request_ids)
+    for n, (packet, valid, _) in enumerate(passes):
+        if (
+            packet.request_ids != first.request_ids
+            or len(packet.positions) != requests
+            or not packet.ran
+            or (valid != 1).any()
+            or (packet.positions != first.positions + n).any()
+        ):
+            return max(n, 1)
+    return len(passes)

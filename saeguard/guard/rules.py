@@ -1,36 +1,88 @@
 """Judge one whole text: from feature shares to one verdict per policy.
 
-The semantics, which serving follows token by token:
+The semantics, which serving follows token by token (docs/policy-language.md has them in words):
 
-- Evidence `e[t]` of a policy is that of its condition (`saeguard.guard.evidence`) where position
+- A selection compares the feature's share at a token, or with `over` what several tokens' shares
+  make together; tokens out of scope or not evaluated count as nothing in it.
+- Evidence `e[t]` of a policy is that of its condition (`saeguard.guard.program`) where position
   `t` is in scope and was evaluated, and -inf elsewhere.
-- Its score at `t` is the k-th largest evidence among positions `(t - n, t]` for `for: k of n`.
+- Its score at `t` is the k-th largest evidence among positions `(t - n, t]` for `for: k of n`,
+  and among all up to `t` for `for: k tokens in the request`.
 - It matches at `t` where that score exceeds 1, and stays on for `keep` further positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from saeguard.guard.evidence import evidence
-from saeguard.guard.verdict import THRESHOLD, Coverage, Fired, Outcome, Reason, Verdict
-from saeguard.policy.types import Policy
+from saeguard.guard.advance import Scored, Tokens, advance, score_tokens
+from saeguard.guard.columns import Rules, compile_rules
+from saeguard.guard.conclude import verdicts_of
+from saeguard.guard.state import State, make_state
+from saeguard.guard.verdict import THRESHOLD, Verdict
+from saeguard.policy.types import ACTIONS, Policy
 
 if TYPE_CHECKING:
     from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
 
-REASONS: tuple[Reason, ...] = get_args(Reason)
+
+def judge(policy: Policy, shares: Mapping[str, np.ndarray], prompt_tokens: int) -> Verdict:
+    """Judge one policy on traces of feature shares, one value per token, all evaluated."""
+    rules, traces = alone(policy, shares)
+    return judge_text(rules, traces, np.ones(len(traces), bool), prompt_tokens)[0]
 
 
-def in_scope(policy: Policy, positions: np.ndarray, prompt_tokens: int) -> np.ndarray:
-    """Return which of the token `positions` [tokens] the policy looks at."""
-    if policy.scope == "both":
-        return np.ones(len(positions), bool)
-    is_prompt: np.ndarray = positions < prompt_tokens
-    return is_prompt if policy.scope == "prompt" else ~is_prompt
+def judge_all(
+    watchlist: WatchList, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+) -> list[Verdict]:
+    """Judge every policy of the watch list on one text.
+
+    Args:
+        watchlist: the compiled policies.
+        shares: [tokens, features] float32.
+        evaluable: [tokens] bool; tokens left out count as `special_token`.
+        prompt_tokens: how many of the tokens are the prompt.
+    """
+    return judge_text(watchlist.rules, shares, evaluable, prompt_tokens)
+
+
+def alone(policy: Policy, shares: Mapping[str, np.ndarray]) -> tuple[Rules, np.ndarray]:
+    """Return one policy as rules, and its features' traces as shares [tokens, features]."""
+    names = list(dict.fromkeys(s.feature for s in policy.detect.values()))
+    rules = compile_rules([policy], {f"{policy.feature_set}/{n}": i for i, n in enumerate(names)})
+    return rules, np.stack([np.asarray(shares[n], np.float64) for n in names], axis=1)
+
+
+def score_text(
+    rules: Rules, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+) -> Scored:
+    """Return what the rules say of each token of one text, arrays of one request."""
+    state, block = _block(rules, shares, evaluable, prompt_tokens)
+    return score_tokens(rules, state, np.zeros(1, np.int64), block)
+
+
+def on_tokens(match: np.ndarray, keep: int) -> np.ndarray:
+    """Return where the policy is on: a match within the last `keep` tokens or here."""
+    last = np.where(match, np.arange(len(match)), -keep - 1)
+    on: np.ndarray = np.arange(len(match)) - np.maximum.accumulate(last) <= keep
+    return on
+
+
+def clamped_tokens(
+    rules: Rules, i: int, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+) -> np.ndarray:
+    """Return [tokens] bool: where clamp policy `i`, enforced, edits one text."""
+    policy = rules.policies[i]
+    scored = score_text(rules, shares, evaluable, prompt_tokens)
+    looked = scored.looked[0, :, rules.scope[i]]
+    if policy.clamp is not None and policy.clamp.when == "always":
+        return looked
+    match = scored.score[0, :, i] > THRESHOLD
+    matched = policy.clamp is not None and policy.clamp.when == "matched"
+    return on_tokens(match, policy.keep if matched else len(match))
 
 
 def window_score(evidence: np.ndarray, k: int, n: int) -> np.ndarray:
@@ -49,129 +101,30 @@ def window_score(evidence: np.ndarray, k: int, n: int) -> np.ndarray:
     return kth
 
 
-def on_tokens(match: np.ndarray, keep: int) -> np.ndarray:
-    """Return where the policy is on: a match within the last `keep` tokens or here."""
-    last = np.where(match, np.arange(len(match)), -keep - 1)
-    on: np.ndarray = np.arange(len(match)) - np.maximum.accumulate(last) <= keep
-    return on
-
-
-def judge(
-    policy: Policy,
-    shares: Mapping[str, np.ndarray],
-    prompt_tokens: int,
-    evaluable: np.ndarray | None = None,
-) -> Verdict:
-    """Judge one policy on traces of feature shares, one value per token.
-
-    Args:
-        policy: what to judge by.
-        shares: per feature [tokens].
-        prompt_tokens: how many of the tokens are the prompt.
-        evaluable: [tokens] bool; tokens left out count as special ones. Default: all of them.
-    """
-    tokens = len(next(iter(shares.values())))
-    evaluable = np.ones(tokens, bool) if evaluable is None else evaluable
-    skipped = int((~evaluable & in_scope(policy, np.arange(tokens), prompt_tokens)).sum())
-    traces = {name: np.asarray(shares[s.feature], np.float64) for name, s in policy.detect.items()}
-    e = evidence(
-        policy.condition, {name: t / policy.detect[name].above for name, t in traces.items()}, np
-    )
-    reasons: Mapping[Reason, int] = {"special_token": skipped} if skipped else {}
-    return _verdict(policy, e, traces, evaluable, prompt_tokens, reasons)
-
-
-def judge_all(
-    watchlist: WatchList,
-    shares: np.ndarray,
-    evaluable: np.ndarray,
-    prompt_tokens: int,
-    reason: Reason = "special_token",
-) -> list[Verdict]:
-    """Judge every policy of the watch list on one text.
-
-    Args:
-        watchlist: the compiled policies.
-        shares: [tokens, features] float32.
-        evaluable: [tokens] bool; tokens left out count as skipped for `reason`.
-        prompt_tokens: how many of the tokens are the prompt.
-        reason: why tokens were left out.
-    """
-    e = watchlist.evidence(shares)
-    out = []
-    for i, policy in enumerate(watchlist.policies):
-        traces = {
-            name: shares[:, watchlist.selection_feature[j]]
-            for name, j in watchlist.policy_selections[i].items()
-        }
-        skipped = ~evaluable & in_scope(policy, np.arange(len(shares)), prompt_tokens)
-        reasons = {reason: int(skipped.sum())} if skipped.any() else {}
-        out.append(_verdict(policy, e[:, i], traces, evaluable, prompt_tokens, reasons))
-    return out
-
-
-def _verdict(
-    policy: Policy,
-    e: np.ndarray,
-    traces: Mapping[str, np.ndarray],
-    evaluable: np.ndarray,
-    prompt_tokens: int,
-    skipped: Mapping[Reason, int],
-) -> Verdict:
-    scope = in_scope(policy, np.arange(len(e)), prompt_tokens)
-    looked = scope & evaluable
-    broken = looked & ~np.isfinite(np.stack(list(traces.values()))).all(axis=0)
-    scores = window_score(np.where(looked & ~broken, e, -np.inf), policy.window.k, policy.window.n)
-    match = scores > THRESHOLD
-    if broken.any():
-        skipped = {**skipped, "error": int(broken.sum())}
-    evaluated = int(looked.sum()) - int(broken.sum())
-    matched = bool(match.any())
-    return Verdict(
-        policy=policy.id,
-        digest=policy.digest,
-        mode=policy.mode,
-        action=policy.action,
-        severity=policy.severity,
-        outcome=outcome(matched=matched, error=bool(broken.any()), evaluated=evaluated),
-        score=float(scores.max()) if np.isfinite(scores).any() else None,
-        first_token=int(match.argmax()) if matched else None,
-        matched_tokens=int(on_tokens(match, policy.keep).sum()),
-        acted=policy.action if matched and policy.mode == "enforce" else None,
-        features=_fired(policy, traces, looked & ~broken),
-        coverage=Coverage(int(scope.sum()), evaluated, skipped),
-        error="non_finite_activation" if broken.any() else None,
-    )
-
-
-def outcome(*, matched: bool, error: bool, evaluated: int) -> Outcome:
-    """Fold nothing into `no_match`: a match stands, else an error, else whether it looked."""
-    if matched:
-        return "match"
-    if error:
-        return "error"
-    return "no_match" if evaluated else "not_evaluated"
-
-
-def _fired(
-    policy: Policy, traces: Mapping[str, np.ndarray], looked: np.ndarray
-) -> dict[str, Fired]:
-    fired: dict[str, Fired] = {}
-    for name, selection in policy.detect.items():
-        # float64, as evidence is: NumPy would round the threshold to the trace's own float32.
-        trace = np.where(looked, traces[name].astype(np.float64), -np.inf)
-        at = int(trace.argmax()) if len(trace) else 0
-        if looked.any():
-            count = int((trace > selection.above).sum())
-            other = fired.get(selection.feature)
-            if other is None or count > other.count:  # of two thresholds, the lower one counts
-                fired[selection.feature] = Fired(count, float(trace[at]), at)
-    return fired
-
-
 def strongest(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """Return the acting verdicts of the strongest action; more than one is a tie."""
-    order = {"log": 0, "flag": 1, "clamp": 2, "stop": 3}
     acting = [v for v in verdicts if v.acted is not None]
-    top = max((order[v.acted] for v in acting if v.acted), default=-1)
-    return [v for v in acting if v.acted and order[v.acted] == top]
+    top = max((ACTIONS.index(v.acted) for v in acting if v.acted), default=-1)
+    return [v for v in acting if v.acted and ACTIONS.index(v.acted) == top]
+
+
+def judge_text(
+    rules: Rules, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+) -> list[Verdict]:
+    """Judge one text by every policy of the rules; arguments as for `judge_all`."""
+    state, block = _block(rules, shares, evaluable, prompt_tokens)
+    if len(shares):
+        advance(rules, state, np.zeros(1, np.int64), block)
+    return verdicts_of(rules, state, 0, len(shares))
+
+
+def _block(
+    rules: Rules, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+) -> tuple[State, Tokens]:
+    state = make_state(rules, 1)
+    state.prompt[0] = prompt_tokens
+    state.enforced[0] = [p.mode == "enforce" for p in rules.policies]
+    state.acted[0] = True  # as serving would, where a clamp policy matches
+    finite = np.isfinite(shares).all(axis=1)
+    position = np.arange(len(shares))
+    return state, Tokens(position[None], shares[None], evaluable[None], finite[None])

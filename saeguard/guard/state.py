@@ -7,17 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from saeguard.guard.watchlist import WatchList
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The selections of all policies in one row: whose, of which feature, above what."""
-
-    policy: np.ndarray
-    feature: np.ndarray
-    above: np.ndarray
-    name: tuple[str, ...]
+from saeguard.guard.columns import Rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +21,7 @@ class State:
     counts: np.ndarray
     """[slots, prompt or output, evaluated or why not] tokens."""
     score: np.ndarray
-    """[slots, P] highest window score."""
+    """[slots, P] highest score."""
     first: np.ndarray
     """[slots, P] position of the first match, -1 before it."""
     matched: np.ndarray
@@ -42,8 +32,16 @@ class State:
     """[slots, P] bool: a clamp edited a row."""
     enforced: np.ndarray
     """[slots, P] bool."""
+    sampled: np.ndarray
+    """[slots, P] bool: the policy looks at this request."""
     ring: np.ndarray
-    """[slots, longest window, P] evidence by `position % longest window`."""
+    """[slots, longest window, windowed] evidence by `position % longest window`."""
+    best: np.ndarray
+    """[slots, largest k, counted] the highest evidence so far."""
+    past: np.ndarray
+    """[slots, longest, aggregates of a window] shares by `position % longest`."""
+    level: np.ndarray
+    """[slots, other aggregates] averages and maxima so far."""
     fired: np.ndarray
     """[slots, Q] tokens above the selection's threshold."""
     peak: np.ndarray
@@ -55,29 +53,28 @@ class State:
     whole_from: np.ndarray
     """[slots] the position from which on no row is missing before `noted`."""
     recent: np.ndarray
-    """[slots, block, columns] activations of the block under way, by `position % block`."""
+    """[slots, 2 blocks, columns] activations of the block under way, by `position % (2 * block)`:
+    a few passes are noted at once, and the block before may have been completed by them."""
     recent_watched: np.ndarray
-    """[slots, block] bool."""
+    """[slots, 2 blocks] bool."""
 
 
-def make_state(
-    slots: int, *, policies: int, terms: int, longest: int, block: int, columns: int
-) -> State:
+def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) -> State:
     """Return the state of `slots` requests of which nothing was seen.
 
     Args:
+        rules: the compiled policies.
         slots: requests.
-        policies: P.
-        terms: Q.
-        longest: tokens of the longest window.
         block: tokens of a block of the prefix cache, 0 where there is none.
         columns: watched rows.
     """
+    policies, terms, over = len(rules.policies), len(rules.terms.trace), rules.aggregates
+    windowed = max((which.stop for *_, which in over.windows), default=0)
 
     def full(value: Any, *shape: int, dtype: Any = np.int64) -> np.ndarray:
         return np.full((slots, *shape), value, dtype)
 
-    return State(
+    state = State(
         next=full(0),
         prompt=full(0),
         counts=full(0, 2, 5),
@@ -87,15 +84,27 @@ def make_state(
         on_until=full(-1, policies),
         acted=full(False, policies, dtype=bool),
         enforced=full(False, policies, dtype=bool),
-        ring=full(-np.inf, longest if longest > 1 else 0, policies, dtype=np.float64),
+        sampled=full(True, policies, dtype=bool),
+        ring=full(-np.inf, rules.windowed.longest, len(rules.windowed.policy), dtype=np.float64),
+        best=full(
+            -np.inf,
+            int(rules.counted.k.max(initial=0)),
+            len(rules.counted.policy),
+            dtype=np.float64,
+        ),
+        past=full(0.0, over.longest, windowed, dtype=np.float64),
+        level=full(0.0, len(over.feature) - windowed, dtype=np.float64),
         fired=full(0, terms),
-        peak=full(-np.inf, terms, dtype=np.float32),
+        peak=full(-np.inf, terms, dtype=np.float64),
         peak_at=full(-1, terms),
         noted=full(0),
         whole_from=full(0),
-        recent=full(0.0, block, columns, dtype=np.float32),
-        recent_watched=full(False, block, dtype=bool),
+        recent=full(0.0, 2 * block, columns, dtype=np.float32),
+        recent_watched=full(False, 2 * block, dtype=bool),
     )
+    state.past[:] = over.missing[:windowed]
+    state.level[:] = over.missing[windowed:]
+    return state
 
 
 def write_slot(state: State, slot: int, other: State, at: int = 0) -> None:
@@ -113,24 +122,4 @@ def grown(state: State, more: State) -> State:
     """Return the slots of both."""
     return State(
         *(np.concatenate([getattr(s, f.name) for s in (state, more)]) for f in fields(State))
-    )
-
-
-def make_terms(watchlist: WatchList) -> Terms:
-    """Return the selections of all policies in one row."""
-    rows = [
-        (
-            i,
-            watchlist.selection_feature[j],
-            watchlist.selection_above[j],
-            policy.detect[name].feature,
-        )
-        for i, (policy, names) in enumerate(
-            zip(watchlist.policies, watchlist.policy_selections, strict=True)
-        )
-        for name, j in names.items()
-    ]
-    policy, feature, above, name = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return Terms(
-        np.array(policy, np.intp), np.array(feature, np.intp), np.array(above, np.float64), name
     )

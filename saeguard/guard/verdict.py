@@ -12,7 +12,14 @@ Outcome: TypeAlias = Literal["match", "no_match", "error", "not_evaluated"]
 """Never folded into one another. `no_match` speaks of the tokens that coverage counts."""
 
 Reason: TypeAlias = Literal[
-    "not_forwarded", "prefix_cached", "special_token", "shed", "aborted", "error", "untracked"
+    "not_forwarded",
+    "prefix_cached",
+    "special_token",
+    "not_sampled",
+    "shed",
+    "aborted",
+    "error",
+    "untracked",
 ]
 """Why a token was not evaluated; a closed list."""
 

@@ -1,19 +1,20 @@
-"""What the loaded policies compile to: encoder rows, feature columns, selections, windows."""
+"""What the loaded policies compile to: encoder rows, feature columns, rules, clamps."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
-from saeguard.guard.evidence import evidence
-from saeguard.policy.types import Policy
+from saeguard.guard.columns import Rules, RulesError, compile_rules
+from saeguard.policy.types import Clamp, Policy
 from saeguard.sae import SaeError, inspect, read_decoder_rows, read_rows
 
 RowKey: TypeAlias = tuple[str, int | str]
@@ -42,7 +43,10 @@ class Hook:
 
 @dataclass(frozen=True, slots=True)
 class ClampRows:
-    """The decoder rows that one layer's clamp policies write, `delta = (target - f) @ W_dec`."""
+    """What one layer's clamp policies edit: `f` becomes `min(scale * f + target, cap)`.
+
+    The residual changes by the difference times `W_dec`, and by nothing else.
+    """
 
     layer: int
     policies: tuple[int, ...]
@@ -55,6 +59,46 @@ class ClampRows:
     """[clamped] float32."""
     W_dec: torch.Tensor
     """[clamped, d_in] float32."""
+    scale: torch.Tensor | None = None
+    """[clamped] float32; None: 0."""
+    cap: torch.Tensor | None = None
+    """[clamped] float32; None: infinite."""
+
+    def to(self, device: torch.device) -> ClampRows:
+        """Return the same on a device."""
+        moved = [None if t is None else t.to(device) for t in (self.scale, self.cap)]
+        return replace(
+            self,
+            target=self.target.to(device),
+            W_dec=self.W_dec.to(device),
+            scale=moved[0],
+            cap=moved[1],
+        )
+
+    def edited(self, f: torch.Tensor) -> torch.Tensor:
+        """Return what becomes of the activations [tokens, clamped]."""
+        out = self.target.expand_as(f) if self.scale is None else self.scale * f + self.target
+        return out if self.cap is None else torch.minimum(out, self.cap)
+
+
+Mix: TypeAlias = tuple[tuple[Any, Any], ...]
+"""How latents make features: (column, weight) of the first latent of each feature, of the second
+of each that has one, and so on; features come in the order of falling numbers of latents."""
+
+
+def shares_of(mix: Mix, low: Any, span: Any, f: Any) -> Any:
+    """Return feature shares [tokens, features] for watched activations `f` [tokens, columns].
+
+    NumPy arrays or torch tensors, added up in the same order, so that both agree to the last bit.
+    """
+    value = None
+    for column, weight in mix:
+        part = f[:, column] * weight
+        if value is None:
+            value = part
+        else:
+            value[:, : len(column)] += part
+    return (value - low) / span
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +110,12 @@ class WatchList:
     clamps: tuple[ClampRows, ...]
     features: tuple[str, ...]
     """`set/feature` of each feature column."""
-    mix: np.ndarray
-    """[columns, features] float32: shares of the latents in each feature."""
+    mix: Mix
     low: np.ndarray
     """[features] float32."""
     span: np.ndarray
     """[features] float32, `high - low`."""
-    selection_feature: np.ndarray
-    """[selections] feature column of each distinct selection."""
-    selection_above: np.ndarray
-    """[selections] float64."""
-    policy_selections: tuple[Mapping[str, int], ...]
-    """Per policy: name of a selection -> its index among the distinct ones."""
+    rules: Rules
     exclude_tokens: tuple[int, ...]
     models: tuple[ModelRef, ...]
     """The models that the feature sets hold for."""
@@ -91,24 +129,13 @@ class WatchList:
 
     def shares(self, activations: np.ndarray) -> np.ndarray:
         """Return feature shares [tokens, features] for watched activations [tokens, columns]."""
-        shares: np.ndarray = (activations @ self.mix - self.low) / self.span
+        shares: np.ndarray = shares_of(self.mix, self.low, self.span, activations)
         return shares
-
-    def evidence(self, shares: np.ndarray) -> np.ndarray:
-        """Return evidence [tokens, policies] float64 for shares [tokens, features]."""
-        ratio = shares[:, self.selection_feature].astype(np.float64) / self.selection_above
-        out = np.empty((shares.shape[0], len(self.policies)), np.float64)
-        for i, (policy, names) in enumerate(
-            zip(self.policies, self.policy_selections, strict=True)
-        ):
-            columns = {name: ratio[:, j] for name, j in names.items()}
-            out[:, i] = evidence(policy.condition, columns, np)
-        return out
 
     def nbytes(self) -> int:
         """Return the bytes of weights held by the watch list."""
         tensors = [t for h in self.hooks for t in (h.W, h.b, h.theta)]
-        tensors += [t for c in self.clamps for t in (c.target, c.W_dec)]
+        tensors += [t for c in self.clamps for t in (c.target, c.W_dec, c.scale, c.cap) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -127,11 +154,10 @@ def build_watchlist(
             enforced ones can ever clamp, so only theirs cost anything inside the forward.
 
     Raises:
-        WatchListError: a feature set or feature is missing, an action is not supported, two
-            policies clamp one latent to different values, or a checkpoint does not fit.
+        WatchListError: a feature set or feature is missing, two policies clamp one latent, the
+            policies are too many, or a checkpoint does not fit.
     """
     policies = tuple(sorted(policies, key=lambda p: (p.id, p.mode)))
-    _refuse_unsupported(policies)
     used: dict[str, tuple[FeatureSet, Feature]] = {}
     for policy in policies:
         for name in _features_of(policy):
@@ -151,32 +177,24 @@ def build_watchlist(
         column |= {key: len(column) + i for i, key in enumerate(by_layer[layer])}
         hooks.append(hook)
 
-    names = tuple(used)
+    used = dict(sorted(used.items(), key=lambda item: -_latents(item[1][1])))
     low = np.array([f.low for _, f in used.values()], np.float32)
     high = np.array([f.high for _, f in used.values()], np.float32)
 
-    selections: dict[tuple[int, float], int] = {}
-    policy_selections = tuple(
-        {
-            name: selections.setdefault(
-                (names.index(f"{policy.feature_set}/{s.feature}"), s.above), len(selections)
-            )
-            for name, s in policy.detect.items()
-        }
-        for policy in policies
-    )
+    try:
+        rules = compile_rules(policies, {name: i for i, name in enumerate(used)})
+    except RulesError as error:
+        raise WatchListError(str(error)) from error
     sets = {policy.feature_set: feature_sets[policy.feature_set] for policy in policies}
     return WatchList(
         policies=policies,
         hooks=tuple(hooks),
         clamps=_clamps(policies, feature_sets, hooks, column, may_enforce),
-        features=names,
+        features=tuple(used),
         mix=_mix(used, column),
         low=low,
         span=high - low,
-        selection_feature=np.array([f for f, _ in selections], np.intp),
-        selection_above=np.array([above for _, above in selections], np.float64),
-        policy_selections=policy_selections,
+        rules=rules,
         exclude_tokens=tuple(sorted({t for s in sets.values() for t in s.exclude_tokens})),
         models=tuple(dict.fromkeys(s.model for s in sets.values())),
         digest=_digest(
@@ -186,25 +204,26 @@ def build_watchlist(
     )
 
 
-def _refuse_unsupported(policies: Sequence[Policy]) -> None:
-    for policy in policies:
-        if policy.exceptions:
-            raise WatchListError(
-                f"{policy.path}: exceptions are not supported yet by this version, which does not "
-                "know tenants; remove them, or keep the policy out of this server"
-            )
+def _latents(feature: Feature) -> int:
+    return len(feature.detect) + (feature.probe is not None)
 
 
 def _mix(
     used: Mapping[str, tuple[FeatureSet, Feature]], column: Mapping[RowKey, int]
-) -> np.ndarray:
-    mix = np.zeros((len(column), len(used)), np.float32)
-    for j, (name, (_, feature)) in enumerate(used.items()):
+) -> Mix:
+    """Return how latents make the features, which come with those of most latents first."""
+    parts: list[list[tuple[int, float]]] = []
+    for name, (_, feature) in used.items():
+        terms = [(column[_set_of(name), t.latent], t.weight) for t in feature.detect]
         if feature.probe is not None:
-            mix[column[_set_of(name), _probe_key(feature.probe)], j] = 1.0
-        for term in feature.detect:
-            mix[column[_set_of(name), term.latent], j] = term.weight
-    return mix
+            terms.append((column[_set_of(name), _probe_key(feature.probe)], 1.0))
+        parts.append(terms or [(0, 0.0)])
+    most = max(map(len, parts), default=0)
+    return tuple(
+        (np.array([c for c, _ in row], np.intp), np.array([w for _, w in row], np.float32))
+        for j in range(most)
+        for row in [[terms[j] for terms in parts if len(terms) > j]]
+    )
 
 
 def _features_of(policy: Policy) -> list[str]:
@@ -301,7 +320,7 @@ def _clamps(
             and (p.mode == "enforce" or p.id in may_enforce)
             and feature_sets[p.feature_set].sae.layer == hook.layer
         ]
-        target: dict[tuple[str, int], tuple[int, float]] = {}
+        target: dict[tuple[str, int], tuple[int, float, float, float]] = {}
         for local, i in enumerate(owners):
             policy = policies[i]
             features = feature_sets[policy.feature_set]
@@ -313,10 +332,9 @@ def _clamps(
                         f"{policy.path}: clamp: feature {name!r} of {features.path} names no "
                         "clamp latents"
                     )
-                value = feature.low + policy.clamp.to * (feature.high - feature.low)
                 for term in feature.clamp:
                     key = (policy.feature_set, term.latent)
-                    wanted = (local, term.weight * value)
+                    wanted = (local, *_edit(policy, policy.clamp, feature, term.weight))
                     if target.setdefault(key, wanted) != wanted:
                         raise WatchListError(
                             f"{policy.path}: clamp: latent {term.latent} of {features.id} is "
@@ -341,12 +359,34 @@ def _clamps(
                 layer=hook.layer,
                 policies=tuple(owners),
                 columns=tuple(column[key] - hook.first_column for key in target),
-                owner=tuple(local for local, _ in target.values()),
-                target=torch.tensor([value for _, value in target.values()]),
+                owner=tuple(local for local, *_ in target.values()),
+                target=torch.tensor([shift for _, _, shift, _ in target.values()]),
                 W_dec=torch.stack([decoder[key] for key in target]),
+                scale=torch.tensor([scale for _, scale, _, _ in target.values()]),
+                cap=torch.tensor([cap for *_, cap in target.values()]),
             )
         )
     return tuple(clamps)
+
+
+def _edit(
+    policy: Policy, clamp: Clamp, feature: Feature, weight: float
+) -> tuple[float, float, float]:
+    """Return scale, shift and cap of a latent that is `weight` of a clamped feature."""
+    share = weight * (feature.low + clamp.amount * (feature.high - feature.low))
+    if clamp.how == "at_most" and weight < 0:
+        raise WatchListError(
+            f"{policy.path}: clamp: at_most would raise a latent of {feature.id!r} whose weight "
+            "is negative; use another edit, or leave that latent out of the feature's clamp"
+        )
+    edits = {
+        "to": (0.0, share, math.inf),
+        "activation": (0.0, weight * clamp.amount, math.inf),
+        "scale": (clamp.amount, 0.0, math.inf),
+        "ablate": (0.0, 0.0, math.inf),
+        "at_most": (1.0, 0.0, share),
+    }
+    return edits[clamp.how]
 
 
 def _digest(parts: Sequence[str]) -> str:

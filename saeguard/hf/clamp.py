@@ -1,7 +1,7 @@
 """Clamp a Hugging Face model: the plain reference for what the engine does inside its forward.
 
-From the first match of a policy on, each clamped latent is set to its target,
-`x' = x + sum_j (target_j - f_j) * W_dec[j]`, which keeps the part of `x` that the SAE does not
+Where a policy asks for it, each clamped latent is set to what it is to be,
+`x' = x + sum_j (edited_j - f_j) * W_dec[j]`, which keeps the part of `x` that the SAE does not
 explain (Templeton et al. 2024, "Scaling Monosemanticity").
 """
 
@@ -13,8 +13,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
-from saeguard.guard.rules import in_scope, window_score
-from saeguard.guard.verdict import THRESHOLD
+from saeguard.guard.rules import clamped_tokens
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.record import on_output
@@ -56,25 +55,22 @@ def _change(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     hook = next(h for h in watchlist.hooks if h.layer == rows.layer)
     columns = slice(hook.first_column, hook.first_column + hook.W.shape[0])
-    position = np.arange(len(tokens))
     evaluable = ~np.isin(np.array(tokens), np.array(watchlist.exclude_tokens, np.int64))
 
     def change(x: torch.Tensor) -> torch.Tensor:
         f = hook_activations(hook, x[0])
         watched = np.zeros((len(tokens), watchlist.columns), np.float32)
         watched[:, columns] = f.numpy()
-        e = watchlist.evidence(watchlist.shares(watched))
+        shares = watchlist.shares(watched)
         acted = np.zeros((len(tokens), len(rows.policies)), bool)
         for local, i in enumerate(rows.policies):
-            policy = watchlist.policies[i]
-            looked = evaluable & in_scope(policy, position, prompt_tokens)
-            scores = window_score(
-                np.where(looked, e[:, i], -np.inf), policy.window.k, policy.window.n
-            )
-            if policy.mode == "enforce":
-                acted[:, local] = np.logical_or.accumulate(scores > THRESHOLD)
+            if watchlist.policies[i].mode == "enforce":
+                acted[:, local] = clamped_tokens(
+                    watchlist.rules, i, shares, evaluable, prompt_tokens
+                )
         on = torch.from_numpy(acted)[:, list(rows.owner)]
-        delta = torch.where(on, rows.target - f[:, list(rows.columns)], 0.0) @ rows.W_dec
+        mine = f[:, list(rows.columns)]
+        delta = torch.where(on, rows.edited(mine) - mine, 0.0) @ rows.W_dec
         return x + delta
 
     return change

@@ -1,11 +1,13 @@
-"""Conditions: `shell and untrusted`, `2 of (a, b, c)`, `not quoted`.
+"""Conditions: `shell and untrusted`, `2 of (a, b, c)`, `5 points of (3 for a, 2 for b)`.
 
 Grammar, where `and` and `or` never stand beside each other without parentheses:
 
     condition = term ("and" term)* | term ("or" term)*
-    term      = "not" term | "(" condition ")" | count "of" "(" list ")" | name
+    term      = "not" term | "(" condition ")" | name
+              | count "of" "(" condition ("," condition)* ")"
+              | number "points" "of" "(" given ("," given)* ")"
     count     = number | "any" | "all"
-    list      = condition ("," condition)*
+    given     = number "for" term
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from saeguard.policy.errors import Code, did_you_mean, show
-from saeguard.policy.types import And, Expr, KOf, Name, Not, Or
+from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Points
 
 MAX_TOKENS = 200
 MAX_NESTING = 12
 MAX_ENUMERATED = 10
+MAX_POINTS = 100
 
 NAME = r"[a-z][a-z0-9_]*"
-RESERVED = frozenset({"and", "or", "not", "of", "any", "all"})
+RESERVED = frozenset({"and", "or", "not", "of", "any", "all", "points", "for"})
 _TOKEN = re.compile(r"[A-Za-z0-9_]+|[(),]|\S")
 
 
@@ -79,6 +82,8 @@ def holds(expr: Expr, selections: Collection[str]) -> bool:
             return any(holds(term, selections) for term in terms)
         case KOf(k, terms):
             return sum(holds(term, selections) for term in terms) >= k
+        case Points(k, given):
+            return sum(points for points, term in given if holds(term, selections)) >= k
 
 
 def never_holds(condition: Condition) -> bool:
@@ -107,6 +112,9 @@ def terms_of(expr: Expr) -> Iterator[Expr]:
             yield from terms_of(term)
         case And(terms) | Or(terms) | KOf(_, terms):
             for term in terms:
+                yield from terms_of(term)
+        case Points(_, given):
+            for _points, term in given:
                 yield from terms_of(term)
 
 
@@ -173,6 +181,9 @@ class _Parser:
         return Name(word)
 
     def count(self, word: str, offset: int, depth: int) -> Expr:
+        if self.peek() == "points" and word not in {"any", "all"}:
+            self.take()
+            return self.points(word, offset, depth)
         self.expect("of", f'"of", as in {show(word + " of (a, b)")}')
         self.expect("(", f'"(", as in {show(word + " of (a, b)")}')
         terms: list[Expr] = []
@@ -195,3 +206,32 @@ class _Parser:
             message = f"found {word} of {len(terms)}; write a number from 1 to {len(terms)}"
             raise ConditionError("condition-count", message, offset)
         return KOf(k, tuple(terms))
+
+    def points(self, word: str, offset: int, depth: int) -> Expr:
+        example = show(f"{word} points of (3 for a, 2 for b)")
+        self.expect("of", f'"of", as in {example}')
+        self.expect("(", f'"(", as in {example}')
+        given: list[tuple[int, Expr]] = []
+        while not given or self.peek() == ",":
+            if given:
+                self.take()
+            number, at = self.take()
+            if not (number.isascii() and number.isdecimal()):
+                raise self.unexpected(number, at, f"a number of points, as in {example}")
+            if not 1 <= int(number[:9]) <= MAX_POINTS:
+                message = f"found {number} points; write a number from 1 to {MAX_POINTS}"
+                raise ConditionError("condition-count", message, at)
+            self.expect("for", f'"for", as in {example}')
+            term_offset = self.tokens[self.at][1]
+            term = self.term(depth + 1)
+            if term in [other for _, other in given]:
+                message = "this is in the list already; give it its points once"
+                raise ConditionError("condition-count", message, term_offset)
+            given.append((int(number), term))
+        self.expect(")", '"," or ")"')
+        total = sum(points for points, _ in given)
+        k = int(word[:9])
+        if not 1 <= k <= total:
+            message = f"found {word} of {total} points; write a number from 1 to {total}"
+            raise ConditionError("condition-count", message, offset)
+        return Points(k, tuple(given))

@@ -61,6 +61,8 @@ Code: TypeAlias = Literal[
     "on-error-missing",
     "clamp-missing",
     "clamp-unused",
+    "clamp-edit",
+    "message-unused",
     "duplicate-id",
     "duplicate-name",
     "exception-expired",

@@ -6,14 +6,14 @@ import hashlib
 import json
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from saeguard.policy.errors import PolicyError, PolicyErrors
 from saeguard.policy.files import find_files, is_test, read_bytes
-from saeguard.policy.schema import PolicyFile
+from saeguard.policy.schema import ClampSection, PolicyFile
 from saeguard.policy.sense import sense
 from saeguard.policy.shape import shape
-from saeguard.policy.types import Clamp, Exception_, Policy, Selection
+from saeguard.policy.types import Clamp, Edit, Exception_, Policy, Selection
 from saeguard.policy.yamlmarks import Document, read_document
 
 
@@ -71,7 +71,6 @@ def read_policy(path: Path) -> tuple[Policy | None, list[PolicyError]]:
         return None, list(document.errors)
     content, misshapen = shape(PolicyFile, document)
     condition, senseless = sense(document)
-    clamp = content.clamp if content else None
     wrong_already = {(error.line, error.column) for error in document.errors}
     follow = [e for e in (*misshapen, *senseless) if (e.line, e.column) not in wrong_already]
     errors = sorted([*document.errors, *follow], key=lambda error: (error.line, error.column))
@@ -91,18 +90,27 @@ def read_policy(path: Path) -> tuple[Policy | None, list[PolicyError]]:
         rationale=content.rationale,
         falsepositives=tuple(content.falsepositives),
         review_by=content.review_by,
-        detect={name: Selection(s.feature, s.above) for name, s in content.detect.items()},
+        detect={name: Selection(s.feature, s.above, s.over) for name, s in content.detect.items()},
         condition=condition.expr,
         window=content.for_,
         keep=content.keep,
-        clamp=Clamp(tuple(clamp.features), clamp.to) if clamp else None,
+        clamp=_clamp(content.clamp) if content.clamp else None,
         exceptions=tuple(
             Exception_(e.id, e.reason, e.owner, e.expires, e.tenant) for e in content.exceptions
         ),
         path=path,
         digest=digest(document.data),
+        sample=content.sample,
+        message=content.message,
     )
     return policy, []
+
+
+def _clamp(section: ClampSection) -> Clamp:
+    edits: tuple[Edit, ...] = get_args(Edit)
+    how = next(edit for edit in edits if getattr(section, edit) is not None)
+    amount = 0.0 if how == "ablate" else float(getattr(section, how))
+    return Clamp(tuple(section.features), amount, how, section.when)
 
 
 def locate(policy: Policy) -> Document:

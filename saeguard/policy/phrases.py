@@ -1,32 +1,79 @@
-"""The short phrases of a policy: `for: 3 of 8 tokens` and `keep: 16 tokens`."""
+"""The short phrases of a policy.
+
+`for: 3 of 8 tokens`, `for: 20 tokens in the request`, `keep: 16 tokens`, `sample: 10%`, and of a
+selection `over: mean of 16 tokens`, `over: average with half-life 8 tokens`.
+"""
 
 from __future__ import annotations
 
 import re
 
-from saeguard.policy.types import Window
+from saeguard.policy.types import Aggregate, Over, Window
 
 MAX_WINDOW = 64
 MAX_KEEP = 4096
 
-WINDOW = r"[1-9][0-9]? of [1-9][0-9]? tokens?"
+WINDOW = r"[1-9][0-9]?( of [1-9][0-9]? tokens?| tokens? in the request)"
+OVER = (
+    r"((mean|max) of [1-9][0-9]? tokens?|average with half-life [1-9][0-9]? tokens?"
+    r"|max of the request)"
+)
+SAMPLE = r"(100|[1-9]?[0-9])(\.[0-9]{1,4})?%"
 KEEP = r"(0|[1-9][0-9]{0,3})( tokens?)?"
 
 
 def window(text: str) -> Window:
-    """Read `k of n tokens`.
+    """Read `k of n tokens`, or `k tokens in the request`.
 
     Raises:
         ValueError: says what is allowed.
     """
     if not re.fullmatch(WINDOW, text):
-        raise ValueError('write it as "3 of 8 tokens"')
-    k, n = map(int, re.findall("[0-9]+", text))
-    if n > MAX_WINDOW:
-        raise ValueError(f"a window has at most {MAX_WINDOW} tokens, this one has {n}")
+        raise ValueError('write it as "3 of 8 tokens" or "20 tokens in the request"')
+    k, *rest = map(int, re.findall("[0-9]+", text))
+    n = rest[0] if rest else None
+    _at_most_a_window(n or k)
+    if n is None:
+        return Window(k, None)
     if k > n:
         raise ValueError(f"{k} of {n} can never be reached; the first number is the smaller one")
     return Window(k, n)
+
+
+def over(text: str) -> Over:
+    """Read `mean of 16 tokens` and its like.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    if not re.fullmatch(OVER, text):
+        raise ValueError(
+            'write "mean of 16 tokens", "max of 16 tokens", "average with half-life 8 tokens" or '
+            '"max of the request"'
+        )
+    numbers = re.findall("[0-9]+", text)
+    if not numbers:
+        return Over("peak")
+    n = int(numbers[0])
+    _at_most_a_window(n)
+    kinds: dict[str, Aggregate] = {"mean": "mean", "max": "max", "average": "average"}
+    return Over(kinds[text.split(" ", 1)[0]], n)
+
+
+def sample(text: str) -> float:
+    """Read `10%` as a share of requests.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    if not re.fullmatch(SAMPLE, text) or not 0 < float(text[:-1]) <= 100:
+        raise ValueError('write a percentage above 0% and up to 100%, such as "10%" or "0.5%"')
+    return float(text[:-1]) / 100
+
+
+def _at_most_a_window(n: int) -> None:
+    if n > MAX_WINDOW:
+        raise ValueError(f"at most {MAX_WINDOW} tokens can be asked for here, this is {n}")
 
 
 def keep(value: str | int) -> int:

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from saeguard.policy import condition, phrases
-from saeguard.policy.types import Action, Mode, OnError, Scope, Severity, Uncached, Window
+from saeguard.policy.types import (
+    Action,
+    Mode,
+    OnError,
+    Over,
+    Scope,
+    Severity,
+    Uncached,
+    When,
+    Window,
+)
 
 POLICY_ID = r"^[a-z0-9]+([.-][a-z0-9]+)*$"
 SELECTION = rf"^{condition.NAME}$"
@@ -33,18 +51,23 @@ SelectionName = Annotated[str, StringConstraints(pattern=SELECTION, max_length=6
 FeatureName = Annotated[str, StringConstraints(pattern=FEATURE, max_length=100)]
 
 
-def _window(value: Any) -> Window:
-    try:
-        return phrases.window(str(value))
-    except ValueError as error:
-        raise PydanticCustomError("bad-phrase", "{reason}", {"reason": str(error)}) from None
+T = TypeVar("T")
 
 
-def _keep(value: Any) -> int:
-    try:
-        return phrases.keep(value)
-    except ValueError as error:
-        raise PydanticCustomError("bad-phrase", "{reason}", {"reason": str(error)}) from None
+def _phrase(read: Callable[[str], T]) -> PlainValidator:
+    """Return a validator that reads a phrase, and says what is allowed where it is none."""
+
+    def validate(value: Any) -> T:
+        try:
+            return read(str(value))
+        except ValueError as error:
+            raise PydanticCustomError("bad-phrase", "{reason}", {"reason": str(error)}) from None
+
+    return PlainValidator(validate)
+
+
+def _text(pattern: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": f"^{pattern}$"})
 
 
 class Section(BaseModel):
@@ -63,6 +86,11 @@ class SelectionSection(Section):
         description="Holds where the feature's share of its calibrated range is above this; a "
         "share that equals it does not hold. 0 is quiet, 1 is as strong as in calibration.",
     )
+    over: Annotated[Over, _phrase(phrases.over), _text(phrases.OVER)] = Field(
+        default=Over(),
+        description="What is compared in place of the token's own share: mean of 16 tokens, max "
+        "of 16 tokens, average with half-life 8 tokens, max of the request.",
+    )
 
 
 class ClampSection(Section):
@@ -71,8 +99,32 @@ class ClampSection(Section):
     features: list[FeatureName] = Field(
         min_length=1, max_length=32, description="Features whose clamp latents are set."
     )
-    to: float = Field(
-        ge=-10, le=10, description="The share of the calibrated range they are set to."
+    to: float | None = Field(
+        default=None, ge=-10, le=10, description="The share of the calibrated range they are set to."
+    )
+    activation: float | None = Field(
+        default=None,
+        ge=-1e6,
+        le=1e6,
+        description="The activation they are set to, in the SAE's own unit.",
+    )
+    scale: float | None = Field(
+        default=None, ge=-10, le=10, description="The factor they are multiplied with."
+    )
+    ablate: Literal[True] | None = Field(
+        default=None, description="true: their activation is set to nothing."
+    )
+    at_most: float | None = Field(
+        default=None,
+        ge=-10,
+        le=10,
+        description="The share of the calibrated range that they are cut down to; what lies below "
+        "stays.",
+    )
+    when: When = Field(
+        default="rest",
+        description="rest: from the first match to the end of the request. matched: while the "
+        "policy is on, see keep. always: at every token of the scope, match or not.",
     )
 
 
@@ -114,6 +166,11 @@ class PolicyFile(Section):
         description="What happens to prompt tokens whose KV is cached but which the guard has not "
         "seen, such as KV that came from elsewhere: count them as not evaluated, or recompute.",
     )
+    sample: Annotated[float, _phrase(phrases.sample), _text(phrases.SAMPLE)] = Field(
+        default=1.0,
+        description="The share of requests that are looked at, chosen by a hash of policy and "
+        "request: 10%. The others are not evaluated, and say so. Default: 100%.",
+    )
     feature_set: Annotated[str, StringConstraints(pattern=FEATURE_SET, max_length=200)] = Field(
         description="The feature set that the features come from, by its path without .yaml."
     )
@@ -129,21 +186,21 @@ class PolicyFile(Section):
     )
     condition: Annotated[str, StringConstraints(min_length=1, max_length=2000)] = Field(
         description="Selections joined by and, or, not, parentheses, `2 of (a, b, c)`, "
-        "`any of (...)` and `all of (...)`; judged at each token."
+        "`any of (...)`, `all of (...)` and `5 points of (3 for a, 2 for b)`; judged at each token."
     )
     for_: Annotated[
         Window,
-        PlainValidator(_window),
-        WithJsonSchema({"type": "string", "pattern": f"^{phrases.WINDOW}$"}),
+        _phrase(phrases.window),
+        _text(phrases.WINDOW),
     ] = Field(
         default=Window(),
         alias="for",
-        description="How many of the last tokens the condition has to hold at: 3 of 8 tokens. "
-        "At most 64 tokens. Default: 1 of 1 tokens.",
+        description="How many of the last tokens the condition has to hold at: 3 of 8 tokens, or "
+        "of all so far: 20 tokens in the request. At most 64 tokens. Default: 1 of 1 tokens.",
     )
     keep: Annotated[
         int,
-        PlainValidator(_keep),
+        _phrase(phrases.keep),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -158,6 +215,10 @@ class PolicyFile(Section):
     )
     clamp: ClampSection | None = Field(
         default=None, description="What is clamped; with action: clamp, and only then."
+    )
+    message: ShortText | None = Field(
+        default=None,
+        description="What the client reads in place of the text, with action: stop, and only then.",
     )
     exceptions: list[ExceptionSection] = Field(
         default=[], max_length=100, description="Tenants for whom the action is waived for a time."
@@ -176,7 +237,10 @@ def without_null(properties: dict[str, Any]) -> None:
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of policy files, for editors."""
     schema = PolicyFile.model_json_schema(by_alias=True)
-    without_null(schema["properties"])
+    properties = schema["properties"]
+    without_null(properties)
+    for section in schema["$defs"].values():
+        without_null(section["properties"])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,

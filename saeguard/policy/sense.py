@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from saeguard.policy.condition import Condition, ConditionError, holds, never_holds, parse
 from saeguard.policy.errors import PolicyError, did_you_mean, show
+from saeguard.policy.types import Edit
 from saeguard.policy.yamlmarks import Document
 
 
@@ -44,6 +45,12 @@ def _actions(document: Document) -> Iterator[PolicyError]:
             'action is clamp, but the key "clamp" is missing; add clamp: {features: [...], to: 0}'
         )
         yield document.error("clamp-missing", message, ("action",))
+    if "message" in data and data.get("action") in ("log", "flag", "clamp"):
+        message = (
+            f"there is a message, but action is {data['action']}, which leaves the text alone; "
+            "write action: stop, or remove it"
+        )
+        yield document.error("message-unused", message, ("message",), at_key=True)
     if "clamp" in data and data.get("action") in ("log", "flag", "stop"):
         message = (
             f"there is a clamp, but action is {data['action']}; write action: clamp, or remove it"
@@ -59,10 +66,18 @@ def _exceptions(document: Document) -> Iterator[PolicyError]:
 
 
 def _clamped(document: Document) -> Iterator[PolicyError]:
-    features = _get(document.data.get("clamp"), "features")
+    clamp = document.data.get("clamp")
+    features = _get(clamp, "features")
     for i in _repeated(features if _is_list(features) else []):
         message = "this feature is in the list already; remove one of them"
         yield document.error("duplicate-name", message, ("clamp", "features", i))
+    written = [edit for edit in get_args(Edit) if isinstance(clamp, dict) and edit in clamp]
+    if isinstance(clamp, dict) and not written:
+        message = f"nothing says what becomes of the features; add one of {', '.join(get_args(Edit))}"
+        yield document.error("clamp-edit", message, ("clamp",), at_key=True)
+    for edit in written[1:]:
+        message = f"{show(written[0])} says already what becomes of the features; keep one of them"
+        yield document.error("clamp-edit", message, ("clamp", edit), at_key=True)
 
 
 def _selections(document: Document, condition: Condition) -> Iterator[PolicyError]:

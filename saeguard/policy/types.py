@@ -14,6 +14,9 @@ Action: TypeAlias = Literal["log", "flag", "clamp", "stop"]
 OnError: TypeAlias = Literal["allow", "stop"]
 Uncached: TypeAlias = Literal["count", "recompute"]
 Scope: TypeAlias = Literal["prompt", "output", "both"]
+Aggregate: TypeAlias = Literal["token", "mean", "max", "average", "peak"]
+Edit: TypeAlias = Literal["to", "activation", "scale", "ablate", "at_most"]
+When: TypeAlias = Literal["matched", "rest", "always"]
 
 ACTIONS: tuple[Action, ...] = ("log", "flag", "clamp", "stop")
 """Weakest first; the strongest matching action wins."""
@@ -55,7 +58,25 @@ class KOf:
     terms: tuple[Expr, ...]
 
 
-Expr: TypeAlias = Name | Not | And | Or | KOf
+@dataclass(frozen=True, slots=True)
+class Points:
+    """True where the points of the terms that are true add up to at least `k`."""
+
+    k: int
+    terms: tuple[tuple[int, Expr], ...]
+    """Points and what they are given for."""
+
+
+Expr: TypeAlias = Name | Not | And | Or | KOf | Points
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """What of a feature's shares is compared at a token: the token's own, or several tokens'."""
+
+    kind: Aggregate = "token"
+    """`mean` and `max` of the last `n` tokens, `average` with half-life `n`, `peak` so far."""
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +85,7 @@ class Selection:
 
     feature: str
     above: float
+    over: Over = Over()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +93,20 @@ class Window:
     """Match at a token when at least `k` of the last `n` token positions hold."""
 
     k: int = 1
-    n: int = 1
+    n: int | None = 1
+    """None: of all tokens of the request so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
-    """Set the clamp latents of `features` to share `to` of the calibrated range."""
+    """Edit the clamp latents of `features`."""
 
     features: tuple[str, ...]
-    to: float
+    amount: float
+    """A share of the calibrated range for `to` and `at_most`, an activation for `activation`,
+    a factor for `scale`; 0 for `ablate`."""
+    how: Edit = "to"
+    when: When = "rest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +148,7 @@ class Policy:
     path: Path
     digest: str
     """sha256 of the canonical content, so that comments and layout do not matter."""
+    sample: float = 1.0
+    """The share of requests that are looked at."""
+    message: str | None = None
+    """What a client reads in place of the text, where the policy stops a request."""

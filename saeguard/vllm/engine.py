@@ -186,9 +186,8 @@ class EngineGuard:
     def catch_up(self) -> None:
         """Judge the passes that wait."""
         waiting, self._waiting = self._waiting, []
-        for packet, valid, entering in waiting:
-            for hit in self.ledger.ingest(packet, valid, entering):
-                self._consider(hit)
+        for hit in self.ledger.ingest_all(waiting):
+            self._consider(hit)
 
     def _consider(self, hit: Hit) -> None:
         """Note that a request must stop, if the policy says so and is enforced for it."""
@@ -197,7 +196,7 @@ class EngineGuard:
             (hit.error or policy.action == "stop")
             and hit.request_id in self.requests
             and not hit.request_id.startswith(SELF_TEST)
-            and self.ledger.enforces(hit.request_id, hit.policy)
+            and self.ledger.acts(hit.request_id, hit.policy)
         ):
             stop = Stop(policy.id, hit.position + 1, hit.error)
             earlier = self.stopping.get(hit.request_id)

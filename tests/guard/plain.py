@@ -39,26 +39,17 @@ def judge(
     scope = [t for t in tokens if reference.in_scope(policy, t, prompt_tokens)]
     looked = [t for t in scope if status[t] == EVALUATED]
     seen = [t for t in tokens if status[t] not in NEVER_SEEN]
-    match, scores = [], []
-    for t in seen:
-        window = [u for u in looked if t - policy.window.n < u <= t]
-        if sum(reference.holds_at(policy, shares, u) for u in window) >= policy.window.k:
-            match.append(t)
-        if len(window) >= policy.window.k:
-            strengths = sorted(reference.strength_at(policy, shares, u) for u in window)
-            scores.append(strengths[-policy.window.k])
-    on = [t for t in seen if any(t - policy.keep <= u <= t for u in match)]
+    judged = reference.judge_where(policy, shares, looked, seen)
     skipped = Counter(status[t] for t in scope if status[t] != EVALUATED)
-    features = {}
+    features: dict[str, tuple[int, float, int]] = {}
     for s in policy.detect.values():
-        trace = shares[s.feature]
-        if looked:
-            at = max(looked, key=lambda t: (trace[t], -t))
-            lowest = min(
-                other.above for other in policy.detect.values() if other.feature == s.feature
-            )
-            features[s.feature] = (sum(trace[t] > lowest for t in looked), trace[at], at)
-    if match:
+        values = {u: reference.compared(s, shares, looked, u) for u in looked}
+        if values:
+            at = max(looked, key=lambda t: (values[t], -t))
+            count = sum(value > s.above for value in values.values())
+            if s.feature not in features or features[s.feature][0] < count:
+                features[s.feature] = (count, values[at], at)
+    if judged.match:
         outcome = "match"
     elif skipped["error"]:
         outcome = "error"
@@ -66,9 +57,9 @@ def judge(
         outcome = "no_match" if looked else "not_evaluated"
     return Said(
         outcome,
-        max(scores, default=None),
-        match[0] if match else None,
-        len(on),
+        judged.score,
+        judged.first_token,
+        judged.matched_tokens,
         features,
         len(scope),
         len(looked),
@@ -80,4 +71,4 @@ def same_score(one: float | None, other: float | None) -> bool:
     """Return whether two scores agree; a negation at its threshold is 1 and a hair above."""
     if one is None or other is None:
         return one is other
-    return math.isclose(one, other, rel_tol=1e-12)
+    return math.isclose(one, other, rel_tol=1e-12, abs_tol=1e-12)

@@ -56,25 +56,20 @@ def activations(residual: list[float]) -> list[float]:
     return [x if j % 2 == 0 or x > 0.5 else 0.0 for j, x in enumerate(residual)]
 
 
-def first_match(policy: Policy, text: list[list[float]], watched: list[bool], prompt: int) -> int:
-    """Return the position from which a policy clamps, the text's length if it does not."""
+def edited(
+    policy: Policy, text: list[list[float]], watched: list[bool], prompt: int
+) -> list[int]:
+    """Return the positions at which a policy clamps."""
     shares = {
         f"f{j}": [(f[j] - float(LOW[j])) / float(SPAN[j]) for f in map(activations, text)]
         for j in range(FEATURES)
     }
-    for t in range(len(text)):
-        window = range(max(0, t - policy.window.n + 1), t + 1)
-        held = [
-            u
-            for u in window
-            if watched[u]
-            and all(np.isfinite(text[u]))
-            and reference.in_scope(policy, u, prompt)
-            and reference.holds_at(policy, shares, u)
-        ]
-        if len(held) >= policy.window.k:
-            return t
-    return len(text)
+    looked = [
+        t
+        for t in range(len(text))
+        if watched[t] and all(np.isfinite(text[t])) and reference.in_scope(policy, t, prompt)
+    ]
+    return reference.edited(policy, shares, looked, len(text))
 
 
 # --- a watch list of clamps and a model's worker, in small --------------------------------------
@@ -89,6 +84,8 @@ class Request:
     enforced: list[bool]
     text: list[list[float]] = field(default_factory=list)
     watched: list[bool] = field(default_factory=list)
+    settled: int = 0
+    """Tokens before the first one of its last pass: no draft behind them is rejected any more."""
 
 
 def clamping_watchlist(policies: list[Policy]) -> WatchList:
@@ -104,6 +101,8 @@ def clamping_watchlist(policies: list[Policy]) -> WatchList:
         owner=tuple(owner),
         target=torch.tensor([0.5 * i for i in range(len(owner))]),
         W_dec=W_dec,
+        scale=torch.tensor([[0.0, 0.5, 1.0, -2.0][i % 4] for i in range(len(owner))]),
+        cap=torch.tensor([[torch.inf, 1.5, 0.25, 0.75][i % 4] for i in range(len(owner))]),
     )
     return make_watchlist(policies, [make_hook()], [rows])
 
@@ -156,7 +155,13 @@ def check(seed: int) -> None:
     """Run random requests through one tap in random passes; compare every row."""
     rng = seeded(seed)
     policies = [
-        random_policy(rng, f"p{i}", longest=6, clamp=Clamp((f"f{i}",), 0.0)) for i in range(3)
+        random_policy(
+            rng,
+            f"p{i}",
+            longest=6,
+            clamp=Clamp((f"f{i}",), 0.0, when=rng.choice(["rest", "matched", "always"])),
+        )
+        for i in range(3)
     ]
     watchlist = clamping_watchlist(policies)
     (tap,) = install_taps(watchlist, max_tokens=MAX_TOKENS, slots=4, device=CPU)
@@ -171,9 +176,11 @@ def check(seed: int) -> None:
         for request in rng.sample(list(requests.values()), rng.randint(1, 4)):
             done = len(request.text)
             # Rows are computed anew from 0 after preemption, or from the first rejected draft.
-            start = rng.choice([done, done, max(0, done - rng.randint(0, DRAFTS)), 0])
+            back = max(request.settled, done - rng.randint(0, DRAFTS))
+            start = rng.choice([done, done, back, 0])
             if start == 0 and done and rng.random() < 0.7:
                 start = done
+            request.settled = start + 1
             n = rng.choice([1, 1, rng.randint(1, 20)])
             rows = random_activations(rng, n).astype(float).tolist()
             if rng.random() < 0.1:
@@ -192,22 +199,24 @@ def compare(tap: Tap, watchlist: WatchList, batch: Any, x: torch.Tensor, y: torc
     at = 0
     for request, start, passed, _ in batch:
         text = request.text
-        since = [
-            first_match(p, text, request.watched, request.prompt) if on else len(text)
+        where = [
+            edited(p, text, request.watched, request.prompt) if on else []
             for p, on in zip(watchlist.policies, request.enforced, strict=True)
         ]
         for i in range(len(passed)):
             t = start + i
-            acts = [t >= first and bool(np.isfinite(text[t]).all()) for first in since]
+            acts = [t in edits and bool(np.isfinite(text[t]).all()) for edits in where]
             f = activations(text[t])
             assert torch.equal(tap.f[at], torch.tensor(f)) or not np.isfinite(text[t]).all()
-            assert acts == tap.clamp.acted[at].tolist(), (t, since)
+            assert acts == tap.clamp.acted[at].tolist(), (t, where)
             expected = x[at].clone()
-            for j, owner, target, w in zip(
-                rows.columns, rows.owner, rows.target, rows.W_dec, strict=True
+            assert rows.scale is not None
+            assert rows.cap is not None
+            for j, owner, scale, target, cap, w in zip(
+                rows.columns, rows.owner, rows.scale, rows.target, rows.cap, rows.W_dec, strict=True
             ):
                 if acts[owner]:
-                    expected += (target - f[j]) * w
+                    expected += (min(float(scale) * f[j] + float(target), float(cap)) - f[j]) * w
             if np.isfinite(text[t]).all():
                 assert torch.allclose(expected, y[at], rtol=0, atol=1e-5), t
             at += 1

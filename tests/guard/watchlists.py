@@ -14,16 +14,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from saeguard.guard.columns import compile_rules
 from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 from saeguard.policy.types import (
     And,
     Clamp,
     Expr,
+    Aggregate,
     KOf,
     Mode,
     Name,
     Not,
     Or,
+    Over,
+    Points,
     Policy,
     Scope,
     Selection,
@@ -81,12 +85,15 @@ def seeded(seed: int) -> random.Random:
 
 def random_condition(rng: random.Random, depth: int = 2) -> Expr:
     """Return a condition over `NAMES`."""
-    kind = rng.choice(["name", "not", "and", "or", "of"]) if depth else "name"
+    kind = rng.choice(["name", "not", "and", "or", "of", "points"]) if depth else "name"
     if kind == "name":
         return Name(rng.choice(NAMES))
     if kind == "not":
         return Not(random_condition(rng, depth - 1))
     terms = tuple(random_condition(rng, depth - 1) for _ in range(rng.randint(2, 3)))
+    if kind == "points":
+        given = tuple((rng.randint(1, 3), term) for term in terms)
+        return Points(rng.randint(1, sum(points for points, _ in given)), given)
     if kind == "of":
         return KOf(rng.randint(1, len(terms)), terms)
     return And(terms) if kind == "and" else Or(terms)
@@ -101,6 +108,15 @@ def names_in(expr: Expr) -> set[str]:
             return names_in(term)
         case And(terms) | Or(terms) | KOf(_, terms):
             return set().union(*map(names_in, terms))
+        case Points(_, given):
+            return set().union(*(names_in(term) for _, term in given))
+
+
+def random_over(rng: random.Random, longest: int) -> Over:
+    """Return what a selection compares, mostly the token's own share."""
+    kinds: list[Aggregate] = ["token", "token", "token", "mean", "max", "average", "peak"]
+    kind = rng.choice(kinds)
+    return Over(kind, 1 if kind in ("token", "peak") else rng.randint(1, longest))
 
 
 def random_policy(
@@ -109,14 +125,17 @@ def random_policy(
     """Return a policy over features `f0`, `f1`, ..., its window often longer than a text."""
     condition = random_condition(rng)
     n = rng.choice([1, 1, rng.randint(1, longest)])
+    k = rng.randint(1, n)
     return make_policy(
         name,
         condition,
         {
-            s: Selection(f"f{rng.randrange(FEATURES)}", rng.choice(ABOVE))
+            s: Selection(
+                f"f{rng.randrange(FEATURES)}", rng.choice(ABOVE), random_over(rng, longest)
+            )
             for s in sorted(names_in(condition))
         },
-        window=Window(rng.randint(1, n), n),
+        window=Window(k, n if rng.random() < 0.85 else None),
         keep=rng.choice([0, 0, 1, 3, 20]),
         scope=rng.choice(["prompt", "output", "both"]),
         mode=rng.choice(["enforce", "enforce", "shadow"]),
@@ -131,25 +150,15 @@ def make_watchlist(
 ) -> WatchList:
     """Compile policies over `f0`, `f1`, ...; activation column `j` is what feature `j` is of."""
     features = tuple(f"tiny/f{j}" for j in range(FEATURES))
-    selections: dict[tuple[int, float], int] = {}
-    policy_selections = tuple(
-        {
-            name: selections.setdefault((int(s.feature[1:]), s.above), len(selections))
-            for name, s in policy.detect.items()
-        }
-        for policy in policies
-    )
     return WatchList(
         policies=tuple(policies),
         hooks=tuple(hooks) or (make_hook(),),
         clamps=tuple(clamps),
         features=features,
-        mix=np.eye(FEATURES, dtype=np.float32),
+        mix=((np.arange(FEATURES), np.ones(FEATURES, np.float32)),),
         low=LOW,
         span=SPAN,
-        selection_feature=np.array([f for f, _ in selections], np.intp),
-        selection_above=np.array([above for _, above in selections], np.float64),
-        policy_selections=policy_selections,
+        rules=compile_rules(policies, {name: j for j, name in enumerate(features)}),
         exclude_tokens=(1,),
         models=(),
         digest="0" * 64,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeguard.policy.condition import ConditionError, holds, never_holds, parse
-from saeguard.policy.types import And, Expr, KOf, Name, Not, Or
+from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Points
 from tests import reference
 
 NAMES = ["a", "b", "c", "d"]
@@ -23,6 +23,19 @@ def grown(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
         | several.map(And)
         | several.map(Or)
         | several.flatmap(lambda terms: st.builds(KOf, st.integers(1, len(terms)), st.just(terms)))
+        | several.flatmap(pointed)
+    )
+
+
+def pointed(terms: tuple[Expr, ...]) -> st.SearchStrategy[Expr]:
+    """Return points for terms, and how many are needed."""
+    points = st.lists(st.integers(1, 100), min_size=len(terms), max_size=len(terms))
+    return points.flatmap(
+        lambda given: st.builds(
+            Points,
+            st.integers(1, sum(given)),
+            st.just(tuple(zip(given, terms, strict=True))),
+        )
     )
 
 
@@ -42,6 +55,9 @@ def written(expr: Expr) -> str:
             return " or ".join(f"({written(term)})" for term in terms)
         case KOf(k, terms):
             return f"{k} of ({', '.join(map(written, terms))})"
+        case Points(k, given):
+            parts = [f"{points} for ({written(term)})" for points, term in given]
+            return f"{k} points of ({', '.join(parts)})"
 
 
 @given(EXPRESSIONS)
@@ -86,6 +102,10 @@ def test_means_what_python_means(nots: list[str], joint: str, on: set[str]) -> N
             "2 of (a and b, not c, d)",
             KOf(2, (And((Name("a"), Name("b"))), Not(Name("c")), Name("d"))),
         ),
+        (
+            "4 points of (3 for a, 2 for not b, 1 for (a and b))",
+            Points(4, ((3, Name("a")), (2, Not(Name("b"))), (1, And((Name("a"), Name("b")))))),
+        ),
         ("not any of (a, b)", Not(Or((Name("a"), Name("b"))))),
         ("not a and b", And((Not(Name("a")), Name("b")))),
         ("nothing and order", And((Name("nothing"), Name("order")))),
@@ -96,7 +116,7 @@ def test_reads(text: str, expr: Expr) -> None:
     assert expr == parse(text).expr
 
 
-@given(st.text(alphabet="ab ()12,notfrd", max_size=30) | st.text(max_size=20))
+@given(st.text(alphabet="ab ()12,notfrdpis", max_size=30) | st.text(max_size=20))
 def test_errors_point_into_the_text(text: str) -> None:
     """A condition is read, or refused at an offset within it."""
     offset = 0

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard.guard.rules import judge
-from saeguard.policy.types import Expr, Policy, Scope, Selection, Window
+from saeguard.policy.types import Expr, Over, Policy, Scope, Selection, Window
 from tests import reference
 from tests.policy.example import policy
 from tests.policy.test_condition import EXPRESSIONS, NAMES
@@ -21,6 +21,9 @@ from tests.policy.test_condition import EXPRESSIONS, NAMES
 with TemporaryDirectory() as name:
     BASE = policy(Path(name))
 
+OVER = st.just(Over()) | st.builds(
+    Over, st.sampled_from(["mean", "max", "average", "peak"]), st.integers(1, 12)
+)
 SHARES = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0]) | st.floats(-2, 2, width=32)
 
 
@@ -31,9 +34,11 @@ def situations(draw: st.DrawFn) -> tuple[Policy, Mapping[str, list[float]], int]
     tokens = draw(st.integers(1, 24))
     rules = replace(
         BASE,
-        detect={x: Selection(x, draw(st.sampled_from([0.25, 0.5, 1.0]))) for x in NAMES},
+        detect={
+            x: Selection(x, draw(st.sampled_from([0.25, 0.5, 1.0])), draw(OVER)) for x in NAMES
+        },
         condition=draw(EXPRESSIONS),
-        window=Window(draw(st.integers(1, n)), n),
+        window=Window(draw(st.integers(1, n)), draw(st.sampled_from([n, n, n, None]))),
         keep=draw(st.integers(0, 6)),
         scope=draw(st.sampled_from(["prompt", "output", "both"])),
     )

@@ -1,0 +1,233 @@
+"""Conditions as one arithmetic program: how strongly each token supports each policy.
+
+A selection's evidence is `share / above`, so that it holds where the evidence exceeds 1.
+Conditions follow Zadeh's min-max logic (Zadeh 1965, Fuzzy sets): `and` is the minimum, `or` the
+maximum, `k of` the k-th largest, `not x` is `2 - x`. `k points of` is the k-th largest of as many
+copies of each term as it has points. Whatever the condition, it holds exactly where its evidence
+exceeds 1, and below that the evidence says how far off it was, which is what a ROC curve needs.
+
+`not` goes down to the selections (De Morgan), and what is left are minima, maxima and points over
+earlier results. Equal parts of different policies are one node. Nodes of one kind and depth are
+computed together, so that a thousand policies are a dozen array operations, on NumPy arrays (rules
+on the host) and on torch tensors (clamps inside the forward) alike. Evidence is float64:
+`x / a > 1` then agrees with `x > a` for every pair of float32 values.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Points
+
+JUST_ABOVE_1 = 1.0 + sys.float_info.epsilon
+
+Op: TypeAlias = Literal["min", "max", "points"]
+
+
+class Step(NamedTuple):
+    """Nodes that are computed together: rows of `index` into what is there already."""
+
+    op: Op
+    index: Any
+    """[terms, nodes]; a node with fewer terms than others has its first one again."""
+    points: Any
+    """[terms, nodes, 1] of `points`; 0 where a term is there again."""
+    k: Any
+    """[nodes, 1] points to be reached."""
+
+
+class Program(NamedTuple):
+    """Conditions compiled to arrays, of NumPy or of torch."""
+
+    plain: Any
+    """The selections used as they are."""
+    negated: Any
+    """The selections used with `not`."""
+    steps: tuple[Step, ...]
+    out: Any
+    """[P] where each policy's evidence stands."""
+    size: int
+    """Nodes in all."""
+
+
+def compile_program(conditions: Sequence[tuple[Expr, Mapping[str, int]]]) -> Program:
+    """Compile conditions.
+
+    Args:
+        conditions: each with the number of each of its selections.
+    """
+    nodes = _Nodes()
+    out = [nodes.add(expr, names, negate=False) for expr, names in conditions]
+    leaves = sorted(node for node in nodes.level if nodes.level[node] == 0)
+    plain = [node for node in leaves if not node[1]]
+    negated = [node for node in leaves if node[1]]
+    place = {node: i for i, node in enumerate([*plain, *negated])}
+    steps = []
+    inner = sorted((n for n in nodes.level if nodes.level[n]), key=nodes.order)
+    for _, group in groupby(inner, key=lambda node: nodes.order(node)[:3]):
+        members = list(group)
+        steps.append(_step(members, place))
+        place |= {node: len(place) + i for i, node in enumerate(members)}
+    return Program(
+        plain=np.array([node[0] for node in plain], np.intp),
+        negated=np.array([node[0] for node in negated], np.intp),
+        steps=tuple(steps),
+        out=np.array([place[node] for node in out], np.intp),
+        size=len(place),
+    )
+
+
+def evidence(program: Program, ratio: Any) -> Any:
+    """Return evidence [P, N] float64 for `ratio` [selections, N] float64 of share to threshold."""
+    xp = np if isinstance(ratio, np.ndarray) else _torch()
+    plain, negated = ratio[program.plain], ratio[program.negated]
+    nodes = xp.empty((program.size, ratio.shape[1]), dtype=ratio.dtype, **_on(ratio))
+    at = len(plain)
+    nodes[:at] = plain
+    if len(negated):
+        # At x == 1 the selection does not hold, so its negation must: never return exactly 1.
+        other = 2.0 - negated
+        nodes[at : at + len(other)] = xp.where(
+            negated > 1.0, other, other.clip(JUST_ABOVE_1, None)
+        )
+        at += len(other)
+    for step in program.steps:
+        end = at + step.index.shape[1]
+        if step.op == "points":
+            nodes[at:end] = _points(nodes[step.index], step, xp)
+        else:
+            pick = xp.minimum if step.op == "min" else xp.maximum
+            so_far = nodes[step.index[0]]
+            for terms in step.index[1:]:  # at most 32
+                so_far = pick(so_far, nodes[terms])
+            nodes[at:end] = so_far
+        at = end
+    return nodes[program.out]
+
+
+def _points(terms: Any, step: Step, xp: Any) -> Any:
+    """Return the largest value that terms worth `k` points reach, [nodes, N]."""
+    order = xp.argsort(-terms, axis=0)
+    points = xp.take_along_axis(xp.broadcast_to(step.points, terms.shape), order, 0) if (
+        xp is np
+    ) else step.points.expand(terms.shape).gather(0, order)
+    enough = points.cumsum(0) >= step.k
+    which = (enough.astype(np.int8) if xp is np else enough.to(xp.int8)).argmax(0)[None]
+    if xp is np:
+        return np.take_along_axis(np.take_along_axis(terms, order, 0), which, 0)[0]
+    return terms.gather(0, order).gather(0, which)[0]
+
+
+def on_device(program: Program, device: Any) -> Program:
+    """Return the program as torch tensors."""
+    torch = _torch()
+
+    def move(array: Any) -> Any:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    return Program(
+        move(program.plain),
+        move(program.negated),
+        tuple(Step(s.op, *map(move, s[1:])) for s in program.steps),
+        move(program.out),
+        program.size,
+    )
+
+
+def _torch() -> Any:
+    import torch  # noqa: PLC0415 - policy tests do without
+
+    return torch
+
+
+def _on(array: Any) -> dict[str, Any]:
+    return {} if isinstance(array, np.ndarray) else {"device": array.device}
+
+
+Node: TypeAlias = tuple[Any, ...]
+"""(selection, negated), or (op, k, ((points, node), ...))."""
+
+
+@dataclass(slots=True)
+class _Nodes:
+    """Distinct nodes and how deep each is."""
+
+    level: dict[Node, int] = field(default_factory=dict)
+    number: dict[Node, int] = field(default_factory=dict)
+
+    def add(self, expr: Expr, names: Mapping[str, int], *, negate: bool) -> Node:
+        match expr:
+            case Name(name):
+                return self._keep((names[name], negate), 0)
+            case Not(term):
+                return self.add(term, names, negate=not negate)
+            case And(terms):
+                return self._several(len(terms), [(1, t) for t in terms], names, negate=negate)
+            case Or(terms):
+                return self._several(1, [(1, t) for t in terms], names, negate=negate)
+            case KOf(k, terms):
+                return self._several(k, [(1, t) for t in terms], names, negate=negate)
+            case Points(k, given):
+                return self._several(k, given, names, negate=negate)
+
+    def _several(
+        self,
+        k: int,
+        given: Sequence[tuple[int, Expr]],
+        names: Mapping[str, int],
+        *,
+        negate: bool,
+    ) -> Node:
+        """Add a node that holds where terms worth `k` points do; its negation, where not."""
+        total = sum(points for points, _ in given)
+        if negate:
+            k = total - k + 1
+        terms = sorted(
+            ((points, self.add(term, names, negate=negate)) for points, term in given),
+            key=lambda term: (self.number[term[1]], term[0]),
+        )
+        if k <= min(points for points, _ in terms):
+            op: Op = "max"
+        elif k > total - min(points for points, _ in terms):
+            op = "min"
+        else:
+            op = "points"
+        if op != "points":
+            distinct = tuple(dict.fromkeys((1, node) for _, node in terms))
+            if len(distinct) == 1:
+                return distinct[0][1]
+            return self._keep((op, 0, distinct), 1 + max(self.level[n] for _, n in distinct))
+        return self._keep((op, k, tuple(terms)), 1 + max(self.level[n] for _, n in terms))
+
+    def _keep(self, node: Node, level: int) -> Node:
+        self.level.setdefault(node, level)
+        self.number.setdefault(node, len(self.number))
+        return node
+
+    def order(self, node: Node) -> tuple[int, str, int, int]:
+        """Return level, kind, and how many terms to the next power of two."""
+        return (
+            self.level[node],
+            node[0],
+            (len(node[2]) - 1).bit_length(),
+            self.number[node],
+        )
+
+
+def _step(members: Sequence[Node], place: Mapping[Node, int]) -> Step:
+    most = max(len(node[2]) for node in members)
+    index = np.zeros((most, len(members)), np.intp)
+    points = np.zeros((most, len(members), 1), np.int64)
+    for j, (_, _, terms) in enumerate(members):
+        index[:, j] = place[terms[0][1]]
+        for i, (worth, node) in enumerate(terms):
+            index[i, j] = place[node]
+            points[i, j] = worth
+    k = np.array([[node[1]] for node in members], np.int64)
+    return Step(members[0][0], index, points, k)
