@@ -69,7 +69,9 @@ def verb(
                 (ready_old, judged_old), (ready_new, judged_new),
             )  # fmt: skip
             report["corpus"] = _measured(found, recording, budget)
-            report["not_calibrated"] = sorted({note.path.as_posix() for note in (*notes_old, *notes)})
+            report["not_calibrated"] = sorted(
+                {note.path.as_posix() for note in (*notes_old, *notes)}
+            )
     typer.echo(json.dumps(report, indent=2) if format_ == "json" else "\n".join(_told(report)))
     if report.get("corpus", {}).get("over_budget"):
         raise typer.Exit(FINDINGS)
@@ -111,7 +113,9 @@ def _found(
 
 
 def _measured(
-    found: Sequence[tuple[str, list[Shift], Done | None]], recording: Recording, budget: float | None
+    found: Sequence[tuple[str, list[Shift], Done | None]],
+    recording: Recording,
+    budget: float | None,
 ) -> dict[str, Any]:
     from saeguard.cli.benign import rate
 
@@ -152,12 +156,11 @@ def _told(report: dict[str, Any]) -> list[str]:
     if measured is None:
         return lines
     low, high = measured["interval"]
-    lines += [
-        "",
-        f"{measured['changed']} of {count(measured['texts'], 'text')} would change: "
-        f"{measured['rate']:.2%} (95 %: {low:.2%} to {high:.2%})",
-    ]
-    lines += [f"  {what}: {count(len(ids), 'text')}: {_named(ids)}" for what, ids in _kinds(measured)]
+    share = f"{measured['rate']:.2%} (95 %: {low:.2%} to {high:.2%})"
+    texts = count(measured["texts"], "text")
+    lines += ["", f"{measured['changed']} of {texts} would change: {share}"]
+    for what, ids in _kinds(measured):
+        lines.append(f"  {what}: {count(len(ids), 'text')}: {_named(ids)}")
     if measured["budget"] is not None:
         verdict = "above" if measured["over_budget"] else "within"
         lines.append(f"{verdict} the budget of {measured['budget']:.2%}")

@@ -173,7 +173,8 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
                                                      f"{fired.count}")  # fmt: skip
         rows.append((name, selection.feature, f"{selection.above:g}", *row))
     yield from columns(rows)
-    yield f"Condition: {' '.join(written(policy)['condition'].split())}, at {written(policy)['for']}."
+    as_written = written(policy)
+    yield f"Condition: {' '.join(as_written['condition'].split())}, at {as_written['for']}."
     if event.policy_digest != policy.digest:
         yield ""
         yield (

@@ -97,5 +97,6 @@ def index(policies: Sequence[Policy], sets: FeatureSets, folder: Path) -> Iterat
             r = record(policy, sets)
             link = Path(os.path.relpath(policy.path, folder)).as_posix()
             features = f"`{r['feature_set']}`" if r["calibrated"] else "template"
-            cells = (f"[{r['id']}]({link})", r["title"], r["mode"], r["action"], r["severity"])
-            yield f"| {' | '.join(str(c).replace('|', chr(92) + '|') for c in cells)} | {features} |"
+            title = r["title"].replace("|", "\\|")
+            cells = (f"[{r['id']}]({link})", title, r["mode"], r["action"], r["severity"], features)
+            yield f"| {' | '.join(cells)} |"

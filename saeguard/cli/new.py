@@ -51,9 +51,13 @@ def verb(
         tests = path.with_suffix(".test.yaml")
         there = [str(file) for file in (path, tests) if os.path.lexists(file)]
         if there:
-            stop(f"{' and '.join(there)}: there already; choose another id, or edit that", BAD_INPUT)
+            stop(
+                f"{' and '.join(there)}: there already; choose another id, or edit that", BAD_INPUT
+            )
         schema = os.path.relpath(folder, path.parent)
-        texts = draft(id_, set_, thresholds, f"{Path(schema).as_posix()}/", datetime.now(UTC).date())
+        texts = draft(
+            id_, set_, thresholds, f"{Path(schema).as_posix()}/", datetime.now(UTC).date()
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, text in zip((path, tests), texts, strict=True):
             with file.open("x", encoding="utf-8") as out:

@@ -143,30 +143,30 @@ def read_recording(path: Path) -> Recording:
     try:
         with safe_open(path, framework="numpy") as file:
             kept: Mapping[str, str] = file.metadata() or {}
-            if kept.get("schema") != SCHEMA:
-                found = kept.get("schema", "no schema")
-                raise RecordingError(
-                    f"{path}: found {found}, {SCHEMA} is due; make one with `saeguard policy "
-                    "record`"
-                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        ids, definitions = json.loads(kept["ids"]), json.loads(kept["definitions"])
-        recording = Recording(
-            path=path,
-            model=kept["model"],
-            ids=tuple(ids),
-            lengths=tensors["lengths"],
-            prompt_tokens=tensors["prompt_tokens"],
-            evaluable=tensors["evaluable"],
-            definitions=definitions,
-            values=tensors["values"],
-            pieces=tuple(json.loads(kept["pieces"])) if "pieces" in kept else None,
-        )
-        _fits(recording)
-    except RecordingError:
-        raise
+        found = kept.get("schema", "no schema")
+        if found == SCHEMA:
+            return _read(path, kept, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RecordingError(f"{path}: this is no recording: {error}") from error
+    raise RecordingError(
+        f"{path}: found {found}, {SCHEMA} is due; make one with `saeguard policy record`"
+    )
+
+
+def _read(path: Path, kept: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> Recording:
+    recording = Recording(
+        path=path,
+        model=kept["model"],
+        ids=tuple(json.loads(kept["ids"])),
+        lengths=tensors["lengths"],
+        prompt_tokens=tensors["prompt_tokens"],
+        evaluable=tensors["evaluable"],
+        definitions=json.loads(kept["definitions"]),
+        values=tensors["values"],
+        pieces=tuple(json.loads(kept["pieces"])) if "pieces" in kept else None,
+    )
+    _fits(recording)
     return recording
 
 

@@ -31,7 +31,9 @@ def aggregate(
     Returns:
         [requests, tokens, A] float64.
     """
-    x = np.where(looked[..., over.scope], shares[..., over.feature].astype(np.float64), over.missing)
+    x = np.where(
+        looked[..., over.scope], shares[..., over.feature].astype(np.float64), over.missing
+    )
     out = np.empty_like(x)
     windowed = s.past.shape[-1]
     for kind, n, which in over.windows:

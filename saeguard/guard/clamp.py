@@ -93,9 +93,7 @@ def make_clamp(
     clamps = [p.clamp for p in policies if p.clamp is not None]
     wanted = {f"{p.feature_set}/{s.feature}" for p in policies for s in p.detect.values()}
     features = [i for i, name in enumerate(watchlist.features) if name in wanted]
-    rules = compile_rules(
-        policies, {watchlist.features[i]: j for j, i in enumerate(features)}
-    )
+    rules = compile_rules(policies, {watchlist.features[i]: j for j, i in enumerate(features)})
     over = rules.aggregates
     windowed = max((which.stop for *_, which in over.windows), default=0)
     count, levels = len(policies), len(over.feature) - windowed
@@ -126,7 +124,10 @@ def make_clamp(
         above=move(rules.above),
         k=torch.tensor([p.window.k for p in policies], device=device),
         keep=torch.tensor(
-            [p.keep if c.when == "matched" else FOREVER for p, c in zip(policies, clamps, strict=True)],
+            [
+                p.keep if c.when == "matched" else FOREVER
+                for p, c in zip(policies, clamps, strict=True)
+            ],
             device=device,
         ),
         always=torch.tensor([c.when == "always" for c in clamps], device=device),

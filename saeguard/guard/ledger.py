@@ -142,7 +142,9 @@ class Ledger:
         which = np.flatnonzero(together)
         if len(which):
             rows = starts[which][:, None]
-            tokens = Tokens(packet.positions[rows], shares[rows], packet.watched[rows], finite[rows])
+            tokens = Tokens(
+                packet.positions[rows], shares[rows], packet.watched[rows], finite[rows]
+            )
             ids = [packet.request_ids[i] for i in which]
             hits += self._advance(ids, slots[which], tokens)
             self._note(slots[which], tokens, packet.f[rows], ran=packet.ran)
@@ -159,9 +161,7 @@ class Ledger:
             hits += self._ingest_alone(packet, request_id, slot, rows, shares, finite)
         return hits
 
-    def ingest_all(
-        self, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]
-    ) -> list[Hit]:
+    def ingest_all(self, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]) -> list[Hit]:
         """Advance every request by several passes, in order.
 
         Passes in which the same requests bring their next token are advanced as one block: after
@@ -177,9 +177,7 @@ class Ledger:
             i += run
         return hits
 
-    def _ingest_run(
-        self, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]
-    ) -> list[Hit]:
+    def _ingest_run(self, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]) -> list[Hit]:
         """Advance requests that bring one token in each of several passes, and nothing else."""
         packets = [packet for packet, _, _ in passes]
         slots = self._slots(packets[0])

@@ -68,7 +68,9 @@ class Prefixes:
             found.append(seen)
         if not found:
             return min(end, (i + 1) * block), None
-        f, watched = (np.concatenate(part)[first - i * block :] for part in zip(*found, strict=True))
+        f, watched = (
+            np.concatenate(part)[first - i * block :] for part in zip(*found, strict=True)
+        )
         return (i + len(found)) * block, (f, watched)
 
     def note(

@@ -93,9 +93,7 @@ def evidence(program: Program, ratio: Any) -> Any:
     if len(negated):
         # At x == 1 the selection does not hold, so its negation must: never return exactly 1.
         other = 2.0 - negated
-        nodes[at : at + len(other)] = xp.where(
-            negated > 1.0, other, other.clip(JUST_ABOVE_1, None)
-        )
+        nodes[at : at + len(other)] = xp.where(negated > 1.0, other, other.clip(JUST_ABOVE_1, None))
         at += len(other)
     for step in program.steps:
         end = at + step.index.shape[1]
@@ -114,9 +112,11 @@ def evidence(program: Program, ratio: Any) -> Any:
 def _points(terms: Any, step: Step, xp: Any) -> Any:
     """Return the largest value that terms worth `k` points reach, [nodes, N]."""
     order = xp.argsort(-terms, axis=0)
-    points = xp.take_along_axis(xp.broadcast_to(step.points, terms.shape), order, 0) if (
-        xp is np
-    ) else step.points.expand(terms.shape).gather(0, order)
+    points = (
+        xp.take_along_axis(xp.broadcast_to(step.points, terms.shape), order, 0)
+        if (xp is np)
+        else step.points.expand(terms.shape).gather(0, order)
+    )
     enough = points.cumsum(0) >= step.k
     which = (enough.astype(np.int8) if xp is np else enough.to(xp.int8)).argmax(0)[None]
     if xp is np:

@@ -27,7 +27,9 @@ def here(slot: torch.Tensor, position: torch.Tensor, offset: torch.Tensor) -> He
     return Here(slot, position, offset, torch.arange(len(slot), device=slot.device))
 
 
-def windows(x: torch.Tensor, ring: torch.Tensor, at: Here, n: int, missing: torch.Tensor) -> torch.Tensor:
+def windows(
+    x: torch.Tensor, ring: torch.Tensor, at: Here, n: int, missing: torch.Tensor
+) -> torch.Tensor:
     """Return [rows, n, columns]: each row's value and the n - 1 before it.
 
     Args:

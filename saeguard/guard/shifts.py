@@ -42,8 +42,10 @@ class Done:
 def shifts(
     request: str, found: Iterable[tuple[Pair, Verdict | None, Verdict | None]]
 ) -> list[Shift]:
-    """Return the verdicts on one request that differ; a policy that only comes or goes counts
-    where it matches."""  # fmt: skip
+    """Return the verdicts on one request that differ.
+
+    A policy that only comes or goes counts where it matches.
+    """
     changed = []
     for pair, old, new in found:
         before = old.outcome if old else ABSENT

@@ -135,7 +135,9 @@ class WatchList:
     def nbytes(self) -> int:
         """Return the bytes of weights held by the watch list."""
         tensors = [t for h in self.hooks for t in (h.W, h.b, h.theta)]
-        tensors += [t for c in self.clamps for t in (c.target, c.W_dec, c.scale, c.cap) if t is not None]
+        tensors += [
+            t for c in self.clamps for t in (c.target, c.W_dec, c.scale, c.cap) if t is not None
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -208,9 +210,7 @@ def _latents(feature: Feature) -> int:
     return len(feature.detect) + (feature.probe is not None)
 
 
-def _mix(
-    used: Mapping[str, tuple[FeatureSet, Feature]], column: Mapping[RowKey, int]
-) -> Mix:
+def _mix(used: Mapping[str, tuple[FeatureSet, Feature]], column: Mapping[RowKey, int]) -> Mix:
     """Return how latents make the features, which come with those of most latents first."""
     parts: list[list[tuple[int, float]]] = []
     for name, (_, feature) in used.items():

@@ -26,7 +26,13 @@ def told(account: Account, pieces: Sequence[str] | None, written: Mapping[str, s
     """
     policy, tokens = account.policy, len(account.looked)
     text = f"{tokens} tokens, {account.prompt_tokens} of them the prompt"
-    lines = [*_heading(policy), "", _verdict(account), "", f"The text has {text}. {_looked(account)}"]
+    lines = [
+        *_heading(policy),
+        "",
+        _verdict(account),
+        "",
+        f"The text has {text}. {_looked(account)}",
+    ]
     lines += ["", *_selections(account), "", *_condition(account, written)]
     at = spoken_of(account)
     if at is not None:

@@ -8,6 +8,7 @@ another, the file stays as it is.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from saeguard.policy.case_schema import CaseFile
@@ -90,11 +91,8 @@ def _blocks(
     head = [line for line in lines[:first] if line]
     blocks = []
     cut = first
-    for i, (key, _) in enumerate(found):
-        if i + 1 < len(found):
-            end = _above(lines, found[i + 1][1], found[i][1] + 1)
-        else:
-            end = len(lines)
+    ends = [_above(lines, then, here + 1) for (_, here), (_, then) in pairwise(found)]
+    for (key, _), end in zip(found, [*ends, len(lines)], strict=True):
         blocks.append((key, lines[cut:end]))
         cut = end
     key, last = blocks[-1]

@@ -12,7 +12,6 @@ from saeguard.policy.load import locate
 from saeguard.policy.types import Policy
 from saeguard.policy.yamlmarks import Loc
 
-
 TO_DO = "TODO"
 """Starts a text that `saeguard policy new` left for its owner."""
 

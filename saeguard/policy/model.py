@@ -47,8 +47,8 @@ class ModelShape:
         if wanted == found:
             return ""
         return (
-            f"made for {pinned.name}, width {wanted[0]} and {wanted[1]} layers, but {self.name} has "
-            f"width {found[0]} and {found[1]} layers"
+            f"made for {pinned.name}, width {wanted[0]} and {wanted[1]} layers, but {self.name} "
+            f"has width {found[0]} and {found[1]} layers"
         )
 
 

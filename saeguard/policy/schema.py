@@ -100,7 +100,10 @@ class ClampSection(Section):
         min_length=1, max_length=32, description="Features whose clamp latents are set."
     )
     to: float | None = Field(
-        default=None, ge=-10, le=10, description="The share of the calibrated range they are set to."
+        default=None,
+        ge=-10,
+        le=10,
+        description="The share of the calibrated range they are set to.",
     )
     activation: float | None = Field(
         default=None,

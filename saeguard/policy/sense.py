@@ -73,7 +73,9 @@ def _clamped(document: Document) -> Iterator[PolicyError]:
         yield document.error("duplicate-name", message, ("clamp", "features", i))
     written = [edit for edit in get_args(Edit) if isinstance(clamp, dict) and edit in clamp]
     if isinstance(clamp, dict) and not written:
-        message = f"nothing says what becomes of the features; add one of {', '.join(get_args(Edit))}"
+        message = (
+            f"nothing says what becomes of the features; add one of {', '.join(get_args(Edit))}"
+        )
         yield document.error("clamp-edit", message, ("clamp",), at_key=True)
     for edit in written[1:]:
         message = f"{show(written[0])} says already what becomes of the features; keep one of them"

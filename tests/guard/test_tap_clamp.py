@@ -56,9 +56,7 @@ def activations(residual: list[float]) -> list[float]:
     return [x if j % 2 == 0 or x > 0.5 else 0.0 for j, x in enumerate(residual)]
 
 
-def edited(
-    policy: Policy, text: list[list[float]], watched: list[bool], prompt: int
-) -> list[int]:
+def edited(policy: Policy, text: list[list[float]], watched: list[bool], prompt: int) -> list[int]:
     """Return the positions at which a policy clamps."""
     shares = {
         f"f{j}": [(f[j] - float(LOW[j])) / float(SPAN[j]) for f in map(activations, text)]

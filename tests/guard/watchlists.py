@@ -17,10 +17,10 @@ import torch
 from saeguard.guard.columns import compile_rules
 from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 from saeguard.policy.types import (
+    Aggregate,
     And,
     Clamp,
     Expr,
-    Aggregate,
     KOf,
     Mode,
     Name,

@@ -8,8 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from saeguard.cli.test import run
-from saeguard.guard.rules import judge
+from saeguard.cli.run_cases import run
 from saeguard.policy.cases import read_cases
 from saeguard.policy.load import read_policy
 from saeguard.policy.schema import PolicyFile
@@ -67,7 +66,7 @@ def test_example_tests_pass(tmp_path: Path) -> None:
     cases, errors = read_cases(tmp_path / "p.test.yaml", policy)
 
     assert errors == []
-    assert [run(policy, case, judge).complaint for case in cases] == ["", ""]
+    assert [run(policy, case).complaint for case in cases] == ["", ""]
 
 
 def test_every_key_has_a_row() -> None:
