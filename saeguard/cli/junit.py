@@ -27,12 +27,13 @@ def junit_xml(results: Sequence[Result]) -> bytes:
         suite.set("errors", "0")
         suite.set("skipped", str(sum(r.status in {"skipped", "todo"} for r in cases)))
         for result in cases:
-            at = {"file": file, "line": str(result.case.line)}
-            case = ET.SubElement(suite, "testcase", name=result.case.name, **at)
-            case.set("classname", policy.id)
+            case = ET.SubElement(suite, "testcase", name=result.case.name, classname=policy.id)
+            case.set("file", file)
+            case.set("line", str(result.case.line))
             if result.status == "failed":
                 ET.SubElement(case, "failure", message=result.complaint, type="verdict")
             elif result.status in {"skipped", "todo"}:
                 ET.SubElement(case, "skipped", message=f"{result.status}: {result.complaint}")
     ET.indent(root)
-    return ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    written: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    return written

@@ -53,7 +53,10 @@ def read_feature_sets(folder: Path) -> FeatureSets:
         except FeatureSetError as error:
             messages = str(error).replace(f"{path}: ", "").splitlines()
         else:
-            (sets.known if isinstance(document, Document) else sets.templates)[name] = document  # type: ignore[index]
+            if isinstance(document, Document):
+                sets.known[name] = document
+            else:
+                sets.templates[name] = document
             if document.id == name:
                 continue
             messages = [f"the id is {show(document.id)}; name it like its file, {show(name)}"]

@@ -26,6 +26,8 @@ from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Points, Policy,
 
 ROUNDING = 5e-7
 """Events give shares to six digits."""
+RELATIVE = 1e-12
+"""Of a product of float64 numbers, generously."""
 
 UNJUDGED = (
     "id", "title", "owner", "severity", "mode", "action", "on_error", "uncached", "rationale",
@@ -79,7 +81,10 @@ def foretell(seen: Seen, old: Policy, new: Policy) -> Interval:
         return seen.score, seen.score
     if old.feature_set != new.feature_set or old.scope != new.scope:
         return EVERYTHING
-    return _both(_from_peaks(seen, new), _from_score(seen, old, new))
+    # Of a feature compared as a mean or the like, the event tells the highest mean, not share.
+    summed = {s.feature for s in old.detect.values() if not _plain(s)}
+    peaks = {name: peak for name, peak in seen.peaks.items() if name not in summed}
+    return _both(_from_peaks(peaks, new), _from_score(seen, old, new))
 
 
 def verdict_of(bounds: Interval) -> str:
@@ -88,20 +93,24 @@ def verdict_of(bounds: Interval) -> str:
     return "match" if low > THRESHOLD else "no_match" if high <= THRESHOLD else "unknown"
 
 
-def _from_peaks(seen: Seen, new: Policy) -> Interval:
-    plain = all(s == Selection(s.feature, s.above) for s in new.detect.values())
+def _plain(selection: Selection) -> bool:
+    """Return whether a selection compares each token's own share."""
+    return selection == Selection(selection.feature, selection.above)
+
+
+def _from_peaks(peaks: Mapping[str, Peak], new: Policy) -> Interval:
     ceilings = {
-        name: _ceiling(seen.peaks.get(selection.feature), selection)
+        name: _ceiling(peaks.get(selection.feature), selection)
         for name, selection in new.detect.items()
     }
     everywhere = {name: (-math.inf, high) for name, high in ceilings.items()}
     high = _evidence(new.condition, everywhere)[1]
-    if not plain or new.window != Window():
+    if not all(map(_plain, new.detect.values())) or new.window != Window():
         return -math.inf, high
     lows = [-math.inf]
-    for at in {peak.at for peak in seen.peaks.values()}:
+    for at in {peak.at for peak in peaks.values()}:
         here = {
-            name: _here(seen.peaks.get(s.feature), s, at, ceilings[name])
+            name: _here(peaks.get(s.feature), s, at, ceilings[name])
             for name, s in new.detect.items()
         }
         lows.append(_evidence(new.condition, here)[0])
@@ -131,8 +140,9 @@ def _from_score(seen: Seen, old: Policy, new: Policy) -> Interval:
     if not same_verdict(replace(old, detect=raised), new):
         return EVERYTHING
     factors = [old.detect[name].above / s.above for name, s in new.detect.items()]
-    ends = (min(factors) * seen.score, max(factors) * seen.score)
-    return min(ends), max(ends)
+    ends = sorted((min(factors) * seen.score, max(factors) * seen.score))
+    slack = abs(seen.score) * max(factors) * RELATIVE
+    return ends[0] - slack, ends[1] + slack
 
 
 def _both(a: Interval, b: Interval) -> Interval:

@@ -70,7 +70,8 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def _number(path: Path, config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    found = next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+    numbers = (config.get(key) for key in keys)
+    found = next((number for number in numbers if isinstance(number, int)), None)
     if found is None:
         raise ModelConfigError(f"{path}: none of the keys {', '.join(keys)} is there")
     return found
