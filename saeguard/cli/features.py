@@ -115,6 +115,8 @@ def calibrate(
     with mistakes_told():
         features = load_feature_set(set_)
         span = window(for_)
+        if span.n is None:
+            raise typer.BadParameter('a window is calibrated: write it as "3 of 8 tokens"')
         lm = load_model(model)
         check_model(lm, features)
 

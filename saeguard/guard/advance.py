@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from saeguard.guard.aggregate import aggregate, pass_over
-from saeguard.guard.columns import Counted, Rules, Windowed
 from saeguard.guard.program import evidence
 from saeguard.guard.state import State
+from saeguard.guard.tables import Counted, Rules, Windowed
 from saeguard.guard.verdict import THRESHOLD
 
 PROMPT, OUTPUT = 0, 1

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from saeguard.guard.columns import Aggregates
 from saeguard.guard.state import State
+from saeguard.guard.tables import Aggregates
 
 
 def aggregate(

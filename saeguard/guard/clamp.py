@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from saeguard.guard import scan
-from saeguard.guard.columns import SCOPES, Aggregates, Rules, compile_rules
 from saeguard.guard.program import Program, evidence, on_device
 from saeguard.guard.rows import Rows
+from saeguard.guard.tables import SCOPES, Rules, compile_rules
 from saeguard.guard.verdict import THRESHOLD
 from saeguard.guard.watchlist import ClampRows, Hook, Mix, WatchList, shares_of
 
@@ -133,7 +133,7 @@ def make_clamp(
         always=torch.tensor([c.when == "always" for c in clamps], device=device),
         in_request=torch.tensor(counts, device=device),
         owned=torch.tensor(
-            [scopes.index(_scope_of(over, a)) for a in range(len(over.feature))],
+            [scopes.index(SCOPES[a]) for a in over.scope.tolist()],
             dtype=long,
             device=device,
         ),
@@ -256,7 +256,3 @@ def _matches(clamp: Clamp, e: torch.Tensor, at: scan.Here) -> torch.Tensor:
 
 def _of(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return tensor.new_full((), value)
-
-
-def _scope_of(over: Aggregates, a: int) -> str:
-    return SCOPES[over.scope[a]]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from saeguard.guard.advance import CACHED, ERROR, EVALUATED, OUTPUT, PROMPT, SPECIAL, UNTRACKED
-from saeguard.guard.columns import SCOPES, Rules
 from saeguard.guard.state import State
+from saeguard.guard.tables import SCOPES, Rules
 from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict
 
 _REASONS: dict[int, Reason] = {
@@ -47,9 +47,7 @@ def add(parts: Sequence[Coverage]) -> Coverage:
     return Coverage(sum(p.tokens for p in parts), sum(p.evaluated for p in parts), skipped)
 
 
-def verdicts_of(
-    rules: Rules, s: State, slot: int, tokens: int, waived: Mapping[int, str] | None = None
-) -> list[Verdict]:
+def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> list[Verdict]:
     """Return what each policy concludes of the request in `slot`.
 
     Args:
@@ -57,9 +55,7 @@ def verdicts_of(
         s: the state.
         slot: the request's.
         tokens: prompt and output tokens; those never forwarded count as not evaluated.
-        waived: id of the exception that waives a policy's action for this request, by policy.
     """
-    waived = waived or {}
     prompt, output = (coverage_of(s, slot, scope, tokens) for scope in (PROMPT, OUTPUT))
     of_scope = {"prompt": prompt, "output": output, "both": add([prompt, output])}
     covered = [of_scope[scope] for scope in SCOPES]
@@ -75,7 +71,6 @@ def verdicts_of(
         matched = firsts[i] >= 0
         error = coverage.skipped.get("error", 0) > 0
         acts = matched and enforced[i] and (acted[i] or policy.action != "clamp")
-        exception = waived.get(i) if matched and enforced[i] else None
         verdicts.append(
             Verdict(
                 policy=policy.id,
@@ -87,11 +82,11 @@ def verdicts_of(
                 score=scores[i] if np.isfinite(scores[i]) else None,
                 first_token=firsts[i] if matched else None,
                 matched_tokens=on[i],
-                acted=policy.action if acts and exception is None else None,
+                acted=policy.action if acts else None,
                 features=_fired(rules.terms.of_policy[i], fired) if sampled[i] else {},
                 coverage=coverage,
-                exception=exception,
                 error="not_read" if error else None,
+                message=policy.message if acts and policy.action == "stop" else None,
             )
         )
     return verdicts

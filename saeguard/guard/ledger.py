@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +61,6 @@ class Ledger:
         self._clamped = [i for clamp in watchlist.clamps for i in clamp.policies]
         self._sampling = [i for i, p in enumerate(policies) if p.sample < 1]
         self._slot: dict[str, int] = {}
-        self._waived: dict[str, Mapping[int, str]] = {}
         self._free = list(range(slots))[::-1]
         self._state = self._make_state(slots)
 
@@ -79,7 +78,6 @@ class Ledger:
         prompt_tokens: int,
         enforce: Sequence[str] = (),
         keys: Sequence[bytes] = (),
-        waived: Mapping[int, str] | None = None,
     ) -> None:
         """Start a request of which nothing has been seen.
 
@@ -88,7 +86,6 @@ class Ledger:
             prompt_tokens: length of its prompt.
             enforce: ids of shadow policies to enforce for it.
             keys: of its whole blocks in the prefix cache; may grow while it runs.
-            waived: id of the exception that waives a policy's action for it, by policy.
         """
         if not self._free:
             slots = len(self._state.next)
@@ -96,8 +93,6 @@ class Ledger:
             self._free = list(range(slots, 2 * slots))[::-1]
         slot = self._free.pop()
         self._slot[request_id] = slot
-        if waived:
-            self._waived[request_id] = waived
         if self._prefixes is not None:
             self._prefixes.admit(slot, keys)
         s = self._state
@@ -235,8 +230,7 @@ class Ledger:
             forget: end the request; False gives its verdicts so far.
         """
         slot = self._slot[request_id]
-        waived = self._waived.get(request_id)
-        verdicts = verdicts_of(self._rules, self._state, slot, tokens, waived)
+        verdicts = verdicts_of(self._rules, self._state, slot, tokens)
         if forget:
             self.forget(request_id)
         return verdicts
@@ -244,7 +238,6 @@ class Ledger:
     def forget(self, request_id: str) -> None:
         """End a request, and remember what was seen of its last whole blocks."""
         slot = self._slot.pop(request_id)
-        self._waived.pop(request_id, None)
         if self._prefixes is not None:
             self._prefixes.store()
             self._prefixes.forget(slot)
@@ -259,14 +252,10 @@ class Ledger:
         """Return the position up to which a request's tokens have been accounted for."""
         return int(self._state.next[self._slot[request_id]])
 
-    def acts(self, request_id: str, policy: int) -> bool:
+    def enforces(self, request_id: str, policy: int) -> bool:
         """Return whether a policy's action is to be taken for a request."""
         slot = self._slot[request_id]
-        return (
-            bool(self._state.enforced[slot, policy])
-            and bool(self._state.sampled[slot, policy])
-            and policy not in self._waived.get(request_id, ())
-        )
+        return bool(self._state.enforced[slot, policy] and self._state.sampled[slot, policy])
 
     def save(self, request_id: str) -> State:
         """Return a copy of all that is known of a request, for `restore`."""

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from saeguard.guard.advance import Scored, Tokens, advance, score_tokens
-from saeguard.guard.columns import Rules, compile_rules
 from saeguard.guard.conclude import verdicts_of
 from saeguard.guard.state import State, make_state
+from saeguard.guard.tables import Rules, compile_rules
 from saeguard.guard.verdict import THRESHOLD, Verdict
 from saeguard.policy.types import ACTIONS, Policy
 

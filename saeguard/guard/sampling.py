@@ -1,9 +1,8 @@
-"""Which requests a policy looks at, and for whom its action is waived."""
+"""Which requests a policy looks at."""
 
 from __future__ import annotations
 
 import hashlib
-from datetime import date
 
 from saeguard.policy.types import Policy
 
@@ -18,13 +17,3 @@ def is_sampled(policy: Policy, request_id: str) -> bool:
         return True
     found = hashlib.sha256(f"{policy.id}\n{request_id}".encode()).digest()
     return int.from_bytes(found[:8]) < policy.sample * 2**64
-
-
-def waived_by(policy: Policy, tenant: str | None, today: date) -> str | None:
-    """Return the id of the exception that waives the policy's action for a tenant on a day.
-
-    An exception holds up to and including the day it expires. None: the action is taken.
-    """
-    return next(
-        (e.id for e in policy.exceptions if e.tenant == tenant and today <= e.expires), None
-    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from saeguard.guard.columns import Rules
+from saeguard.guard.tables import Rules
 
 
 @dataclass(frozen=True, slots=True)

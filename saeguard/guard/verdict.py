@@ -72,6 +72,8 @@ class Verdict:
     exception: str | None = None
     """Id of the exception that waived the action."""
     error: str | None = None
+    message: str | None = None
+    """What the client reads in place of the text, where the policy stopped the request."""
 
 
 def balanced(coverage: Coverage) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
-from saeguard.guard.columns import Rules, RulesError, compile_rules
+from saeguard.guard.tables import Rules, RulesError, compile_rules
 from saeguard.policy.types import Clamp, Policy
 from saeguard.sae import SaeError, inspect, read_decoder_rows, read_rows
 
@@ -131,6 +131,10 @@ class WatchList:
         """Return feature shares [tokens, features] for watched activations [tokens, columns]."""
         shares: np.ndarray = shares_of(self.mix, self.low, self.span, activations)
         return shares
+
+    def latents(self, feature: int) -> tuple[tuple[int, float], ...]:
+        """Return column and weight of each latent that a feature column is made of."""
+        return tuple((int(c[feature]), float(w[feature])) for c, w in self.mix if feature < len(c))
 
     def nbytes(self) -> int:
         """Return the bytes of weights held by the watch list."""

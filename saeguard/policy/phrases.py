@@ -66,9 +66,10 @@ def sample(text: str) -> float:
     Raises:
         ValueError: says what is allowed.
     """
-    if not re.fullmatch(SAMPLE, text) or not 0 < float(text[:-1]) <= 100:
+    share = float(text[:-1]) / 100 if re.fullmatch(SAMPLE, text) else 0.0
+    if not 0 < share <= 1:
         raise ValueError('write a percentage above 0% and up to 100%, such as "10%" or "0.5%"')
-    return float(text[:-1]) / 100
+    return share
 
 
 def _at_most_a_window(n: int) -> None:

@@ -71,6 +71,8 @@ def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tupl
     elif mistake == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+        if isinstance(value, bool):
+            found, allowed = str(value).lower(), [word.lower() for word in allowed]
         code, what = "not-allowed", f"found {found}; {hint}allowed: {', '.join(allowed)}"
     elif mistake in _BOUNDS:
         bound, words = _BOUNDS[mistake]

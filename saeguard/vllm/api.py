@@ -16,6 +16,7 @@ from saeguard.events.counts import show
 from saeguard.vllm.config import settings_of
 
 KEY = "saeguard"
+MESSAGE = "message"
 DATA = "data: "
 
 
@@ -82,13 +83,38 @@ def summarise(said: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Any] |
         return dict(parts[0][1])
     order = [None, "log", "flag", "clamp", "stop"]
     return {
-        **parts[0][1],
+        **{key: value for key, value in parts[0][1].items() if key != MESSAGE},
         "flagged": any(p["flagged"] for _, p in parts),
         "action": max((p["action"] for _, p in parts), key=order.index),
         "verdicts": [{"choice": i, **v} for i, p in parts for v in p["verdicts"]],
         "coverage": [{"choice": i, **p["coverage"]} for i, p in parts],
         "errors": sum(p["errors"] for _, p in parts),
     }
+
+
+def replace_texts(choices: Iterable[Any], said: Mapping[int, Mapping[str, Any]]) -> None:
+    """Put a policy's message in place of the text of the choices that it stopped.
+
+    What else tells of that text goes, too: reasoning, calls of tools, token ids, probabilities.
+    """
+    for choice in choices:
+        message = said.get(choice.index, {}).get(MESSAGE)
+        if message is None:
+            continue
+        spoken = getattr(choice, "message", None)
+        for part, names in (
+            (choice, ("logprobs", "token_ids", "prompt_logprobs")),
+            (spoken, ("reasoning", "reasoning_content", "function_call")),
+        ):
+            for name in names:
+                if getattr(part, name, None) is not None:
+                    setattr(part, name, None)
+        if spoken is None:
+            choice.text = message
+        else:
+            spoken.content = message
+            if getattr(spoken, "tool_calls", None):
+                spoken.tool_calls = []
 
 
 def _remember(said: dict[int, Mapping[str, Any]], output: Any, offset: int = 0) -> None:
@@ -118,6 +144,7 @@ async def chat_full(wrapped: Callable[..., Any], _serving: Any, args: Any, kwarg
     body = await wrapped(*args, **kwargs)
     summary = summarise(said.items())
     if summary is not None and hasattr(body, "choices"):
+        replace_texts(body.choices, said)
         setattr(body, KEY, summary)
     return body
 
@@ -147,6 +174,7 @@ def completion_full(wrapped: Callable[..., Any], _serving: Any, args: Any, kwarg
         offset += len(result.outputs)
     summary = summarise(said.items())
     if summary is not None:
+        replace_texts(body.choices, said)
         setattr(body, KEY, summary)
     return body
 
@@ -170,7 +198,10 @@ async def completion_stream(
 
 
 def annotate(line: str, said: Mapping[int, Mapping[str, Any]]) -> str:
-    """Add the verdict to a server-sent chunk that finishes a choice; pass others through."""
+    """Add the verdict to a server-sent chunk that finishes a choice; pass others through.
+
+    A policy's message is the last piece of the text: what came before it is out.
+    """
     if not said or not line.startswith(DATA) or '"finish_reason":"' not in line.replace(": ", ":"):
         return line
     chunk = json.loads(line[len(DATA) :])
@@ -178,6 +209,15 @@ def annotate(line: str, said: Mapping[int, Mapping[str, Any]]) -> str:
     summary = summarise((i, said[i]) for i in done if i in said)
     if summary is None:
         return line
+    for choice in chunk["choices"]:
+        message = said.get(choice["index"], {}).get(MESSAGE)
+        if message is not None and choice.get("finish_reason"):
+            for name in ("logprobs", "token_ids"):
+                choice.pop(name, None)
+            if "delta" in choice:
+                choice["delta"] = {"content": message}
+            else:
+                choice["text"] = message
     return f"{DATA}{json.dumps({**chunk, KEY: summary}, separators=(',', ':'))}\n\n"
 
 

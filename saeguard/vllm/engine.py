@@ -29,6 +29,9 @@ VISIBLE = frozenset({"flag", "clamp", "stop"})
 """Actions that the application sees; `log` and shadow verdicts are the operator's."""
 
 
+MESSAGE = "message"
+"""Key of what the client reads in place of the text of a request that was stopped."""
+
 PASSES = 16
 """Passes judged together, unless a request ends before."""
 
@@ -196,7 +199,7 @@ class EngineGuard:
             (hit.error or policy.action == "stop")
             and hit.request_id in self.requests
             and not hit.request_id.startswith(SELF_TEST)
-            and self.ledger.acts(hit.request_id, hit.policy)
+            and self.ledger.enforces(hit.request_id, hit.policy)
         ):
             stop = Stop(policy.id, hit.position + 1, hit.error)
             earlier = self.stopping.get(hit.request_id)
@@ -325,7 +328,9 @@ def response(
     order = ["log", "flag", "clamp", "stop"]
     strongest = max((order.index(v.acted) for v in shown if v.acted), default=-1)
     errors = sum(v.outcome == "error" for v in verdicts)
+    stops = sorted((v.first_token or 0, v.message) for v in shown if v.message is not None)
     return {
+        **({MESSAGE: stops[0][1]} if stops else {}),
         "flagged": bool(shown),
         "action": order[strongest] if shown else None,
         "verdicts": [

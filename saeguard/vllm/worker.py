@@ -16,6 +16,7 @@ import torch
 from saeguard.guard import clamp as clamping
 from saeguard.guard.packet import Packet
 from saeguard.guard.rows import Rows, allocate_rows, lay_out
+from saeguard.guard.sampling import is_sampled
 from saeguard.guard.tap import TAPS, Tap, fingerprint, install_taps
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm.config import KEY, Settings, load_watchlist
@@ -90,7 +91,12 @@ class WorkerGuard:
                     tap.clamp,
                     slot,
                     # The self-test compares with what the next block consumes: no edits before.
-                    [self.tested and (p.mode == "enforce" or p.id in enforce) for p in policies],
+                    [
+                        self.tested
+                        and (p.mode == "enforce" or p.id in enforce)
+                        and is_sampled(p, request_id)
+                        for p in policies
+                    ],
                     [scopes[p.scope] for p in policies],
                 )
         return slot
@@ -186,7 +192,8 @@ def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float
     """Measure what the watch list costs: MiB held, and microseconds of a pass of `rows` rows."""
     tensors: set[torch.Tensor] = {guard.excluded}
     for tap in guard.taps:
-        for part in (tap, tap.rows, tap.clamp):
+        clamp = tap.clamp
+        for part in (tap, tap.rows, clamp, None if clamp is None else clamp.edit):
             values = [] if part is None else [getattr(part, f.name) for f in fields(part)]
             tensors |= {v for v in values if isinstance(v, torch.Tensor)}
     held = sum(t.untyped_storage().nbytes() for t in tensors) / 2**20

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saeguard.guard.columns import compile_rules
+from saeguard.guard.tables import compile_rules
 from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 from saeguard.policy.types import (
     Aggregate,

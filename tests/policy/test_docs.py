@@ -18,7 +18,7 @@ ERRORS = Path("docs/policy-errors.md")
 
 EXAMPLES = re.findall(r"^```yaml\n(.*?)^```$", LANGUAGE.read_text(), re.DOTALL | re.MULTILINE)
 COMPLETE, *FRAGMENTS = [text for text in EXAMPLES if "saeguard.test/v1" not in text]
-[CASES] = [text for text in EXAMPLES if "saeguard.test/v1" in text]
+LAST = LANGUAGE.read_text().index("## Tests")
 MISTAKE = re.compile(r"^```diff\n(.*?)^```\n\n```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MISTAKES = MISTAKE.findall(ERRORS.read_text())
 
@@ -44,6 +44,23 @@ def told(folder: Path, diff: str) -> str:
     return messages.replace(f"{folder}/", "policies/unsafe-code/")
 
 
+def examples_with_tests() -> list[tuple[str, str]]:
+    """Return the test files of the documentation, each with the policy that it is about.
+
+    That is the complete example with the fragment above it; at the end, the complete example.
+    """
+    found: list[tuple[str, str]] = []
+    policy = COMPLETE
+    for text in EXAMPLES[1:]:
+        if "saeguard.test/v1" not in text:
+            policy = with_fragment(text)
+        elif LANGUAGE.read_text().index(text) > LAST:
+            found.append((COMPLETE, text))
+        else:
+            found.append((policy, text))
+    return found
+
+
 @pytest.mark.parametrize("example", [COMPLETE, *map(with_fragment, FRAGMENTS)])
 def test_examples_load(tmp_path: Path, example: str) -> None:
     """Each example is a policy, or turns the first one into another."""
@@ -56,17 +73,23 @@ def test_examples_load(tmp_path: Path, example: str) -> None:
     assert policy is not None
 
 
-def test_example_tests_pass(tmp_path: Path) -> None:
-    """The test file of the documentation passes on its policy."""
-    (tmp_path / "p.yaml").write_text(COMPLETE)
-    (tmp_path / "p.test.yaml").write_text(CASES)
+@pytest.mark.parametrize(("example", "tests"), examples_with_tests())
+def test_example_tests_pass(tmp_path: Path, example: str, tests: str) -> None:
+    """Each test file of the documentation passes on its policy."""
+    (tmp_path / "p.yaml").write_text(example)
+    (tmp_path / "p.test.yaml").write_text(tests)
     policy, _ = read_policy(tmp_path / "p.yaml")
     assert policy is not None
 
     cases, errors = read_cases(tmp_path / "p.test.yaml", policy)
 
-    assert errors == []
+    assert [error.render() for error in errors] == []
     assert [run(policy, case).complaint for case in cases] == ["", ""]
+
+
+def test_there_are_tests_of_each_way_to_look_at_several_tokens() -> None:
+    """Windows, means, points and counts have an example that runs."""
+    assert len(examples_with_tests()) == 4
 
 
 def test_every_key_has_a_row() -> None:
