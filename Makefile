@@ -14,7 +14,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak fuzz check format bench build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak fuzz lsp check format bench build doctor clean
 
 setup: $(READY)
 
@@ -82,6 +82,10 @@ INPUTS ?= 1000000
 fuzz: setup
 	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e ".[fuzz]"
 	$(BIN)/python -m tests.fuzz --inputs $(INPUTS)
+
+# The YAML language server of editors, for tests/policy/test_lsp.py. Needs Node.
+lsp:
+	npm install --silent --no-save --prefix .lsp yaml-language-server@2.0.0
 
 check: setup
 	$(BIN)/ruff format --check .
