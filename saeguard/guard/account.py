@@ -9,8 +9,8 @@ import numpy as np
 
 from saeguard.features.recording import Recording
 from saeguard.features.schema import Document
-from saeguard.guard.tables import compile_rules
 from saeguard.guard.rules import judge_text, on_tokens, score_text
+from saeguard.guard.tables import compile_rules
 from saeguard.guard.verdict import THRESHOLD, Verdict
 from saeguard.policy.types import Policy
 
