@@ -92,7 +92,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/saeguard check policies
-	$(BIN)/saeguard test policies
+	$(BIN)/saeguard test policies --require-tests --model demo/model
 
 format: setup
 	$(BIN)/ruff format .

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from saeguard.cli.exits import FINDINGS, told
-from saeguard.cli.judged import ModelOption, judge_corpus, judgeable, open_corpus, read_all
+from saeguard.cli.judged import (
+    ModelOption,
+    judge_corpus,
+    judgeable,
+    not_judged,
+    open_corpus,
+    read_all,
+)
 from saeguard.cli.report import columns, count
 from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
@@ -59,8 +66,8 @@ def verb(
         told_ = [_changed(pair) for pair in both]
         report: dict[str, Any] = {"policies": [record for record in told_ if record]}
         if sets is not None and corpus is not None:
-            ready_old, notes_old = judgeable(before, sets)
-            ready_new, notes = judgeable(after, sets)
+            ready_old, _ = judgeable(before, sets)
+            ready_new, _ = judgeable(after, sets)
             recording = open_corpus(corpus, (*ready_old, *ready_new), model, feature_sets)
             judged_old = judge_corpus(ready_old, sets, recording)
             judged_new = judge_corpus(ready_new, sets, recording)
@@ -69,9 +76,8 @@ def verb(
                 (ready_old, judged_old), (ready_new, judged_new),
             )  # fmt: skip
             report["corpus"] = _measured(found, recording, budget)
-            report["not_calibrated"] = sorted(
-                {note.path.as_posix() for note in (*notes_old, *notes)}
-            )
+            left_out = {p.id for p in (*before, *after)} - {p.id for p in (*ready_old, *ready_new)}
+            report["not_calibrated"] = sorted(left_out)
     typer.echo(json.dumps(report, indent=2) if format_ == "json" else "\n".join(_told(report)))
     if report.get("corpus", {}).get("over_budget"):
         raise typer.Exit(FINDINGS)
@@ -150,8 +156,7 @@ def _told(report: dict[str, Any]) -> list[str]:
         lines += columns(rows)
     if not report["policies"]:
         lines.append("the policies say the same")
-    for path in report.get("not_calibrated", ()):
-        lines.append(f"not judged: {path} uses a feature set that is a template")
+    lines += not_judged(report.get("not_calibrated", ()))
     measured = report.get("corpus")
     if measured is None:
         return lines

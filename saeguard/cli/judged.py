@@ -64,6 +64,14 @@ def judgeable(
     return tuple(p for p in policies if p.feature_set in sets.known), notes
 
 
+def not_judged(ids: Sequence[str]) -> list[str]:
+    """Return a line on the policies that could not be judged, none where there are none."""
+    if not ids:
+        return []
+    policies = f"{len(ids)} policies are" if len(ids) > 1 else "1 policy is"
+    return [f"{policies} not judged, as the features are templates: {', '.join(ids)}"]
+
+
 def open_corpus(
     path: Path, policies: Iterable[Policy], model: Path | None, feature_sets: Path
 ) -> Recording:

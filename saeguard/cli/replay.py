@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from saeguard.cli.exits import BAD_INPUT, stop, told
-from saeguard.cli.judged import judge_corpus, judgeable, read_all
+from saeguard.cli.judged import judge_corpus, judgeable, not_judged, read_all
 from saeguard.cli.report import columns, count
 from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
@@ -68,7 +68,7 @@ def of_recording(
 
     sets = read_feature_sets(feature_sets)
     recording = read_recording(path)
-    ready, notes = judgeable(new, sets)
+    ready, _ = judgeable(new, sets)
     before, _ = judgeable(old if old is not None else new, sets)
     new_verdicts = judge_corpus(ready, sets, recording)
     old_verdicts = judge_corpus(before, sets, recording) if old is not None else new_verdicts
@@ -87,7 +87,8 @@ def of_recording(
             before_, after = (v.outcome if v else "absent" for v in (v_old, v_new))
             tally[pair.name][f"{before_} -> {after}"] += 1
         changed += shifts(id_, beside)
-    return _report(tally, changed, [note.path.as_posix() for note in notes])
+    left_out = {policy.id for policy in new} - {policy.id for policy in ready}
+    return _report(tally, changed, sorted(left_out))
 
 
 def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _report(
     return {
         "policies": [{"policy": name, "verdicts": dict(n)} for name, n in sorted(tally.items())],
         "changed": [asdict(shift) for shift in changed],
-        "not_calibrated": sorted(left_out),
+        "not_calibrated": list(left_out),
     }
 
 
@@ -166,8 +167,7 @@ def _told(report: dict[str, Any]) -> Iterator[str]:
         yield f"{n} events of {policy} are passed over: no policy under --was has this digest"
     for name in report.get("not_in_log", ()):
         yield f"{name} is new: the log says nothing of it"
-    for path in report["not_calibrated"]:
-        yield f"not judged: {path} uses a feature set that is a template"
+    yield from not_judged(report["not_calibrated"])
     yield ""
     yield f"{count(len(report['changed']), 'verdict')} would have been another"
     for shift in report["changed"][:SHOWN]:
