@@ -62,8 +62,11 @@ def plain(text: str) -> Scalar:
         return _BOOLEAN[lower]
     if lower in _BOOLEAN_TO_SOME:
         raise AmbiguousError("some YAML readers take this for true or false; put it in quotes")
-    if text[0] not in _STARTS_A_NUMBER:
-        return text
+    return _number(text) if text[0] in _STARTS_A_NUMBER else text
+
+
+def _number(text: str) -> Scalar:
+    """Return a number, a date, or the text that only looks like one."""
     if _INTEGER.fullmatch(text):
         return int(text)
     if _DECIMAL.fullmatch(text):
