@@ -136,21 +136,23 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
     _tell(rules, s, at, position, scored)
 
     match = scored.score > THRESHOLD
-    on_until = s.on_until[at]
-    if not match.any() and not (on_until >= position[:, :1]).any():
+    # Requests and policies that match here, or are still on: few.
+    r, p = np.nonzero(match.any(axis=1) | (s.on_until[at] >= position[:, :1]))
+    if not len(r):
         return None
-    last = np.where(match, position[..., None] + rules.keep, -1)
-    last[:, 0] = np.maximum(last[:, 0], on_until)
+    slot, match, when = at[r], match[r, :, p], position[r]
+    last = np.where(match, when + rules.keep[p, None], -1)
+    last[:, 0] = np.maximum(last[:, 0], s.on_until[slot, p])
     last = np.maximum.accumulate(last, axis=1)
-    s.on_until[at] = last[:, -1]
-    s.matched[at] += (last >= position[..., None]).sum(axis=1)
-    here = np.where(
-        match.any(axis=1) & (s.first[at] < 0),
-        position[:, :1] + match.argmax(axis=1),
-        -1,
-    )
-    s.first[at] = np.maximum(s.first[at], here)
-    return here if (here >= 0).any() else None
+    s.on_until[slot, p] = last[:, -1]
+    s.matched[slot, p] += (last >= when).sum(axis=1)
+    new = np.flatnonzero(match.any(axis=1) & (s.first[slot, p] < 0))
+    if not len(new):
+        return None
+    s.first[slot[new], p[new]] = when[new, match[new].argmax(axis=1)]
+    first = np.full((len(at), len(rules.policies)), -1)
+    first[r[new], p[new]] = s.first[slot[new], p[new]]
+    return first
 
 
 def _tell(rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: Scored) -> None:
@@ -158,15 +160,14 @@ def _tell(rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: 
     t = rules.terms
     trace = np.where(scored.looked[..., t.scope], scored.values[..., t.trace], -np.inf)
     above = trace > t.above
-    if above.any():
-        s.fired[at] += above.sum(axis=1)
+    r, q = np.nonzero(above.any(axis=1))
+    if len(r):
+        s.fired[at[r], q] += above[r, :, q].sum(axis=1)
     top = trace.max(axis=1)
-    peak = s.peak[at]
-    higher = top > peak
-    if higher.any():  # seldom, once a request has some tokens
-        s.peak[at] = np.where(higher, top, peak)
-        where = position[:, :1] + trace.argmax(axis=1)
-        s.peak_at[at] = np.where(higher, where, s.peak_at[at])
+    r, q = np.nonzero(top > s.peak[at])  # few, once a request has some tokens
+    if len(r):
+        s.peak[at[r], q] = top[r, q]
+        s.peak_at[at[r], q] = position[r, trace[r, :, q].argmax(axis=1)]
 
 
 def skip(rules: Rules, s: State, slot: int, position: int, why: int) -> None:

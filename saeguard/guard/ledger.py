@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ from saeguard.guard.sampling import is_sampled
 from saeguard.guard.state import State, copy_slot, grown, make_state, write_slot
 from saeguard.guard.verdict import Coverage, Verdict
 from saeguard.guard.watchlist import WatchList
+
+CELLS = 2**15
+"""Numbers in an array of a block of several passes, at most: more than fit the cache cost time."""
 
 
 class Hit(NamedTuple):
@@ -60,6 +64,8 @@ class Ledger:
         self._stops_on_error = np.array([p.on_error == "stop" for p in policies], bool)
         self._clamped = [i for clamp in watchlist.clamps for i in clamp.policies]
         self._sampling = [i for i, p in enumerate(policies) if p.sample < 1]
+        self._width = max(len(policies), len(self._rules.terms.trace))
+        self._together = sys.maxsize if memory is None else memory.block
         self._slot: dict[str, int] = {}
         self._free = list(range(slots))[::-1]
         self._state = self._make_state(slots)
@@ -166,7 +172,8 @@ class Ledger:
         hits: list[Hit] = []
         i = 0
         while i < len(passes):
-            most = len(passes) if self.memory is None else self.memory.block
+            cells = len(passes[i][0].request_ids) * self._width
+            most = min(self._together, max(1, CELLS // max(1, cells)))
             run = in_step(passes[i : i + most])
             hits += self._ingest_run(passes[i : i + run]) if run > 1 else self.ingest(*passes[i])
             i += run

@@ -110,18 +110,15 @@ def evidence(program: Program, ratio: Any) -> Any:
 
 
 def _points(terms: Any, step: Step, xp: Any) -> Any:
-    """Return the largest value that terms worth `k` points reach, [nodes, N]."""
-    order = xp.argsort(-terms, axis=0)
-    points = (
-        xp.take_along_axis(xp.broadcast_to(step.points, terms.shape), order, 0)
-        if (xp is np)
-        else step.points.expand(terms.shape).gather(0, order)
-    )
-    enough = points.cumsum(0) >= step.k
-    which = (enough.astype(np.int8) if xp is np else enough.to(xp.int8)).argmax(0)[None]
-    if xp is np:
-        return np.take_along_axis(np.take_along_axis(terms, order, 0), which, 0)[0]
-    return terms.gather(0, order).gather(0, which)[0]
+    """Return the largest value that terms worth `k` points reach, [nodes, N].
+
+    Each term's value is tried: terms are few, and sorting them costs more.
+    """
+    best = xp.full_like(terms[0], -xp.inf)
+    for value in terms:
+        reached = (step.points * (terms >= value)).sum(0) >= step.k
+        best = xp.maximum(best, xp.where(reached, value, -xp.inf))
+    return best
 
 
 def on_device(program: Program, device: Any) -> Program:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saeguard.events.counts import Counts
+from saeguard.guard import ledger as module
+from saeguard.guard.advance import advance
 from saeguard.guard.ledger import Ledger
 from saeguard.guard.packet import Packet
 from saeguard.guard.rules import judge_all
+from saeguard.guard.sampling import is_sampled
 from saeguard.guard.verdict import as_dict, balanced
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.policy.types import Clamp, Name, Policy, Selection, Window
@@ -110,10 +115,10 @@ def packet(rows: Sequence[tuple[Text, int, np.ndarray]], *, ran: bool = True) ->
 
 
 def schedule(
-    rng: random.Random, text: Text, *, always: bool = False
+    rng: random.Random, text: Text, *, steady: bool = False
 ) -> tuple[tuple[Text, int, np.ndarray], int] | None:
     """Give one text its rows of the next pass, or none; return them and how many count."""
-    if text.done or (not always and rng.random() < 0.3):
+    if text.done or (not steady and rng.random() < 0.3):
         return None
     if text.computed and rng.random() < 0.05:  # preempted, or resumed behind what is cached now
         text.computed = rng.choice([0, rng.randrange(text.computed + 1)])
@@ -121,7 +126,7 @@ def schedule(
     rows = rng.choice([left, rng.randint(1, left)])
     counted, f = rows, text.f[start : start + rows]
     if rows == left:  # a token is sampled, and with drafts, more
-        drafts = rng.choice([0, 0, 0, rng.randint(1, 4)])
+        drafts = rng.choice([0, 0, 0, 0 if steady else rng.randint(1, 4)])
         accepted = rng.randint(0, min(drafts, len(text.f) - 1 - text.known))
         rejected = random_activations(rng, drafts - accepted) + 4
         f = np.concatenate([text.f[start : start + rows + accepted], rejected])
@@ -132,31 +137,37 @@ def schedule(
 
 
 def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple[Text, Ledger]]:
-    """Bring several texts to one ledger in random passes, until each is done or aborted."""
+    """Bring several texts to one ledger in random passes, until each is done or aborted.
+
+    Passes wait for others and are judged together. Steady requests bring one token in each.
+    """
     ledger = Ledger(watchlist, slots=rng.choice([1, 2, 8]))
     texts = [random_text(rng, f"r{i}", faults=faults) for i in range(rng.randint(1, 5))]
     for text in texts:
         ledger.admit(text.name, text.prompt)
     active = list(texts)
+    steady, waiting = rng.random() < 0.5, []
     while active:
-        rng.shuffle(active)
-        rows = [s for text in active if (s := schedule(rng, text)) is not None]
+        if not steady:
+            rng.shuffle(active)
+        rows = [s for text in active if (s := schedule(rng, text, steady=steady)) is not None]
         if not rows:
             continue
         lost = faults and rng.random() < 0.08
         ran = not (faults and rng.random() < 0.08)
         if not lost:
-            new = ledger.ingest(
-                packet([r for r, _ in rows], ran=ran), np.array([n for _, n in rows])
-            )
-            for name, i, _, _ in new:
-                text = next(t for t in texts if t.name == name)
-                assert i not in text.first, "a first match is told once"
-                text.first[i] = 0
+            seen = packet([r for r, _ in rows], ran=ran)
+            waiting.append((seen, np.array([n for _, n in rows]), None))
             for (text, start, _), counted in rows:
                 text.account(start, counted, ran=ran)
         stays = [t for t in active if not t.done and not (faults and rng.random() < 0.03)]
         active = stays
+        if rng.random() < 0.15 or not active:
+            for name, i, position, _ in ledger.ingest_all(waiting):
+                text = next(t for t in texts if t.name == name)
+                assert i not in text.first, "a first match is told once"
+                text.first[i] = position
+            waiting = []
     return [(text, ledger) for text in texts]
 
 
@@ -179,7 +190,7 @@ def check_whole(seed: int) -> None:
             assert_same(said(expected, coverage=False), found, policies[i], coverage=False)
             assert expected.acted == found.acted
             assert balanced(found.coverage)
-            assert (found.outcome == "match") == (i in text.first)
+            assert found.first_token == text.first.get(i)
         assert text.name not in ledger
 
 
@@ -366,3 +377,106 @@ def test_a_clamp_acted_only_where_it_edited() -> None:
         ledger.ingest(seen, np.array([2]))
 
         assert ledger.finish("r", 3)[0].acted == ("clamp" if acted else None)
+
+
+def test_passes_in_step_are_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen tokens of each of two requests are advanced once, and say the same."""
+    lengths = []
+
+    def counted(rules: Any, state: Any, at: Any, tokens: Any) -> Any:
+        lengths.append(tokens.position.shape)
+        return advance(rules, state, at, tokens)
+
+    monkeypatch.setattr(module, "advance", counted)
+    rng = seeded(3)
+    watchlist = make_watchlist([random_policy(rng, f"p{i}") for i in range(6)])
+    texts = [Text(n, random_activations(rng, 17), np.zeros(17, bool), 1) for n in ("a", "b")]
+    verdicts = []
+    for together in (False, True):
+        book = Ledger(watchlist)
+        for text in texts:
+            book.admit(text.name, 1)
+        passes = [
+            (packet([(text, t, text.f[t : t + 1]) for text in texts]), np.array([1, 1]), None)
+            for t in range(16)
+        ]
+        if together:
+            book.ingest_all(passes)
+        else:
+            for one in passes:
+                book.ingest(*one)
+        verdicts.append([book.finish(text.name, 17) for text in texts])
+
+    assert lengths == [(2, 1)] * 16 + [(2, 16)]
+    for one, other in zip(*verdicts, strict=True):
+        for policy, a, b in zip(watchlist.policies, one, other, strict=True):
+            assert_same(said(a), b, policy)
+
+
+def test_a_request_outside_the_sample_is_not_evaluated() -> None:
+    """It says so, with every token; the others, and other policies, are judged as ever."""
+    some, every = replace(simple(), id="some", sample=0.25), simple()
+    outcomes = []
+    for n in range(200):
+        ledger = Ledger(make_watchlist([some, every]))
+        text = text_of([9, 9])
+        text.name = f"r{n}"
+        ledger.admit(text.name, 1)
+        ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+        mine, other = ledger.finish(text.name, 3)
+        assert other.outcome == "match"
+        assert balanced(mine.coverage)
+        assert (mine.outcome == "match") == is_sampled(some, text.name)
+        if mine.outcome != "match":
+            assert (mine.outcome, mine.acted, mine.features) == ("not_evaluated", None, {})
+            assert mine.coverage.skipped == {"not_sampled": 3}
+        outcomes.append(mine.outcome)
+
+    assert 30 < outcomes.count("match") < 70
+
+
+def test_both_versions_of_an_id_look_at_the_same_requests() -> None:
+    """Shadow and enforced are compared on the same sample; another id has another."""
+    names = [f"r{n}" for n in range(400)]
+    some = replace(simple(), sample=0.5)
+    other = replace(some, id="other")
+
+    mine = [is_sampled(some, name) for name in names]
+    assert mine == [is_sampled(replace(some, mode="shadow"), name) for name in names]
+    assert mine != [is_sampled(other, name) for name in names]
+    assert all(is_sampled(replace(some, sample=1.0), name) for name in names)
+
+
+def test_shadow_beside_enforced_of_one_id() -> None:
+    """Both are judged, one acts, and the counters tell them apart."""
+    shadow, enforced = simple(mode="shadow"), simple()
+    ledger = Ledger(make_watchlist([shadow, enforced]))
+    text = text_of([9, 9])
+    ledger.admit("r", 1)
+    ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+    verdicts = ledger.finish("r", 3)
+    counts = Counts()
+    counts.request(verdicts, verdicts[0].coverage)
+
+    assert [(v.mode, v.outcome, v.acted) for v in verdicts] == [
+        ("shadow", "match", None),
+        ("enforce", "match", "flag"),
+    ]
+    counted = [c for c in counts.take() if c[0] in ("verdicts", "actions")]
+    assert counted == [
+        ["verdicts", "p", "shadow", "match", 1],
+        ["verdicts", "p", "enforce", "match", 1],
+        ["actions", "p", "enforce", "flag", 1],
+    ]
+
+
+def test_only_a_stop_that_acts_has_a_message() -> None:
+    """In shadow nothing is put in place of the text."""
+    stop = replace(simple(), action="stop", message="withheld")
+    for mode, expected in (("enforce", "withheld"), ("shadow", None)):
+        ledger = Ledger(make_watchlist([replace(stop, mode=mode)]))
+        text = text_of([9, 9])
+        ledger.admit("r", 1)
+        ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+
+        assert ledger.finish("r", 3)[0].message == expected
