@@ -148,7 +148,7 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     where = ""
     if event.verdict == "match":
         where = f", first at token {event.first_token}. It was on at {event.matched_tokens} tokens"
-    done = event.acted or "nothing"
+    done: str = event.acted or "nothing"
     if event.exception:
         done = f"nothing, by the exception {event.exception}"
     c = event.coverage

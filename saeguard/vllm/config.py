@@ -81,10 +81,10 @@ def load_watchlist(settings: Settings) -> WatchList:
     Raises:
         PolicyErrors, FeatureSetError, WatchListError: with file, place and reason.
     """
-    loaded = load_policies(Path(settings.policies))
-    policies, notes = leave_out_templates(loaded, Path(settings.feature_sets))
+    found = load_policies(Path(settings.policies))
+    policies, notes = leave_out_templates(found, Path(settings.feature_sets))
     if notes:
-        left_out = sorted({p.id for p in loaded} - {p.id for p in policies})
+        left_out = sorted({p.id for p in found} - {p.id for p in policies})
         log.warning("policies without calibrated features are not served", policies=left_out)
     if not policies:
         raise ConfigError(

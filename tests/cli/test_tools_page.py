@@ -48,7 +48,7 @@ def shown(folder: Path, block: str) -> str:
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
 def test_outputs_are_todays(tmp_path: Path) -> None:
-    """What the page shows is what the tools say; `python -m tests.cli.test_tools_page` renews it."""
+    """The page shows what the tools say; `python -m tests.cli.test_tools_page` renews it."""
     pytest.importorskip("transformers")
     lay_out(tmp_path)
 
