@@ -11,7 +11,7 @@ import typer
 
 from saeguard.cli.exits import BAD_INPUT, model_told, stop, told
 from saeguard.cli.judged import ModelOption, judgeable, open_corpus, read_all
-from saeguard.cli.report import columns
+from saeguard.cli.report import columns, count
 from saeguard.cli.sets import FEATURE_SETS, FeatureSets, FeatureSetsOption, read_feature_sets
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     verdict = event.verdict.replace("_", " ").upper()
     where = ""
     if event.verdict == "match":
-        where = f", first at token {event.first_token}. It was on at {event.matched_tokens} tokens"
+        where = f", first at token {event.first_token}. It was on at {count(event.matched_tokens, 'token')}"
     done: str = event.acted or "nothing"
     if event.exception:
         done = f"nothing, by the exception {event.exception}"
@@ -161,7 +161,7 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     yield ""
     yield f"{verdict}{where}.{score}"
     yield ""
-    looked = f"It looked at {c.evaluated} of {c.tokens} tokens"
+    looked = f"It looked at {c.evaluated} of {count(c.tokens, 'token')}"
     yield f"{looked} (not: {left})." if left else f"{looked}."
     if event.error:
         yield f"Error: {event.error}."

@@ -175,7 +175,7 @@ def test_explain_an_event(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["policies/p.yaml", "log.jsonl", "--request", "strong"]
     assert run("policy", "explain", *arguments) == 0
     out = capsys.readouterr().out
-    assert "MATCH, first at token 2. It was on at 1 tokens. The score is 1.50" in out
+    assert "MATCH, first at token 2. It was on at 1 token. The score is 1.50" in out
     assert "shell      shell_exec  0.6          0.9      2         1" in out
     assert "An event holds each feature's highest share, not every token's." in out
 
