@@ -14,7 +14,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak check format bench build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak fuzz lsp check format bench build doctor clean
 
 setup: $(READY)
 
@@ -77,12 +77,22 @@ MINUTES ?= 30
 soak: setup
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
+# A million spoilt policy files; nothing but policy errors may come out. INPUTS=10000 for fewer.
+INPUTS ?= 1000000
+fuzz: setup
+	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e ".[fuzz]"
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS)
+
+# The YAML language server of editors, for tests/policy/test_lsp.py. Needs Node.
+lsp:
+	npm install --silent --no-save --prefix .lsp yaml-language-server@2.0.0
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/saeguard check policies
-	$(BIN)/saeguard test policies
+	$(BIN)/saeguard test policies --require-tests --model demo/model
 
 format: setup
 	$(BIN)/ruff format .

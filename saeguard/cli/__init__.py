@@ -16,7 +16,7 @@ VERBS = {
     "scan": "Judge a file of texts with a Hugging Face model.",
     "features": "Find latents that detect a behaviour; calibrate feature sets.",
     "sae": "Look at, fetch and convert SAE checkpoints.",
-    "policy": "Check, test, and print the schema of policy files.",
+    "policy": "Check, test, compare, replay, explain, list, lay out and start policies.",
 }
 """Each verb is `saeguard.cli.<verb>.verb`: a function, or a `typer.Typer` with verbs of its own."""
 

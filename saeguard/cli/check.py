@@ -2,107 +2,92 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from saeguard.features.schema import Document
-    from saeguard.policy.errors import PolicyError
+from saeguard.cli.exits import BAD_INPUT, FINDINGS, stop
+from saeguard.cli.report import Format, count, rendered
+from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
-Format = Literal["text", "json", "github"]
+if TYPE_CHECKING:
+    from saeguard.cli.sets import FeatureSets
+    from saeguard.policy.errors import PolicyError
+    from saeguard.policy.types import Policy
 
 
 def verb(
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Policy files or folders. Default: policies.")
     ] = None,
-    feature_sets: Annotated[
-        Path,
-        typer.Option(help="Folder of feature sets.", exists=True, file_okay=False),
-    ] = Path("feature_sets"),
+    feature_sets: FeatureSetsOption = FEATURE_SETS,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a model: refuse feature sets that are made for another."),
+    ] = None,
     format_: Annotated[
-        Format, typer.Option("--format", help="text, json, or github for annotations in CI.")
+        Format,
+        typer.Option(
+            "--format", help="text, json, sarif for code scanning, or github for annotations in CI."
+        ),
     ] = "text",
     strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
+    notes: Annotated[
+        bool, typer.Option("--notes", help="Show notes as well: what is open, but not wrong.")
+    ] = False,
+    require_tests: Annotated[
+        bool, typer.Option("--require-tests", help="Fail where a policy has no test file.")
+    ] = False,
 ) -> None:
     """Check policies: syntax, sense, and the features they name.
 
     Exits with 0 where all is well, 1 where a policy is wrong, 2 where the command was.
     """
+    from saeguard.policy.cases import cases_path, missing_tests
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.lint import resolve
     from saeguard.policy.load import read_policies
 
     policies, errors = read_policies(*(paths or [Path("policies")]))
-    known, broken = read_feature_sets(feature_sets)
-    referring = [policy for policy in policies if policy.feature_set not in broken]
-    complaints = [complaint for of_one in broken.values() for complaint in of_one]
-    findings = PolicyErrors([*errors, *complaints, *resolve(referring, known)]).errors
-    wrong = sum(finding.level == "error" for finding in findings)
-    if findings or format_ == "json":
-        typer.echo(_rendered(findings, format_))
+    sets = read_feature_sets(feature_sets)
+    referring = [policy for policy in policies if policy.feature_set not in sets.broken]
+    found = [*errors, *sets.mistakes, *resolve(referring, sets.known, templates=sets.templates)]
+    if model is not None:
+        found += of_other_model(referring, sets, model)
+    if require_tests:
+        found += [missing_tests(p) for p in policies if not cases_path(p.path).exists()]
+    findings = PolicyErrors(found).errors
+    wrong, warned = (sum(f.level == level for f in findings) for level in ("error", "warning"))
+    quiet = format_ == "text" and not notes
+    text = rendered([f for f in findings if f.level != "note" or not quiet], format_)
+    if text:
+        typer.echo(text)
     if format_ == "text":
-        counts = f"{_count(wrong, 'error')}, {_count(len(findings) - wrong, 'warning')}"
-        typer.echo(f"{_count(len(policies), 'policy', 'policies')} read: {counts}", err=bool(wrong))
-    if wrong or (strict and findings):
-        raise typer.Exit(1)
+        counts = f"{count(wrong, 'error')}, {count(warned, 'warning')}"
+        noted = len(findings) - wrong - warned
+        counts += f", {count(noted, 'note')}" if noted else ""
+        counts += " (--notes shows them)" if noted and not notes else ""
+        typer.echo(f"{count(len(policies), 'policy', 'policies')} read: {counts}", err=bool(wrong))
+    if wrong or (strict and warned):
+        raise typer.Exit(FINDINGS)
 
 
-def read_feature_sets(folder: Path) -> tuple[dict[str, Document], dict[str, list[PolicyError]]]:
-    """Return the feature sets by name, and why the others cannot be used, by name.
+def of_other_model(
+    policies: Sequence[Policy], sets: FeatureSets, folder: Path
+) -> Iterator[PolicyError]:
+    """Yield the policies whose feature set is made for a model of another shape."""
+    from saeguard.policy.load import locate
+    from saeguard.policy.model import ModelConfigError, read_shape
 
-    Only the files are read, so that policies can be checked where the checkpoints are not.
-    """
-    from saeguard.features.schema import FeatureSetError, read_document
-    from saeguard.policy.errors import PolicyError, show
-
-    known: dict[str, Document] = {}
-    broken: dict[str, list[PolicyError]] = {}
-    for path in sorted(folder.rglob("*.yaml")):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        try:
-            document = read_document(path)
-        except FeatureSetError as error:
-            messages = str(error).replace(f"{path}: ", "").splitlines()
-        else:
-            known[name] = document
-            if document.id == name:
-                continue
-            messages = [f"the id is {show(document.id)}; name it like its file, {show(name)}"]
-        broken[name] = [PolicyError(path, 0, 0, "bad-feature-set", m) for m in messages]
-    return known, broken
-
-
-def _rendered(findings: Sequence[PolicyError], format_: Format) -> str:
-    if format_ == "json":
-        records = [asdict(f) | {"path": os.fspath(f.path)} for f in findings]
-        return json.dumps(records, indent=2)
-    lines = (_annotation(f) if format_ == "github" else f.render() for f in findings)
-    return "\n".join(lines)
-
-
-def _annotation(finding: PolicyError) -> str:
-    """Return a GitHub workflow command, which shows at the line in a pull request."""
-    place = {"file": finding.path, "line": finding.line, "col": finding.column}
-    known = {key: value for key, value in place.items() if value} | {"title": finding.code}
-    properties = ",".join(f"{key}={_escaped(str(value))}" for key, value in known.items())
-    return f"::{finding.level} {properties}::{_escaped(finding.message, ends='')}"
-
-
-def _escaped(text: str, ends: str = ":,") -> str:
-    from saeguard.policy.errors import printable
-
-    text = printable(text)
-    for character in f"%{ends}":
-        text = text.replace(character, f"%{ord(character):02X}")
-    return text
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+    try:
+        shape = read_shape(folder)
+    except ModelConfigError as error:
+        stop(f"--model: {error}", BAD_INPUT)
+    for policy in policies:
+        document = sets.known.get(policy.feature_set)
+        difference = document and shape.differs(document.model)
+        if difference:
+            message = f"the feature set is {difference}; name one that is made for this model"
+            yield locate(policy).error("other-model", message, ("feature_set",))

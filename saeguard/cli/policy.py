@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated, Literal
 
 import typer
 
-from saeguard.cli import check, test
+from saeguard.cli import check, diff, explain, fmt, list_, new, record, replay, test
 
 verb = typer.Typer(no_args_is_help=True)
 verb.command("check")(check.verb)
 verb.command("test")(test.verb)
+verb.command("diff")(diff.verb)
+verb.command("replay")(replay.verb)
+verb.command("explain")(explain.verb)
+verb.command("record")(record.verb)
+verb.command("list")(list_.verb)
+verb.command("fmt")(fmt.verb)
+verb.command("new")(new.verb)
 
 
 @verb.command()
-def schema() -> None:
-    """Print the JSON Schema of policy files, for editors."""
-    from saeguard.policy.schema import json_schema
+def schema(
+    of: Annotated[
+        Literal["policy", "test"], typer.Argument(help="policy, or test for test files.")
+    ] = "policy",
+) -> None:
+    """Print the JSON Schema of policy files or of test files, for editors."""
+    from saeguard.policy import case_schema
+    from saeguard.policy import schema as policy_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    found = case_schema.json_schema() if of == "test" else policy_schema.json_schema()
+    typer.echo(json.dumps(found, indent=2))

@@ -36,10 +36,13 @@ def verb(
     from saeguard.hf.model import check_model, load_model
     from saeguard.hf.scan import scan
     from saeguard.hf.texts import read_texts
+    from saeguard.policy.calibrated import leave_out_templates
     from saeguard.policy.load import load_policies
 
     with mistakes_told():
-        loaded = load_policies(policies)
+        loaded, notes = leave_out_templates(load_policies(policies), feature_sets)
+        for note in notes:
+            typer.echo(note.render(), err=True)
         wanted = {policy.feature_set for policy in loaded}
         sets = {
             features.id: features

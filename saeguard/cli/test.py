@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    import numpy as np
+from saeguard.cli.exits import FINDINGS, told
+from saeguard.cli.judged import ModelOption
+from saeguard.cli.report import Format, rendered
+from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
-    from saeguard.guard.verdict import Verdict
+if TYPE_CHECKING:
+    from saeguard.cli.benign import Alarm
     from saeguard.policy.cases import Case
     from saeguard.policy.errors import PolicyError
+    from saeguard.policy.outcomes import Result
     from saeguard.policy.types import Policy
-
-    Judge = Callable[[Policy, Mapping[str, np.ndarray], int], Verdict]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What came of one case."""
-
-    policy: Policy
-    case: Case
-    verdict: Verdict
-    complaint: str
-    """What was expected and what came instead; empty where the case passed."""
 
 
 def verb(
@@ -38,39 +28,75 @@ def verb(
     require_tests: Annotated[
         bool, typer.Option("--require-tests", help="Fail where a policy has no tests.")
     ] = False,
+    feature_sets: FeatureSetsOption = FEATURE_SETS,
+    model: ModelOption = None,
+    benign: Annotated[
+        Path | None,
+        typer.Option(help="Ordinary texts, JSON lines or a recording, which should not match."),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="Share of them that any one policy may match.", min=0, max=1)
+    ] = 0.01,
+    format_: Annotated[
+        Format, typer.Option("--format", help="text, or json, sarif and github for what failed.")
+    ] = "text",
+    junit: Annotated[
+        Path | None, typer.Option(help="Write the results as JUnit XML to this file, too.")
+    ] = None,
 ) -> None:
-    """Test policies: run each NAME.test.yaml on traces, without model or accelerator.
+    """Test policies: run each NAME.test.yaml on traces, recordings, and texts where --model is.
 
-    Exits with 0 where every case passed, 1 where one did not or a file is wrong.
+    Exits with 0 where every case passed, 1 where one did not, 2 where a file or the command is
+    wrong, 3 where something it needs is missing.
     """
-    from saeguard.guard.rules import judge
+    from saeguard.cli import benign as ordinary
+    from saeguard.cli.junit import junit_xml
+    from saeguard.cli.run_cases import run_cases
     from saeguard.policy.cases import policy_path
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.files import is_test
     from saeguard.policy.load import read_policies
 
     places = [policy_path(p) if is_test(p) else p for p in paths or [Path("policies")]]
-    policies, errors = read_policies(*places)
-    cases, found = gather(places, policies, require_tests=require_tests)
-    if errors or found:
-        typer.echo(PolicyErrors([*errors, *found]), err=True)
-        raise typer.Exit(1)
-    results = [run(policy, case, judge) for policy, case in cases]
-    _print(results)
-    if any(result.complaint for result in results):
-        raise typer.Exit(1)
+    with told():
+        policies, errors = read_policies(*places)
+        cases, found, absent = gather(places, policies, require_tests=require_tests)
+        if errors or found:
+            raise PolicyErrors([*errors, *found, *absent])
+        sets = read_feature_sets(feature_sets) if feature_sets.is_dir() else None
+        results = run_cases(cases, sets, model, feature_sets)
+        alarms: list[Alarm] = []
+        if benign is not None:
+            sets = sets or read_feature_sets(feature_sets)
+            alarms = ordinary.alarms(policies, sets, benign, model, feature_sets)
+    failed = [*absent, *(r.finding() for r in results if r.status in {"failed", "passes"})]
+    failed += [alarm.finding(budget) for alarm in alarms if alarm.rate > budget]
+    if junit is not None:
+        with told():
+            junit.parent.mkdir(parents=True, exist_ok=True)
+            junit.write_bytes(junit_xml(results))
+    if format_ == "text":
+        _print(results, alarms, budget)
+    text = rendered(PolicyErrors(failed).errors, format_)
+    if text:
+        typer.echo(text)
+    if format_ == "text":
+        typer.echo(_counted(results))
+    if any(finding.level == "error" for finding in failed):
+        raise typer.Exit(FINDINGS)
 
 
 def gather(
     places: Sequence[Path], policies: Sequence[Policy], *, require_tests: bool
-) -> tuple[list[tuple[Policy, Case]], list[PolicyError]]:
-    """Return every case with its policy, and what is wrong with the test files."""
-    from saeguard.policy.cases import cases_path, policy_path, read_cases
+) -> tuple[list[tuple[Policy, Case]], list[PolicyError], list[PolicyError]]:
+    """Return every case with its policy, what is wrong with test files, and which are absent."""
+    from saeguard.policy.cases import cases_path, missing_tests, policy_path, read_cases
     from saeguard.policy.errors import PolicyError
     from saeguard.policy.files import find_files, is_test
 
     cases: list[tuple[Policy, Case]] = []
     errors: list[PolicyError] = []
+    absent: list[PolicyError] = []
     for policy in policies:
         path = cases_path(policy.path)
         if path.exists():
@@ -78,58 +104,60 @@ def gather(
             cases += [(policy, case) for case in read]
             errors += found
         elif require_tests:
-            message = f"there are no tests for this policy; write {path.name} beside it"
-            errors.append(PolicyError(policy.path, 0, 0, "test-missing", message))
+            absent.append(missing_tests(policy))
     for path in {file for place in places for file in find_files(place)[0] if is_test(file)}:
         if not policy_path(path).exists():
             message = f"there is no {policy_path(path).name} beside this file; rename or remove it"
-            errors.append(PolicyError(path, 0, 0, "test-orphan", message))
-    return cases, errors
+            absent.append(PolicyError(path, 0, 0, "test-orphan", message))
+    return cases, errors, absent
 
 
-def run(policy: Policy, case: Case, judge: Judge) -> Result:
-    """Judge one case and compare the verdict with what it expects."""
-    import numpy as np
-
-    shares = {feature: np.asarray(trace) for feature, trace in case.shares.items()}
-    verdict = judge(policy, shares, case.prompt_tokens)
-    compared = [
-        ("verdict", case.expect, verdict.outcome),
-        ("first_token", case.first_token, verdict.first_token),
-        ("matched_tokens", case.matched_tokens, verdict.matched_tokens),
-    ]
-    wrong = [
-        f"{name} {got}, not {expected}"
-        for name, expected, got in compared
-        if expected is not None and got != expected
-    ]
-    return Result(policy, case, verdict, "; ".join(wrong))
+def _counted(results: Sequence[Result]) -> str:
+    """Return one line with how many cases became what."""
+    words = {"skipped": "skipped (give --model)", "todo": "to do", "passes": "to do, but passing"}
+    count = {s: sum(r.status == s for r in results) for s in ("passed", "failed", *words)}
+    line = f"{count['passed']} passed, {count['failed']} failed"
+    return line + "".join(f", {count[s]} {word}" for s, word in words.items() if count[s])
 
 
-def _print(results: Sequence[Result]) -> None:
+def _print(results: Sequence[Result], alarms: Sequence[Alarm], budget: float) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from saeguard.policy.cases import cases_path
-
+    shown = {
+        "passed": ("pass", "green"),
+        "failed": ("FAIL", "red"),
+        "skipped": ("skip", "yellow"),
+        "todo": ("todo", "yellow"),
+        "passes": ("pass", "yellow"),
+    }
     table = Table("policy", "case", "verdict", "score", "", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     above = None
     for result in results:
-        policy, score = result.policy, result.verdict.score
+        policy, verdict = result.policy, result.verdict
+        score = verdict.score if verdict else None
         table.add_row(
             Text("" if policy is above else f"{policy.id} {policy.mode}"),
             Text(result.case.name),
-            Text(result.verdict.outcome),
+            Text(verdict.outcome if verdict else "-"),
             Text("-" if score is None else f"{score:.2f}"),
-            Text("FAIL", "red") if result.complaint else Text("pass", "green"),
+            Text(*shown[result.status]),
         )
         above = policy
     console = Console()
     console.print(table)
-    failed = [result for result in results if result.complaint]
-    for result in failed:
-        place = f"{cases_path(result.policy.path)}:{result.case.line}"
-        console.print(Text(f"{place}: {result.case.name}: {result.complaint}"), soft_wrap=True)
-    console.print(Text(f"{len(results) - len(failed)} passed, {len(failed)} failed"))
+    if alarms:
+        rates = Table("on ordinary texts", "match", "rate", "95 %", "", box=None, pad_edge=False)
+        for alarm in alarms:
+            low, high = alarm.interval
+            rates.add_row(
+                Text(f"{alarm.policy.id} {alarm.policy.mode}"),
+                f"{len(alarm.texts)} of {alarm.trials}",
+                f"{alarm.rate:.2%}",
+                f"{low:.2%} to {high:.2%}",
+                Text("FAIL", "red") if alarm.rate > budget else Text("pass", "green"),
+            )
+        console.print()
+        console.print(rates)

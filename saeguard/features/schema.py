@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA = "saeguard.features/v1"
 MAX_BYTES = 8 << 20
+
+M = TypeVar("M", bound=BaseModel)
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Latent = Annotated[int, Field(ge=0)]
@@ -199,18 +201,35 @@ def read_document(path: Path) -> Document:
     Raises:
         FeatureSetError: it is no YAML of this schema.
     """
+    return validated(Document, read_content(path), path)
+
+
+def read_content(path: Path) -> Any:
+    """Return what the YAML file at `path` holds.
+
+    Raises:
+        FeatureSetError: it is no YAML that may be read here.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise FeatureSetError(f"{path}: larger than {MAX_BYTES} bytes")
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a safe loader
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a safe loader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise FeatureSetError(f"{path}{where}: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise FeatureSetError(f"{path}: {error}") from error
+
+
+def validated(model: type[M], content: Any, path: Path) -> M:
+    """Return the content of `path` as `model`.
+
+    Raises:
+        FeatureSetError: every way in which it is not one.
+    """
     try:
-        return Document.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         raise FeatureSetError("\n".join(f"{path}: {_told(e)}" for e in error.errors())) from error
 

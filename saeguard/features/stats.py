@@ -57,11 +57,17 @@ def auroc_interval(
     return float(low), float(high)
 
 
-def rate(hits: int, trials: int) -> dict[str, float | int | list[float]]:
-    """Return a rate with its exact 95 % interval (Clopper and Pearson 1934), for the evidence."""
+def interval(hits: int, trials: int) -> tuple[float, float]:
+    """Return the exact 95 % interval of a rate (Clopper and Pearson 1934)."""
     tail = (1 - LEVEL) / 2
     low = float(beta.ppf(tail, hits, trials - hits + 1)) if hits else 0.0
     high = float(beta.ppf(1 - tail, hits + 1, trials - hits)) if hits < trials else 1.0
+    return low, high
+
+
+def rate(hits: int, trials: int) -> dict[str, float | int | list[float]]:
+    """Return a rate with its exact 95 % interval, for the evidence."""
+    low, high = interval(hits, trials)
     return {
         "rate": round(hits / trials, 4),
         "interval": [round(low, 4), round(high, 4)],

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def judge(policy: Policy, shares: Mapping[str, np.ndarray], prompt_tokens: int) -> Verdict:
     """Judge one policy on traces of feature shares, one value per token, all evaluated."""
     rules, traces = alone(policy, shares)
-    return _judge(rules, traces, np.ones(len(traces), bool), prompt_tokens)[0]
+    return judge_text(rules, traces, np.ones(len(traces), bool), prompt_tokens)[0]
 
 
 def judge_all(
@@ -46,7 +46,7 @@ def judge_all(
         evaluable: [tokens] bool; tokens left out count as `special_token`.
         prompt_tokens: how many of the tokens are the prompt.
     """
-    return _judge(watchlist.rules, shares, evaluable, prompt_tokens)
+    return judge_text(watchlist.rules, shares, evaluable, prompt_tokens)
 
 
 def alone(policy: Policy, shares: Mapping[str, np.ndarray]) -> tuple[Rules, np.ndarray]:
@@ -108,9 +108,10 @@ def strongest(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return [v for v in acting if v.acted and ACTIONS.index(v.acted) == top]
 
 
-def _judge(
+def judge_text(
     rules: Rules, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
 ) -> list[Verdict]:
+    """Judge one text by every policy of the rules; arguments as for `judge_all`."""
     state, block = _block(rules, shares, evaluable, prompt_tokens)
     if len(shares):
         advance(rules, state, np.zeros(1, np.int64), block)

@@ -9,7 +9,7 @@ follows the tokenizer's own prefix (BOS) and counts as output.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,33 @@ def read_texts(path: str | Path, tokenizer: Any) -> list[Text]:
             )
         )
     return texts
+
+
+def make_text(
+    id_: str, tokenizer: Any, prompt: str | Sequence[tuple[str, str]], completion: str
+) -> Text:
+    """Tokenise one text that does not come from a file.
+
+    Args:
+        id_: its name.
+        tokenizer: the model's.
+        prompt: a text, or the role and content of each message of a chat.
+        completion: what follows.
+
+    Raises:
+        TextError: the chat template refuses the messages, or there is no token.
+    """
+    given: Any = prompt
+    if not isinstance(prompt, str):
+        given = [_Message(role=role, content=content) for role, content in prompt]
+    try:
+        line = _Line(id=id_, prompt=given, completion=completion)
+        before, after = _tokenise(line, tokenizer)
+    except (ValueError, TypeError) as error:  # raised by chat templates, too
+        raise TextError(f"{id_}: {error}") from error
+    if not before and not after:
+        raise TextError(f"{id_}: the text gives no token")
+    return Text(id_, (*before, *after), len(before))
 
 
 def _tokenise(line: _Line, tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -1,54 +1,50 @@
-"""Test files: `NAME.test.yaml` beside a policy, with cases that must match and must not."""
+"""Test files: `NAME.test.yaml` beside a policy, with cases that must match and must not.
+
+A case gives its tokens in one of three ways, the quickest first: as traces of shares, as a text of
+a recording beside the file, or as a text that a model has to read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
+from saeguard.policy.case_schema import CaseFile, CaseSection
 from saeguard.policy.errors import PolicyError, did_you_mean, show
 from saeguard.policy.files import TEST_SUFFIX, read_bytes
-from saeguard.policy.schema import FeatureName, PolicyId, Section, ShortText
 from saeguard.policy.shape import shape
-from saeguard.policy.traces import MAX_TOKENS, TraceError, trace
+from saeguard.policy.traces import TraceError, trace
 from saeguard.policy.types import Policy
 from saeguard.policy.yamlmarks import Document, Loc, read_document
 
-Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Tokens given by the shares they have."""
+
+    prompt_tokens: int
+    shares: Mapping[str, list[float]]
+    """Per feature of the policy, one share per token."""
 
 
-class CaseSection(Section):
-    """One text, as the shares that its tokens have."""
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Tokens that a model has read before."""
 
-    name: ShortText = Field(description="What the text is, or what the case shows.")
-    prompt_tokens: Tokens = Field(description="How many of the tokens are the prompt.")
-    shares: dict[FeatureName, str] = Field(
-        min_length=1,
-        description="Per feature one share per token: 0x4 0.9x3 0. All of one length; a feature "
-        "of the policy that is left out is 0 throughout.",
-    )
-    expect: Literal["match", "no_match"] = Field(description="The verdict.")
-    first_token: Tokens | None = Field(
-        default=None, description="Position of the first match, counted from 0."
-    )
-    matched_tokens: Tokens | None = Field(
-        default=None, description="At how many tokens the policy is on, those kept on included."
-    )
+    path: Path
+    text: str
+    """Which of the recording's texts."""
 
 
-class CaseFile(Section):
-    """The tests of one policy."""
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Tokens that a model has to read."""
 
-    schema_: Literal["saeguard.test/v1"] = Field(
-        alias="schema", description="The version of this format."
-    )
-    policy: PolicyId = Field(description="The id of the policy in the file beside this one.")
-    cases: list[CaseSection] = Field(
-        min_length=2, max_length=500, description="At least one match and one no_match."
-    )
+    prompt: str | tuple[tuple[str, str], ...]
+    """A text, or the role and content of each message."""
+    completion: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +52,12 @@ class Case:
     """One text and the verdict that a policy must reach on it."""
 
     name: str
-    prompt_tokens: int
-    shares: Mapping[str, list[float]]
-    """Per feature of the policy, one share per token."""
+    given: Trace | Recorded | Said
     expect: Literal["match", "no_match"]
     first_token: int | None
     matched_tokens: int | None
+    todo: bool
+    """Whether it is known not to hold yet."""
     line: int
     """Where the case starts in its file."""
 
@@ -74,6 +70,13 @@ def cases_path(policy: Path) -> Path:
 def policy_path(cases: Path) -> Path:
     """Return which policy file a test file belongs to."""
     return cases.with_name(cases.name.removesuffix(TEST_SUFFIX) + ".yaml")
+
+
+def missing_tests(policy: Policy) -> PolicyError:
+    """Return that a policy has no tests."""
+    name = cases_path(policy.path).name
+    message = f"there are no tests for this policy; write {name} beside it"
+    return PolicyError(policy.path, 0, 0, "test-missing", message)
 
 
 def read_cases(path: Path, policy: Policy) -> tuple[tuple[Case, ...], list[PolicyError]]:
@@ -103,9 +106,9 @@ def _whole(document: Document, content: CaseFile, policy: Policy) -> Iterator[Po
     if content.policy != policy.id:
         message = f"the policy beside this file is {show(policy.id)}; write that id"
         yield document.error("test-policy", message, ("policy",))
-    expected = {case.expect for case in content.cases}
+    expected = {case.expect for case in content.cases if not case.todo}
     for missing in sorted({"match", "no_match"} - expected):
-        message = f"there is no case with expect: {missing}; add one"
+        message = f"there is no case with expect: {missing} that has to pass; add one"
         yield document.error("test-cases", message, ("cases",), at_key=True)
     names: set[str] = set()
     for i, case in enumerate(content.cases):
@@ -118,11 +121,74 @@ def _whole(document: Document, content: CaseFile, policy: Policy) -> Iterator[Po
 def _case(
     document: Document, section: CaseSection, policy: Policy, loc: Loc
 ) -> tuple[Case | None, list[PolicyError]]:
+    errors = [*_ways(document, section, loc)]
+    given: Trace | Recorded | Said
+    if section.shares is not None:
+        given, found = _trace(document, section, section.shares, policy, loc)
+        errors += found
+    elif section.recording is not None:
+        given = Recorded(document.path.with_name(section.recording), section.recorded_text or "")
+        if not given.path.is_file():
+            message = f"there is no {section.recording} beside this file; make it with "
+            message += "`saeguard policy record`"
+            errors.append(document.error("test-recording", message, (*loc, "recording")))
+    else:
+        messages = tuple((m.role, m.content) for m in section.messages or ())
+        given = Said(messages or section.prompt or "", section.completion or "")
+    errors += _expectations(document, section, given, loc)
+    if errors:
+        return None, errors
+    case = Case(
+        name=section.name,
+        given=given,
+        expect=section.expect,
+        first_token=section.first_token,
+        matched_tokens=section.matched_tokens,
+        todo=section.todo,
+        line=document.values[loc].line,
+    )
+    return case, []
+
+
+def _ways(document: Document, section: CaseSection, loc: Loc) -> Iterator[PolicyError]:
+    """Yield what keeps a case from giving its tokens in just one of the three ways."""
+    ways = {
+        "shares": ("shares", "prompt_tokens"),
+        "recording": ("recording", "recorded_text"),
+        "text": ("prompt", "messages", "completion"),
+    }
+    used = {
+        way: [key for key in keys if getattr(section, key) is not None]
+        for way, keys in ways.items()
+    }
+    given = [way for way, keys in used.items() if keys]
+    if len(given) != 1:
+        what = "a case gives its tokens in one way: shares with prompt_tokens, recording with "
+        what += "recorded_text, or a text by prompt or messages, completion"
+        yield document.error("test-kind", what, loc)
+        return
+    missing = [key for key in ways[given[0]] if key not in used[given[0]]]
+    if given != ["text"]:
+        for key in missing:
+            message = f'{used[given[0]][0]} needs the key "{key}"; add it'
+            yield document.error("test-kind", message, loc)
+    elif {"prompt", "messages"} <= set(used["text"]):
+        message = "there are both prompt and messages; keep one of them"
+        yield document.error("test-kind", message, (*loc, "messages"), at_key=True)
+
+
+def _trace(
+    document: Document,
+    section: CaseSection,
+    written: Mapping[str, str],
+    policy: Policy,
+    loc: Loc,
+) -> tuple[Trace, list[PolicyError]]:
     errors: list[PolicyError] = []
     features = sorted({selection.feature for selection in policy.detect.values()})
     shares: dict[str, list[float]] = {}
     length = 0
-    for feature, text in section.shares.items():
+    for feature, text in written.items():
         at = (*loc, "shares", feature)
         if feature not in features:
             hint = did_you_mean(feature, features)
@@ -145,28 +211,20 @@ def _case(
                 "give all of a case the same number"
             )
             errors.append(document.error("test-trace", message, at))
-    errors += _expectations(document, section, length, loc)
-    if errors:
-        return None, errors
     quiet = [0.0] * length
-    case = Case(
-        name=section.name,
-        prompt_tokens=section.prompt_tokens,
-        shares={feature: shares.get(feature, quiet) for feature in features},
-        expect=section.expect,
-        first_token=section.first_token,
-        matched_tokens=section.matched_tokens,
-        line=document.values[loc].line,
-    )
-    return case, []
+    by_feature = {feature: shares.get(feature, quiet) for feature in features}
+    return Trace(section.prompt_tokens or 0, by_feature), errors
 
 
 def _expectations(
-    document: Document, section: CaseSection, length: int, loc: Loc
+    document: Document, section: CaseSection, given: Trace | Recorded | Said, loc: Loc
 ) -> Iterator[PolicyError]:
-    if length and section.prompt_tokens > length:
-        message = f"the prompt is longer than the whole text of {length} tokens"
-        yield document.error("test-expectation", message, (*loc, "prompt_tokens"))
+    length = 0
+    if isinstance(given, Trace):
+        length = max(map(len, given.shares.values()), default=0)
+        if length and given.prompt_tokens > length:
+            message = f"the prompt is longer than the whole text of {length} tokens"
+            yield document.error("test-expectation", message, (*loc, "prompt_tokens"))
     for key in ("first_token", "matched_tokens"):
         value = getattr(section, key)
         if value is not None and section.expect == "no_match":

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-Level: TypeAlias = Literal["error", "warning"]
+Level: TypeAlias = Literal["error", "warning", "note"]
 
 Code: TypeAlias = Literal[
     # the file
@@ -72,13 +72,20 @@ Code: TypeAlias = Literal[
     "unknown-feature",
     "no-clamp-latents",
     "bad-feature-set",
+    "not-calibrated",
+    "other-model",
+    "to-do",
     # its tests
     "test-missing",
     "test-orphan",
     "test-policy",
     "test-cases",
+    "test-kind",
     "test-trace",
+    "test-recording",
     "test-expectation",
+    "test-failed",
+    "test-passes",
 ]
 """Short and stable, so that they can be searched for and switched on in CI."""
 

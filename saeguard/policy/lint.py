@@ -12,6 +12,9 @@ from saeguard.policy.load import locate
 from saeguard.policy.types import Policy
 from saeguard.policy.yamlmarks import Loc
 
+TO_DO = "TODO"
+"""Starts a text that `saeguard policy new` left for its owner."""
+
 
 class Clampable(Protocol):
     """A feature, loaded or as written in its file."""
@@ -22,7 +25,7 @@ class Clampable(Protocol):
 
 
 class Features(Protocol):
-    """A feature set, loaded or as written in its file."""
+    """A feature set, loaded or as written in its file, or the template of one."""
 
     @property
     def features(self) -> Mapping[str, Clampable]:
@@ -33,22 +36,58 @@ def resolve(
     policies: Iterable[Policy],
     feature_sets: Mapping[str, Features],
     *,
+    templates: Mapping[str, Features] | None = None,
     today: date | None = None,
 ) -> tuple[PolicyError, ...]:
-    """Return what does not fit, as errors, and what is past its date, as warnings.
+    """Return what does not fit, as errors, what is past its date, as warnings, and what is open.
 
     Args:
         policies: what `load_policies` returned.
         feature_sets: by the name that policies use.
+        templates: those that nobody has calibrated yet, likewise.
         today: for tests; the present day in UTC.
     """
     today = today or datetime.now(UTC).date()
+    open_ = templates or {}
     return tuple(
         finding
         for policy in policies
-        for findings in (_features(policy, feature_sets), _dates(policy, today))
+        for findings in (
+            _features(policy, {**feature_sets, **open_}),
+            [uncalibrated(policy)] if policy.feature_set in open_ else (),
+            _dates(policy, today),
+            _to_do(policy),
+        )
         for finding in findings
     )
+
+
+def uncalibrated(policy: Policy) -> PolicyError:
+    """Return that a policy's feature set is a template: an error where the policy is enforced."""
+    features = ", ".join(dict.fromkeys(s.feature for s in policy.detect.values()))
+    message = (
+        f"the feature set {show(policy.feature_set)} is a template: find and calibrate {features} "
+        "in your model, and name your own feature set here"
+    )
+    if policy.mode == "enforce":
+        message += "; until then the policy cannot be enforced, write mode: shadow"
+        return _at(policy, "not-calibrated", message, ("feature_set",))
+    message += "; until then the policy is tested but not served"
+    return _at(policy, "not-calibrated", message, ("feature_set",), level="note")
+
+
+def _to_do(policy: Policy) -> Iterator[PolicyError]:
+    """Tell what `saeguard policy new` left to be filled in: an error where it would be enforced."""
+    texts = (policy.title, policy.owner, policy.rationale, *policy.falsepositives)
+    if not any(text.startswith(TO_DO) for text in texts):
+        return
+    document = locate(policy)
+    level: Level = "error" if policy.mode == "enforce" else "warning"
+    for loc in document.values:
+        text = document.at(loc)
+        if isinstance(text, str) and text.startswith(TO_DO):
+            what = text.removeprefix(TO_DO).strip(" :") or "fill this in"
+            yield _at(policy, "to-do", f"still to do: {what}", loc, level=level)
 
 
 def _features(policy: Policy, feature_sets: Mapping[str, Features]) -> Iterator[PolicyError]:

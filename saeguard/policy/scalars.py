@@ -15,6 +15,8 @@ Scalar: TypeAlias = str | int | float | bool | date | None
 _NULL = {"", "~", "null"}
 _BOOLEAN = {"true": True, "false": False}
 _BOOLEAN_TO_SOME = {"y", "n", "yes", "no", "on", "off"}
+_STARTS_A_NUMBER = frozenset("+-.0123456789")
+"""Most texts are words; only these need the patterns below."""
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _DECIMAL = re.compile(r"-?(0|[1-9][0-9]{0,17})\.[0-9]{1,30}")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -60,6 +62,11 @@ def plain(text: str) -> Scalar:
         return _BOOLEAN[lower]
     if lower in _BOOLEAN_TO_SOME:
         raise AmbiguousError("some YAML readers take this for true or false; put it in quotes")
+    return _number(text) if text[0] in _STARTS_A_NUMBER else text
+
+
+def _number(text: str) -> Scalar:
+    """Return a number, a date, or the text that only looks like one."""
     if _INTEGER.fullmatch(text):
         return int(text)
     if _DECIMAL.fullmatch(text):

@@ -33,12 +33,14 @@ POLICY_ID = r"^[a-z0-9]+([.-][a-z0-9]+)*$"
 SELECTION = rf"^{condition.NAME}$"
 FEATURE = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 FEATURE_SET = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"
+RECORDING = r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors$"
 
 FORMS = {
     POLICY_ID: "lower-case words joined by dots and hyphens, such as unsafe-code.shell-injection",
     SELECTION: "a lower-case letter, then letters, digits and underscores, such as shell_command",
     FEATURE: "letters, digits and _ . - such as shell_command",
     FEATURE_SET: "a path below the feature set folder without its .yaml, such as demo/unsafe-code",
+    RECORDING: "the name of a file beside this one, such as shell-command.safetensors",
 }
 """What each pattern asks for, in words for error messages."""
 
@@ -226,7 +228,7 @@ class PolicyFile(Section):
     )
 
 
-def _without_null(properties: dict[str, Any]) -> None:
+def without_null(properties: dict[str, Any]) -> None:
     """Take `null` out of the alternatives: leaving a key out is how to say "none"."""
     for name, value in properties.items():
         alternatives = value.get("anyOf", ())
@@ -239,9 +241,9 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of policy files, for editors."""
     schema = PolicyFile.model_json_schema(by_alias=True)
     properties = schema["properties"]
-    _without_null(properties)
+    without_null(properties)
     for section in schema["$defs"].values():
-        _without_null(section["properties"])
+        without_null(section["properties"])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,

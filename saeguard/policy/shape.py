@@ -19,6 +19,7 @@ _TYPES = {
     "string_type": "text",
     "int_type": "a whole number",
     "float_type": "a number",
+    "bool_type": "true or false",
     "date_type": "a date such as 2027-02-01",
     "dict_type": "a mapping",
     "list_type": "a list",

@@ -72,10 +72,11 @@ class Document:
             loc, at_key = loc[:-1], True
         marks = self.keys if at_key and loc in self.keys else self.values
         mark = marks.get(loc, Mark(1, 1, 0, 0))
-        start = self._inside(mark, self._value(loc), offset) if offset else mark.start
+        start = self._inside(mark, self.at(loc), offset) if offset else mark.start
         return _error_at(self.path, self.text, start, code, message)
 
-    def _value(self, loc: Loc) -> Any:
+    def at(self, loc: Loc) -> Any:
+        """Return the value at `loc`."""
         value = self.data
         for step in loc:
             value = value[step]

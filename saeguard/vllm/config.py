@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saeguard.features.load import load_feature_set
 from saeguard.guard.watchlist import WatchList, build_watchlist
+from saeguard.policy.calibrated import leave_out_templates
 from saeguard.policy.load import load_policies
+
+log = structlog.get_logger("saeguard")
 
 KEY = "saeguard"
 
@@ -77,11 +81,15 @@ def load_watchlist(settings: Settings) -> WatchList:
     Raises:
         PolicyErrors, FeatureSetError, WatchListError: with file, place and reason.
     """
-    policies = load_policies(Path(settings.policies))
+    found = load_policies(Path(settings.policies))
+    policies, notes = leave_out_templates(found, Path(settings.feature_sets))
+    if notes:
+        left_out = sorted({p.id for p in found} - {p.id for p in policies})
+        log.warning("policies without calibrated features are not served", policies=left_out)
     if not policies:
         raise ConfigError(
-            f"additional-config: {KEY}.policies: no policies in {settings.policies}; name a policy "
-            "file or a directory that holds *.yaml files"
+            f"additional-config: {KEY}.policies: no policies to serve in {settings.policies}; name "
+            "a policy file or a directory that holds *.yaml files whose features are calibrated"
         )
     names = sorted({p.feature_set for p in policies})
     sets = {}

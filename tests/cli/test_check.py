@@ -9,50 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from saeguard.cli import VERBS, main
+from saeguard.cli import VERBS
+from saeguard.policy import case_schema
 from saeguard.policy.schema import json_schema
+from tests.cli.project import lay_out, run
 from tests.policy.example import GOOD, changed
-
-FEATURES = f"""\
-schema: saeguard.features/v1
-id: demo/unsafe-code
-title: Unsafe code
-model: {{name: tiny, hidden_size: 8, num_layers: 2}}
-sae: {{path: nowhere, sha256: {"a" * 64}, layer: 1, d_in: 8, d_sae: 16}}
-features:
-  shell_exec:
-    title: Shell
-    behaviour: Writes shell commands
-    detect: {{3: 1.0}}
-    low: 0.0
-    high: 2.0
-    threshold: 0.5
-  string_built:
-    title: Strings
-    behaviour: Builds strings
-    detect: {{4: 1.0}}
-    low: 0.0
-    high: 2.0
-    threshold: 0.5
-"""
 
 
 @pytest.fixture(autouse=True)
 def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start in a folder with one good policy and its feature set."""
-    (tmp_path / "policies").mkdir()
-    (tmp_path / "policies" / "p.yaml").write_text(GOOD.replace("2027", "2999"))
-    (tmp_path / "feature_sets" / "demo").mkdir(parents=True)
-    (tmp_path / "feature_sets" / "demo" / "unsafe-code.yaml").write_text(FEATURES)
+    lay_out(tmp_path)
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: str) -> int:
-    """Run the command and return its exit code."""
-    with pytest.raises(SystemExit) as exited:
-        main(arguments)
-    assert isinstance(exited.value.code, int)
-    return exited.value.code
 
 
 def spoil(*changes: tuple[str, str]) -> None:
@@ -165,6 +133,8 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     """`policy schema` prints the schema."""
     assert run("policy", "schema") == 0
     assert json.loads(capsys.readouterr().out) == json_schema()
+    assert run("policy", "schema", "test") == 0
+    assert json.loads(capsys.readouterr().out) == case_schema.json_schema()
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +144,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert [verb for verb in VERBS if verb not in out] == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["check"], ["policy", "schema"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["check"], ["policy", "schema"], ["policy", "list"], ["policy", "fmt"]],
+)
 def test_light(arguments: list[str]) -> None:
     """Checking policies needs neither torch nor vLLM, so that it is quick anywhere."""
     code = (
@@ -186,3 +159,37 @@ def test_light(arguments: list[str]) -> None:
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_other_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A feature set of another model is refused, with both shapes, from config.json alone."""
+    model = tmp_path / "llama"
+    model.mkdir()
+    (model / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 2}')
+    assert run("check", "--model", str(model)) == 0
+
+    (model / "config.json").write_text('{"text_config": {"n_embd": 8, "n_layer": 4}}')
+    assert run("check", "--model", str(model)) == 1
+    assert (
+        "policies/p.yaml:10:14: error[other-model]: the feature set is made for tiny, width 8 and "
+        "2 layers, but llama has width 8 and 4 layers; name one that is made for this model"
+    ) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", ["", "[]", '{"hidden_size": "8"}'])
+def test_model_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str
+) -> None:
+    """A model folder that tells nothing is bad input, not a finding."""
+    (tmp_path / "config.json").write_text(config)
+
+    assert run("check", "--model", str(tmp_path)) == 2
+    assert f"--model: {tmp_path}/config.json: " in capsys.readouterr().err
+
+
+def test_require_tests(capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing test file is a finding where tests are asked for."""
+    assert run("check", "--require-tests") == 1
+    assert "policies/p.yaml: error[test-missing]: there are no tests for this policy; write " in (
+        capsys.readouterr().out
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_check import run
+from tests.cli.project import run
 from tests.policy.example import GOOD
 from tests.policy.test_cases import CASES
 
@@ -54,7 +54,7 @@ def test_fail(capsys: pytest.CaptureFixture[str], old: str, new: str, complaint:
 
     assert run("policy", "test") == 1
     out = capsys.readouterr().out
-    assert f"policies/p.test.yaml:4: fires: {complaint}" in out
+    assert f"policies/p.test.yaml:4:1: error[test-failed]: fires: {complaint}" in out
     assert out.endswith("1 passed, 1 failed\n")
 
 
@@ -62,7 +62,7 @@ def test_bad_test_file(capsys: pytest.CaptureFixture[str]) -> None:
     """A mistake in a test file is told like one in a policy."""
     respell("expect: match", "expect: mach")
 
-    assert run("test") == 1
+    assert run("test") == 2
     assert "p.test.yaml:9:13: error[not-allowed]" in capsys.readouterr().err
 
 
@@ -70,7 +70,7 @@ def test_bad_policy(capsys: pytest.CaptureFixture[str]) -> None:
     """Policies that cannot be read cannot be tested."""
     Path("policies/q.yaml").write_text("id: 12")
 
-    assert run("test") == 1
+    assert run("test") == 2
     assert "q.yaml:1:5: error[wrong-type]" in capsys.readouterr().err
 
 
@@ -83,7 +83,7 @@ def test_missing_tests(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "policies/p.yaml: error[test-missing]: there are no tests for this policy; "
         "write p.test.yaml beside it"
-    ) in capsys.readouterr().err
+    ) in capsys.readouterr().out
 
 
 def test_orphan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_orphan(capsys: pytest.CaptureFixture[str]) -> None:
     Path("policies/p.test.yaml").rename("policies/q.test.yaml")
 
     assert run("test") == 1
-    assert "q.test.yaml: error[test-orphan]" in capsys.readouterr().err
+    assert "q.test.yaml: error[test-orphan]" in capsys.readouterr().out
 
 
 def test_by_test_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard.policy.cases import Case, cases_path, policy_path, read_cases
+from saeguard.policy.cases import Case, Recorded, Said, Trace, cases_path, policy_path, read_cases
 from saeguard.policy.errors import PolicyError
 from saeguard.policy.traces import TraceError, trace
 from tests.policy.example import policy
@@ -51,23 +51,29 @@ def test_read(tmp_path: Path) -> None:
     assert cases == (
         Case(
             name="fires",
-            prompt_tokens=2,
-            shares={
-                "shell_exec": [0, 0, 0.9, 0.9, 0.9, 0],
-                "string_built": [0, 0, 0.9, 0.9, 0.9, 0.9],
-            },
+            given=Trace(
+                prompt_tokens=2,
+                shares={
+                    "shell_exec": [0, 0, 0.9, 0.9, 0.9, 0],
+                    "string_built": [0, 0, 0.9, 0.9, 0.9, 0.9],
+                },
+            ),
             expect="match",
             first_token=4,
             matched_tokens=2,
+            todo=False,
             line=4,
         ),
         Case(
             name="stays quiet",
-            prompt_tokens=2,
-            shares={"shell_exec": [0.1, 0.2, 0.2, 0.2, 0.2, 0.2], "string_built": [0] * 6},
+            given=Trace(
+                prompt_tokens=2,
+                shares={"shell_exec": [0.1, 0.2, 0.2, 0.2, 0.2, 0.2], "string_built": [0] * 6},
+            ),
             expect="no_match",
             first_token=None,
             matched_tokens=None,
+            todo=False,
             line=12,
         ),
     )
@@ -86,13 +92,13 @@ def test_read(tmp_path: Path) -> None:
             "expect: no_match",
             "expect: match",
             "3:1 test-cases",
-            "there is no case with expect: no_match; add one",
+            "there is no case with expect: no_match that has to pass; add one",
         ),
         (
             "expect: match\n    first_token: 4\n    matched_tokens: 2",
             "expect: no_match",
             "3:1 test-cases",
-            "there is no case with expect: match; add one",
+            "there is no case with expect: match that has to pass; add one",
         ),
         (
             "name: stays quiet",
@@ -148,6 +154,57 @@ def test_read(tmp_path: Path) -> None:
                 "plain decimals such as 0.5 or 12, or put it in quotes if it is text"
             ),
         ),
+        (
+            "    expect: no_match",
+            "    expect: no_match\n    todo: true",
+            "3:1 test-cases",
+            "there is no case with expect: no_match that has to pass; add one",
+        ),
+        (
+            "    prompt_tokens: 2\n    shares: {shell_exec: 0.1 0.2x5}\n",
+            "",
+            "12:5 test-kind",
+            (
+                "a case gives its tokens in one way: shares with prompt_tokens, recording with "
+                "recorded_text, or a text by prompt or messages, completion"
+            ),
+        ),
+        (
+            "    prompt_tokens: 2\n    shares: {shell_exec",
+            "    completion: x\n    shares: {shell_exec",
+            "12:5 test-kind",
+            (
+                "a case gives its tokens in one way: shares with prompt_tokens, recording with "
+                "recorded_text, or a text by prompt or messages, completion"
+            ),
+        ),
+        (
+            "    prompt_tokens: 2\n    shares: {shell_exec",
+            "    shares: {shell_exec",
+            "12:5 test-kind",
+            'shares needs the key "prompt_tokens"; add it',
+        ),
+        (
+            "    prompt_tokens: 2\n    shares: {shell_exec: 0.1 0.2x5}\n",
+            "    prompt: a\n    messages: [{role: user, content: a}]\n",
+            "14:5 test-kind",
+            "there are both prompt and messages; keep one of them",
+        ),
+        (
+            "    prompt_tokens: 2\n    shares: {shell_exec: 0.1 0.2x5}\n",
+            "    recording: p.safetensors\n    recorded_text: t\n",
+            "13:16 test-recording",
+            ("there is no p.safetensors beside this file; make it with `saeguard policy record`"),
+        ),
+        (
+            "    prompt_tokens: 2\n    shares: {shell_exec: 0.1 0.2x5}\n",
+            "    recording: ../p.safetensors\n    recorded_text: t\n",
+            "13:16 bad-name",
+            (
+                'found "../p.safetensors"; write the name of a file beside this one, such as '
+                "shell-command.safetensors"
+            ),
+        ),
         ("expect: no_match", "expects: no_match", "15:5 unknown-key", None),
         ("expect: no_match", "expect: nomatch", "15:13 not-allowed", None),
         ("prompt_tokens: 2", "prompt_tokens: -1", "5:20 out-of-range", None),
@@ -162,6 +219,26 @@ def test_mistakes(tmp_path: Path, old: str, new: str, place: str, message: str |
     assert cases == ()
     assert place in told
     assert message in {told[place], None}
+
+
+def test_three_tiers(tmp_path: Path) -> None:
+    """Tokens come as shares, from a recording beside the file, or from a text."""
+    (tmp_path / "p.safetensors").write_bytes(b"")
+    more = """\
+  - {name: recorded, recording: p.safetensors, recorded_text: t, expect: match, todo: true}
+  - {name: said, messages: [{role: user, content: hi}], completion: rm, expect: no_match}
+  - {name: plain, prompt: hi, expect: no_match}
+"""
+
+    cases, errors = read(tmp_path, ("    expect: no_match\n", f"    expect: no_match\n{more}"))
+
+    assert [error.render() for error in errors] == []
+    assert [case.given for case in cases[2:]] == [
+        Recorded(tmp_path / "p.safetensors", "t"),
+        Said((("user", "hi"),), "rm"),
+        Said("hi", ""),
+    ]
+    assert [case.todo for case in cases] == [False, False, True, False, False]
 
 
 @given(

@@ -8,8 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from saeguard.cli.test import run
-from saeguard.guard.rules import judge
+from saeguard.cli.run_cases import run
 from saeguard.policy.cases import read_cases
 from saeguard.policy.load import read_policy
 from saeguard.policy.schema import PolicyFile
@@ -85,7 +84,7 @@ def test_example_tests_pass(tmp_path: Path, example: str, tests: str) -> None:
     cases, errors = read_cases(tmp_path / "p.test.yaml", policy)
 
     assert [error.render() for error in errors] == []
-    assert [run(policy, case, judge).complaint for case in cases] == ["", ""]
+    assert [run(policy, case).complaint for case in cases] == ["", ""]
 
 
 def test_there_are_tests_of_each_way_to_look_at_several_tokens() -> None:

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saeguard.policy.cases import read_cases
-from saeguard.policy.errors import PolicyError
 from saeguard.policy.load import digest, read_policy
+from tests.fuzz.mutate import MAX_BYTES, mutate
+from tests.fuzz.target import read as read_in_time
 from tests.policy.example import GOOD, policy
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -66,31 +66,32 @@ def replaced(draw: st.DrawFn) -> bytes:
     return yaml.safe_dump(data, allow_unicode=True, sort_keys=False).encode()
 
 
+SEEDS = [
+    path.read_bytes()
+    for path in sorted(Path("policies").rglob("*.yaml"))
+    if path.stat().st_size <= MAX_BYTES
+]
+
+
+@st.composite
+def spoilt(draw: st.DrawFn) -> bytes:
+    """Return a shipped policy or test file, spoilt as `make fuzz` spoils them."""
+    return mutate(draw(st.sampled_from(SEEDS)), draw(st.randoms(use_true_random=False)))
+
+
 ANYTHING = (
-    st.binary(max_size=400) | damaged() | replaced() | PLAIN.map(yaml.safe_dump).map(str.encode)
+    spoilt()
+    | st.binary(max_size=400)
+    | damaged()
+    | replaced()
+    | PLAIN.map(yaml.safe_dump).map(str.encode)
 )
 
 
 def survives(raw: bytes) -> None:
-    """Read `raw` as a policy and as its tests; errors have to be whole."""
+    """Read `raw` as a policy and as its tests; errors have to be whole, and come in time."""
     with TemporaryDirectory() as name:
-        path = Path(name) / "p.yaml"
-        path.write_bytes(raw)
-        found, errors = read_policy(path)
-        assert (found is None) == bool(errors)
-        complete(errors)
-        good = policy(Path(name))
-        path.write_bytes(raw)
-        complete(read_cases(path, good)[1])
-
-
-def complete(errors: list[PolicyError]) -> None:
-    """Each error points at a character of the line it quotes, and renders."""
-    for error in errors:
-        assert error.message
-        assert error.line >= 1
-        assert 1 <= error.column <= len(error.source) + 1
-        error.render().encode()
+        read_in_time(Path(name) / "p.yaml", raw, policy(Path(name)))
 
 
 @QUICK

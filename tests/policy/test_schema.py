@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
+from saeguard.policy import case_schema
 from saeguard.policy.load import load_policies
 from saeguard.policy.schema import json_schema
 from tests.policy.example import GOOD, changed
@@ -31,6 +32,18 @@ def errors(text: str) -> list[str]:
 def test_is_current() -> None:
     """The file is what `saeguard policy schema` prints; run that to renew it."""
     assert json.loads(SCHEMA.read_text()) == json_schema()
+
+
+def test_that_of_test_files() -> None:
+    """It is current, valid in itself, and holds for every test file that ships."""
+    schema = case_schema.json_schema()
+    assert json.loads(Path("policies/saeguard.test.v1.json").read_text()) == schema
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for path in sorted(Path("policies").rglob("*.test.yaml")):
+        text = path.read_text()
+        assert [e.message for e in validator.iter_errors(yaml.safe_load(text))] == []
+        assert text.startswith("# yaml-language-server: $schema=../saeguard.test.v1.json\n")
 
 
 def test_is_a_schema() -> None:

@@ -1,0 +1,64 @@
+"""What the exit codes of the policy tools mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+FINDINGS = 1
+"""It ran, and what it looks for was found: a mistake, a failed case, a change above the budget."""
+BAD_INPUT = 2
+"""The command or a file it was given is wrong, so there is nothing to say."""
+COULD_NOT_RUN = 3
+"""Something it needs is missing: a package, a model, a checkpoint, a place to write."""
+
+
+def stop(message: str, code: int) -> NoReturn:
+    """Say why there is no result, and end the command.
+
+    Raises:
+        typer.Exit: always.
+    """
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn what keeps a policy tool from its work into a message and its exit code."""
+    from saeguard.events.log import LogError
+    from saeguard.features.recording import RecordingError
+    from saeguard.features.schema import FeatureSetError
+    from saeguard.policy.errors import PolicyErrors
+
+    try:
+        yield
+    except (LogError, RecordingError, FeatureSetError, PolicyErrors) as error:
+        stop(str(error), BAD_INPUT)
+    except OSError as error:
+        stop(str(error), COULD_NOT_RUN)
+
+
+@contextmanager
+def model_told() -> Iterator[None]:
+    """The same for work that needs a model, whose modules take seconds to import."""
+    try:
+        from saeguard.features.probe import ProbeError
+        from saeguard.hf.model import ModelError
+        from saeguard.hf.texts import TextError
+        from saeguard.sae import SaeError
+    except ImportError as error:
+        stop(
+            f"this needs {error.name}, which is not installed: pip install saeguard[features]",
+            COULD_NOT_RUN,
+        )
+    try:
+        with told():
+            yield
+    except TextError as error:
+        stop(str(error), BAD_INPUT)
+    except (ModelError, ProbeError, SaeError) as error:
+        stop(str(error), COULD_NOT_RUN)

@@ -1,0 +1,219 @@
+"""`saeguard policy explain`: why a request matched, or did not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saeguard.cli.exits import BAD_INPUT, model_told, stop, told
+from saeguard.cli.judged import ModelOption, judgeable, open_corpus, read_all
+from saeguard.cli.report import columns, count
+from saeguard.cli.sets import FEATURE_SETS, FeatureSets, FeatureSetsOption, read_feature_sets
+
+if TYPE_CHECKING:
+    from saeguard.events.schema import Event
+    from saeguard.features.recording import Recording
+    from saeguard.guard.account import Account
+    from saeguard.policy.types import Policy
+
+COMPLETION = "completion"
+
+
+def verb(
+    policy: Annotated[Path, typer.Argument(help="Policy file, or folder with --id.")],
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Event log or JSON lines of texts, .jsonl; or a recording, .safetensors."
+        ),
+    ] = None,
+    request: Annotated[
+        str | None,
+        typer.Option(help="Id of the request in the log, or of the text. Default: each."),
+    ] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="Which policy of a folder.")] = None,
+    prompt: Annotated[str, typer.Option(help="In place of a file: what the model is given.")] = "",
+    completion: Annotated[str, typer.Option(help="And what it says.")] = "",
+    model: ModelOption = None,
+    feature_sets: FeatureSetsOption = FEATURE_SETS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print records for programs.")] = False,
+) -> None:
+    """Say in words which selection held at which tokens, how near it came, and what was done.
+
+    A log tells each feature's highest share only; a recording, or texts with --model, tell every
+    token. Exits with 0 whatever the verdict, 2 where a file or the command is wrong, 3 where
+    something is missing.
+    """
+    with told():
+        policies = [p for p in read_all([policy]) if id_ in (None, p.id)]
+        if not policies:
+            stop(f"{policy}: there is no policy with the id {id_}", BAD_INPUT)
+        if source is not None and source.suffix == ".jsonl" and model is None:
+            found = list(of_log(source, policies, request))
+        else:
+            sets = read_feature_sets(feature_sets)
+            ready, notes = judgeable(policies, sets)
+            if not ready:
+                stop("\n".join(note.render() for note in notes), BAD_INPUT)
+            if source is not None:
+                recording = open_corpus(source, ready, model, feature_sets)
+            else:
+                recording = of_text(prompt, completion, ready, model, feature_sets)
+            found = list(of_recording(recording, ready, sets, request))
+    if as_json:
+        typer.echo(json.dumps([record for record, _ in found], indent=2))
+    else:
+        typer.echo("\n\n".join("\n".join(lines) for _, lines in found))
+
+
+def of_text(
+    prompt: str,
+    completion: str,
+    policies: Sequence[Policy],
+    model: Path | None,
+    feature_sets: Path,
+) -> Recording:
+    """Return what the model shows on a text of the command line."""
+    if model is None or not (prompt or completion):
+        stop("give a recording, an event log, or --model with --prompt and --completion", BAD_INPUT)
+    with model_told():
+        from saeguard.hf.model import load_model
+        from saeguard.hf.recording import record_features
+        from saeguard.hf.texts import make_text
+
+        lm = load_model(model)
+        chat = bool(lm.tokenizer.chat_template) and bool(prompt)
+        given: Any = [("user", prompt)] if chat else prompt
+        text = make_text("text", lm.tokenizer, given, completion)
+        names = sorted({policy.feature_set for policy in policies})
+        files = [feature_sets / f"{name}.yaml" for name in names]
+        return record_features(lm, files, [text], path=model, with_text=True)
+
+
+def of_recording(
+    recording: Recording, policies: Sequence[Policy], sets: FeatureSets, request: str | None
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Yield a record and its lines for each policy and text."""
+    from saeguard.guard.account import account
+    from saeguard.guard.words import told as in_words
+
+    texts = range(len(recording.ids)) if request is None else [recording.text(request)]
+    for text in texts:
+        here = recording.span(text)
+        pieces = None if recording.pieces is None else recording.pieces[here]
+        for policy in policies:
+            found = account(policy, sets.known, recording, text)
+            lines = [f"Text {recording.ids[text]}", "", *in_words(found, pieces, written(policy))]
+            yield _record(recording.ids[text], found), lines
+
+
+def of_log(
+    path: Path, policies: Sequence[Policy], request: str | None
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Yield the events of the policies, and what they tell, in words."""
+    from saeguard.events.log import read_log
+
+    by_id = {policy.id: policy for policy in policies}
+    seen = False
+    for event in read_log(path):
+        policy = by_id.get(event.policy)
+        if policy is None or request not in (None, event.request_id):
+            continue
+        seen = True
+        yield event.model_dump(mode="json", by_alias=True), list(_event(event, policy))
+    if not seen:
+        stop(f"{path}: there is no event of {', '.join(by_id)}"
+             + (f" for the request {request}" if request else ""), BAD_INPUT)  # fmt: skip
+
+
+def written(policy: Policy) -> dict[str, str]:
+    """Return the condition and the window as they stand in the policy's file."""
+    from saeguard.policy.load import locate
+
+    data = locate(policy).data or {}
+    return {
+        "condition": str(data.get("condition", "(the file has changed)")),
+        "for": str(data.get("for", "1 of 1 tokens")),
+    }
+
+
+def _event(event: Event, policy: Policy) -> Iterator[str]:
+    """Yield what one event tells."""
+    score = "" if event.score is None else f" The score is {event.score:.2f}; it matches above 1."
+    verdict = event.verdict.replace("_", " ").upper()
+    where = ""
+    if event.verdict == "match":
+        where = f", first at token {event.first_token}. It was on at {count(event.matched_tokens, 'token')}"
+    done: str = event.acted or "nothing"
+    if event.exception:
+        done = f"nothing, by the exception {event.exception}"
+    c = event.coverage
+    skipped = {k: v for k, v in c.skipped.model_dump().items() if v}
+    left = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())
+    yield f"Request {event.request_id}"
+    yield ""
+    yield f"{event.policy}: {policy.title}"
+    yield f"  {event.severity} severity, {event.mode}, action {event.action}; done: {done}"
+    yield ""
+    yield f"{verdict}{where}.{score}"
+    yield ""
+    looked = f"It looked at {c.evaluated} of {count(c.tokens, 'token')}"
+    yield f"{looked} (not: {left})." if left else f"{looked}."
+    if event.error:
+        yield f"Error: {event.error}."
+    yield ""
+    rows = [("selection", "feature", "holds above", "highest", "at token", "tokens above")]
+    for name, selection in policy.detect.items():
+        fired = event.features.get(selection.feature)
+        row = ("-", "-", "-") if fired is None else (f"{fired.max:.3g}", f"{fired.at}",
+                                                     f"{fired.count}")  # fmt: skip
+        rows.append((name, selection.feature, f"{selection.above:g}", *row))
+    yield from columns(rows)
+    as_written = written(policy)
+    yield f"Condition: {' '.join(as_written['condition'].split())}, at {as_written['for']}."
+    if event.policy_digest != policy.digest:
+        yield ""
+        yield (
+            "The policy file has changed since: the event is of digest "
+            f"{event.policy_digest[:12]}, the file of {policy.digest[:12]}."
+        )
+    yield ""
+    yield (
+        "An event holds each feature's highest share, not every token's. To see every token, "
+        "judge the text again: saeguard policy explain with --model, or with a recording."
+    )
+
+
+def _record(id_: str, found: Account) -> dict[str, Any]:
+    import numpy as np
+
+    v = found.verdict
+
+    def at(mask: np.ndarray) -> list[int]:
+        return [int(i) for i in np.flatnonzero(mask)]
+
+    return {
+        "text": id_,
+        "policy": v.policy,
+        "mode": v.mode,
+        "verdict": v.outcome,
+        "score": v.score,
+        "first_token": v.first_token,
+        "on": at(found.on),
+        "condition_holds": at(found.evidence > 1),
+        "selections": {
+            name: {
+                "feature": selection.feature,
+                "above": selection.above,
+                "values": [round(float(x), 6) for x in found.values[name]],
+                "holds": at(found.looked & (found.values[name] > selection.above)),
+            }
+            for name, selection in found.policy.detect.items()
+        },
+        "looked": at(found.looked),
+        "prompt_tokens": found.prompt_tokens,
+    }

@@ -1,0 +1,118 @@
+"""What the policy tools judge on: recordings, or texts that a model reads first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saeguard.cli.exits import BAD_INPUT, model_told, stop, told
+
+if TYPE_CHECKING:
+    from saeguard.cli.sets import FeatureSets
+    from saeguard.features.recording import Recording
+    from saeguard.guard.verdict import Verdict
+    from saeguard.policy.errors import PolicyError
+    from saeguard.policy.types import Policy
+
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", help="Folder of a Hugging Face model, where texts have to be read."),
+]
+
+
+def read_all(paths: Sequence[Path]) -> tuple[Policy, ...]:
+    """Return the policies at `paths`.
+
+    Raises:
+        PolicyErrors: everything that is wrong with any of them.
+    """
+    from saeguard.policy.errors import PolicyErrors
+    from saeguard.policy.load import read_policies
+
+    policies, errors = read_policies(*paths)
+    if errors:
+        raise PolicyErrors(errors)
+    return policies
+
+
+def judgeable(
+    policies: Iterable[Policy], sets: FeatureSets
+) -> tuple[tuple[Policy, ...], list[PolicyError]]:
+    """Return the policies whose features are calibrated, and a note on each of the others.
+
+    Raises:
+        PolicyErrors: a policy names a feature that there is not.
+    """
+    from saeguard.policy.errors import PolicyErrors
+    from saeguard.policy.lint import resolve, uncalibrated
+
+    policies = tuple(policies)
+    wanted = {policy.feature_set for policy in policies}
+    wrong = [error for name in wanted for error in sets.broken.get(name, ())]
+    known = [policy for policy in policies if policy.feature_set not in sets.broken]
+    wrong += [
+        finding
+        for finding in resolve(known, sets.known, templates=sets.templates)
+        if finding.level == "error"
+    ]
+    if wrong:
+        raise PolicyErrors(wrong)
+    notes = [uncalibrated(policy) for policy in policies if policy.feature_set in sets.templates]
+    return tuple(p for p in policies if p.feature_set in sets.known), notes
+
+
+def not_judged(ids: Sequence[str]) -> list[str]:
+    """Return a line on the policies that could not be judged, none where there are none."""
+    if not ids:
+        return []
+    policies = f"{len(ids)} policies are" if len(ids) > 1 else "1 policy is"
+    return [f"{policies} not judged, as the features are templates: {', '.join(ids)}"]
+
+
+def open_corpus(
+    path: Path, policies: Iterable[Policy], model: Path | None, feature_sets: Path
+) -> Recording:
+    """Return the recording at `path`, or that of the texts at `path`, read by `model` now.
+
+    Args:
+        path: `.safetensors`, or JSON lines.
+        policies: whose feature sets are wanted.
+        model: folder of a Hugging Face model, for JSON lines.
+        feature_sets: folder.
+
+    Raises:
+        typer.Exit: the file cannot be read, or there is no model to read it with.
+    """
+    from saeguard.features.recording import read_recording
+
+    if path.suffix == ".safetensors":
+        with told():
+            return read_recording(path)
+    if model is None:
+        stop(f"{path}: these are texts; give the --model that reads them, or a recording that "
+             "`saeguard policy record` made", BAD_INPUT)  # fmt: skip
+    with model_told():
+        from saeguard.hf.model import load_model
+        from saeguard.hf.recording import record_features
+        from saeguard.hf.texts import read_texts
+
+        lm = load_model(model)
+        texts = read_texts(path, lm.tokenizer)
+        if not texts:
+            stop(f"{path}: there is no text in it", BAD_INPUT)
+        names = sorted({policy.feature_set for policy in policies})
+        files = [feature_sets / f"{name}.yaml" for name in names]
+        return record_features(lm, files, texts, path=path, with_text=True)
+
+
+def judge_corpus(
+    policies: Sequence[Policy], sets: FeatureSets, recording: Recording
+) -> list[list[Verdict]]:
+    """Return one verdict per policy for every text of a recording."""
+    from saeguard.guard.account import judge_recorded
+
+    with told():
+        return list(judge_recorded(policies, sets.known, recording, range(len(recording.ids))))

@@ -1,0 +1,59 @@
+"""`saeguard policy record`: keep what a model shows on some texts, to judge policies on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saeguard.cli.exits import BAD_INPUT, model_told, stop, told
+from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption
+
+
+def verb(
+    texts: Annotated[
+        Path, typer.Argument(help="JSON lines: id, and text, or prompt with completion.")
+    ],
+    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model.")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Feature set, by name; may be given again. Default: all."),
+    ] = None,
+    feature_sets: FeatureSetsOption = FEATURE_SETS,
+    with_text: Annotated[
+        bool,
+        typer.Option("--with-text", help="Keep what each token spells, so that explain shows it."),
+    ] = False,
+) -> None:
+    """Record the value of every feature at every token of some texts, without their text.
+
+    Exits with 0, 2 where a file or the command is wrong, 3 where the model cannot be used.
+    """
+    from saeguard.cli.sets import read_feature_sets
+
+    with told():
+        sets = read_feature_sets(feature_sets)
+    names = set_ or sorted(sets.known)
+    unknown = [name for name in names if name not in sets.known]
+    if unknown or not names:
+        known = ", ".join(sorted(sets.known)) or "none"
+        stop(f"there is no feature set {', '.join(unknown)}; there are: {known}", BAD_INPUT)
+    with model_told():
+        from saeguard.features.recording import write_recording
+        from saeguard.hf.model import load_model
+        from saeguard.hf.recording import record_features
+        from saeguard.hf.texts import read_texts
+
+        lm = load_model(model)
+        read = read_texts(texts, lm.tokenizer)
+        if not read:
+            stop(f"{texts}: there is no text in it", BAD_INPUT)
+        files = [feature_sets / f"{name}.yaml" for name in names]
+        recording = record_features(lm, files, read, path=out, with_text=with_text)
+        write_recording(recording, out)
+    typer.echo(
+        f"{len(recording.ids)} texts, {len(recording.evaluable)} tokens, "
+        f"{len(recording.definitions)} features written to {out}"
+    )

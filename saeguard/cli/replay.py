@@ -1,0 +1,176 @@
+"""`saeguard policy replay`: what other policies would have concluded of what has been recorded."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from saeguard.cli.exits import BAD_INPUT, stop, told
+from saeguard.cli.judged import judge_corpus, judgeable, not_judged, read_all
+from saeguard.cli.report import columns, count
+from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
+
+if TYPE_CHECKING:
+    from saeguard.events.schema import Event
+    from saeguard.guard.shifts import Shift
+    from saeguard.policy.changes import Pair
+    from saeguard.policy.types import Policy
+
+SHOWN = 20
+"""Requests that the text output names at most; JSON names all."""
+
+
+def verb(
+    log: Annotated[
+        Path, typer.Argument(help="Event log (JSON lines), or a recording (safetensors).")
+    ],
+    policies: Annotated[Path, typer.Option(help="Policy file or folder to ask about.")],
+    was: Annotated[
+        Path | None,
+        typer.Option(help="The policies that wrote the log. A recording can do without."),
+    ] = None,
+    feature_sets: FeatureSetsOption = FEATURE_SETS,
+    format_: Annotated[
+        Literal["text", "json"], typer.Option("--format", help="text, or json for programs.")
+    ] = "text",
+) -> None:
+    """Say what other policies would have concluded of recorded requests.
+
+    A recording holds every token's features and answers in full. An event holds a score and each
+    feature's highest share: where they do not decide, the answer is "unknown". Exits with 0
+    whatever changes, 2 where a file or the command is wrong, 3 where something is missing.
+    """
+    with told():
+        new = read_all([policies])
+        old = read_all([was]) if was is not None else None
+        if log.suffix == ".safetensors":
+            report = of_recording(log, old, new, feature_sets)
+        elif old is None:
+            stop("an event log needs --was: the policies that wrote it", BAD_INPUT)
+        else:
+            report = of_events(log, old, new)
+    typer.echo(json.dumps(report, indent=2) if format_ == "json" else "\n".join(_told(report)))
+
+
+def of_recording(
+    path: Path, old: Sequence[Policy] | None, new: Sequence[Policy], feature_sets: Path
+) -> dict[str, Any]:
+    """Judge a recording by the new policies, and by the old ones where they are given."""
+    from saeguard.features.recording import read_recording
+    from saeguard.guard.shifts import shifts
+    from saeguard.policy.changes import pairs
+
+    sets = read_feature_sets(feature_sets)
+    recording = read_recording(path)
+    ready, _ = judgeable(new, sets)
+    before, _ = judgeable(old if old is not None else new, sets)
+    new_verdicts = judge_corpus(ready, sets, recording)
+    old_verdicts = judge_corpus(before, sets, recording) if old is not None else new_verdicts
+    both = pairs(before, ready)
+    tally: dict[str, Counter[str]] = {pair.name: Counter() for pair in both}
+    changed: list[Shift] = []
+    for i, id_ in enumerate(recording.ids):
+        was = {p.path: v for p, v in zip(before, old_verdicts[i], strict=True)}
+        now = {p.path: v for p, v in zip(ready, new_verdicts[i], strict=True)}
+        beside = [
+            (pair, was[pair.old.path] if pair.old else None,
+             now[pair.new.path] if pair.new else None)
+            for pair in both
+        ]  # fmt: skip
+        for pair, v_old, v_new in beside:
+            before_, after = (v.outcome if v else "absent" for v in (v_old, v_new))
+            tally[pair.name][f"{before_} -> {after}"] += 1
+        changed += shifts(id_, beside)
+    left_out = {policy.id for policy in new} - {policy.id for policy in ready}
+    return _report(tally, changed, sorted(left_out))
+
+
+def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[str, Any]:
+    """Say what the new policies would have concluded, as far as the events tell."""
+    from saeguard.events.log import read_log
+    from saeguard.guard.shifts import Shift
+    from saeguard.policy.changes import pairs
+
+    both = {pair.old.digest: pair for pair in pairs(old, new) if pair.old is not None}
+    tally: dict[str, Counter[str]] = {pair.name: Counter() for pair in both.values()}
+    changed: list[Shift] = []
+    unread: Counter[str] = Counter()
+    for event in read_log(path):
+        pair = both.get(event.policy_digest)
+        if pair is None:
+            unread[f"{event.policy} {event.policy_digest[:12]}"] += 1
+            continue
+        after, score = answer(event, pair)
+        tally[pair.name][f"{event.verdict} -> {after}"] += 1
+        if after not in {event.verdict, "unknown"}:
+            changed.append(
+                Shift(event.request_id, pair.name, event.verdict, after, event.score, score,
+                      event.first_token)
+            )  # fmt: skip
+    unasked = [pair.name for pair in pairs(old, new) if pair.old is None]
+    return _report(tally, changed, []) | {"unread": dict(unread), "not_in_log": unasked}
+
+
+def answer(event: Event, pair: Pair) -> tuple[str, float | None]:
+    """Return what the event tells of the new policy: a verdict, and the score where it is known."""
+    from saeguard.guard.bounds import Seen, foretell, same_verdict, verdict_of
+
+    if pair.new is None:
+        return "absent", None
+    assert pair.old is not None
+    if same_verdict(pair.old, pair.new):
+        return event.verdict, event.score
+    if event.verdict not in {"match", "no_match"}:
+        return "unknown", None
+    low, high = foretell(Seen(event.score, event.features), pair.old, pair.new)
+    return verdict_of((low, high)), low if low == high else None
+
+
+def _report(
+    tally: dict[str, Counter[str]], changed: Sequence[Shift], left_out: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "policies": [{"policy": name, "verdicts": dict(n)} for name, n in sorted(tally.items())],
+        "changed": [asdict(shift) for shift in changed],
+        "not_calibrated": list(left_out),
+    }
+
+
+def _told(report: dict[str, Any]) -> Iterator[str]:
+    """Yield the report in lines for people."""
+    rows = [
+        (record["policy"], f"{n}", verdicts)
+        for record in report["policies"]
+        for verdicts, n in sorted(record["verdicts"].items())
+    ]
+    yield from columns([("policy", "requests", "verdict -> would be"), *rows])
+    unknown = sum(
+        n
+        for record in report["policies"]
+        for verdicts, n in record["verdicts"].items()
+        if verdicts.endswith("unknown")
+    )
+    if unknown:
+        yield ""
+        yield (
+            f"{count(unknown, 'verdict')} cannot be told from the log: an event holds a score and "
+            "each feature's highest share, not every token. Record the texts with "
+            "`saeguard policy record` to know."
+        )
+    for policy, n in report.get("unread", {}).items():
+        yield f"{n} events of {policy} are passed over: no policy under --was has this digest"
+    for name in report.get("not_in_log", ()):
+        yield f"{name} is new: the log says nothing of it"
+    yield from not_judged(report["not_calibrated"])
+    yield ""
+    yield f"{count(len(report['changed']), 'verdict')} would have been another"
+    for shift in report["changed"][:SHOWN]:
+        yield f"  {shift['request']}: {shift['policy']}: {shift['old']} -> {shift['new']}"
+    if len(report["changed"]) > SHOWN:
+        yield f"  and {len(report['changed']) - SHOWN} more; --format json names all"

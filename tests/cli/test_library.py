@@ -1,0 +1,186 @@
+"""`saeguard policy list | new | fmt`, and the library that ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from saeguard.cli.check import read_feature_sets
+from saeguard.policy.errors import PolicyErrors
+from saeguard.policy.load import load_policies
+from saeguard.vllm.config import ConfigError, Settings, load_watchlist
+from tests.cli.project import BOTH, lay_out, run
+
+ROOT = Path.cwd()
+BEYOND = {
+    "bias", "power-seeking", "secrecy", "dangerous-content", "hallucination", "refusal",
+    "jailbreak", "manipulation",
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Start in a folder with one good policy and its feature set."""
+    lay_out(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class TestShipped:
+    """What lies in policies/ and feature_sets/."""
+
+    def test_index_is_current(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """`policies/README.md` is what the tool writes; run that to renew it."""
+        assert run("policy", "list", "--markdown") == 0
+        assert Path("policies/README.md").read_text() == capsys.readouterr().out
+
+    def test_the_path_is_the_id(self) -> None:
+        """A policy's place is its taxonomy."""
+        for policy in load_policies(Path("policies")):
+            assert policy.path == Path("policies", *policy.id.split(".")).with_suffix(".yaml")
+
+    def test_templates(self) -> None:
+        """Eight more behaviours ship as templates that name what has to be found."""
+        sets = read_feature_sets(Path("feature_sets"))
+        open_ = [p for p in load_policies(Path("policies")) if p.feature_set in sets.templates]
+
+        assert sets.mistakes == []
+        assert {policy.id.split(".")[0] for policy in open_} == BEYOND
+        assert {policy.mode for policy in open_} == {"shadow"}
+        assert all(policy.falsepositives and policy.rationale for policy in open_)
+        used = {(p.feature_set, s.feature) for p in open_ for s in p.detect.values()}
+        assert used == {(n, f) for n, t in sets.templates.items() for f in t.features}
+
+    def test_published_latents_have_a_source(self) -> None:
+        """A latent is named with model, checkpoint, grade and source, or not at all."""
+        sets = read_feature_sets(Path("feature_sets"))
+        published = [
+            latent
+            for template in sets.templates.values()
+            for feature in template.features.values()
+            for latent in feature.published
+        ]
+
+        assert published
+        assert all("/" in p.model and "layer" in p.sae and p.source for p in published)
+
+    def test_check(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """The library has no mistakes, and every policy has tests."""
+        assert run("check", "--require-tests", "--strict") == 0
+        assert "0 errors, 0 warnings" in capsys.readouterr().out
+
+    def test_served_without_the_templates(self) -> None:
+        """Templates are left out of the watch list; the others are served."""
+        watchlist = load_watchlist(Settings(policies="policies"))
+
+        assert {p.feature_set for p in watchlist.policies} == {"demo"}
+        assert len(watchlist.policies) == 8
+
+    def test_a_template_cannot_be_enforced(self, tmp_path: Path) -> None:
+        """An enforced template stops the server with place and reason: no guard stands there."""
+        text = Path("policies/bias/stereotype.yaml").read_text()
+        (tmp_path / "p.yaml").write_text(
+            text.replace("mode: shadow", "mode: enforce\non_error: allow")
+        )
+
+        with pytest.raises(PolicyErrors, match="cannot be enforced") as caught:
+            load_watchlist(Settings(policies=str(tmp_path)))
+
+        [error] = caught.value.errors
+        assert (error.code, error.line) == ("not-calibrated", 11)
+
+    def test_templates_alone_are_no_guard(self) -> None:
+        """A folder of nothing but templates does not start."""
+        with pytest.raises(ConfigError, match="no policies to serve in policies/bias"):
+            load_watchlist(Settings(policies="policies/bias"))
+
+
+def test_list(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line a policy, and the same as records."""
+    assert run("policy", "list") == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["id", "mode", "action", "severity", "owner", "review", "by", "feature",
+                            "set"]  # fmt: skip
+    assert line.split() == [
+        "unsafe-code.shell-injection", "shadow", "flag", "high", "safety-code@example.com",
+        "2999-02-01", "demo/unsafe-code",
+    ]  # fmt: skip
+
+    assert run("policy", "list", "--json") == 0
+    [record] = json.loads(capsys.readouterr().out)
+    assert record["path"] == "policies/p.yaml"
+    assert record["calibrated"] is True
+
+    (project / "policies" / "q.yaml").write_text("id: 12")
+    assert run("policy", "list") == 2
+
+
+@pytest.mark.parametrize("features", [[], ["shell_exec"], ["string_built", "shell_exec"]])
+def test_new(project: Path, capsys: pytest.CaptureFixture[str], features: list[str]) -> None:
+    """What `new` writes passes `check` but for its marks, passes its tests, and is laid out."""
+    named = [word for feature in features for word in ("--feature", feature)]
+    assert run("policy", "new", "a.b-c.d", "--set", "demo/unsafe-code", *named) == 0
+    files = sorted((project / "policies" / "a").rglob("*"))
+    assert [f.name for f in files] == ["b-c", "d.test.yaml", "d.yaml"]
+    first = files[2].read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=../../saeguard.policy.v1.json"
+    schema = files[2].parent / first.split("=")[1]
+    assert schema.resolve() == (project / "policies" / "saeguard.policy.v1.json").resolve()
+    capsys.readouterr()
+
+    assert run("check", "--require-tests", str(files[2])) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("1 policy read: 0 errors, 4 warnings\n")
+    assert out.count("warning[to-do]: still to do: ") == 4
+    assert run("test", str(files[2])) == 0
+    assert capsys.readouterr().out.endswith("3 passed, 0 failed\n")
+    assert run("policy", "fmt", "--check", str(project / "policies" / "a")) == 0
+
+
+def test_new_is_not_for_enforcing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its marks, a policy cannot be enforced."""
+    assert run("policy", "new", "a.b", "--set", "demo/unsafe-code") == 0
+    path = project / "policies" / "a" / "b.yaml"
+    path.write_text(path.read_text().replace("mode: shadow ", "mode: enforce "))
+
+    assert run("check", str(path)) == 1
+    assert "error[to-do]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["A b", "--set", "demo/unsafe-code"], "'A b' is no id"),
+        (["a.b", "--set", "demo/unsafe-cod"], 'did you mean "demo/unsafe-code"?'),
+        (["a.b", "--set", "demo/unsafe-code", "--feature", "shell"], "there are: shell_exec"),
+        (["p", "--set", "demo/unsafe-code"], "policies/p.yaml: there already"),
+    ],
+)
+def test_new_refuses(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    """Nothing is written where the command is wrong or a file is there."""
+    assert run("policy", "new", *arguments) == 2
+    assert says in capsys.readouterr().err
+    assert (project / "policies" / "p.yaml").read_text() == BOTH
+    assert [p.name for p in (project / "policies").iterdir()] == ["p.yaml"]
+
+
+def test_fmt(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`fmt` lays files out, `--check` only says so, and broken files are told."""
+    path = project / "policies" / "p.yaml"
+    path.write_text("\n\n" + BOTH)
+
+    assert run("policy", "fmt", "--check") == 1
+    assert "would change policies/p.yaml" in capsys.readouterr().out
+    assert path.read_text() == "\n\n" + BOTH
+    assert run("policy", "fmt") == 0
+    assert path.read_text() == BOTH
+    assert run("policy", "fmt", "--check") == 0
+
+    (project / "policies" / "q.yaml").write_text("id: [")
+    capsys.readouterr()
+    assert run("policy", "fmt") == 2
+    assert "q.yaml:1:" in capsys.readouterr().err

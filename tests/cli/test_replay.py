@@ -1,0 +1,195 @@
+"""`saeguard policy replay` and `explain` from the outside, on logs and recordings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saeguard.events.event import verdict_event
+from saeguard.events.schema import LINE
+from saeguard.guard.rules import judge
+from saeguard.policy.load import read_policy
+from tests.cli.project import BOTH, ONE, lay_out, record, run
+
+SHARES = {"weak": [0, 0, 0.3, 0.5], "strong": [0, 0, 0.9, 0.2]}
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start with one policy and the log it wrote of two requests."""
+    lay_out(tmp_path, ONE)
+    monkeypatch.chdir(tmp_path)
+    write_log()
+
+
+def write_log() -> None:
+    """Judge the requests as the guard does, and write its events."""
+    policy, _ = read_policy(Path("policies/p.yaml"))
+    assert policy
+    traces = {name: np.array(trace) for name, trace in SHARES.items()}
+    lines = [
+        verdict_event(
+            judge(policy, {"shell_exec": t, "string_built": t}, 2),
+            request_id=name, model="tiny", watchlist="0", finished="stop",
+        )
+        for name, t in traces.items()
+    ]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    for line in text.splitlines():
+        LINE.validate_json(line)
+    Path("log.jsonl").write_text(text)
+
+
+def changed(*changes: tuple[str, str]) -> None:
+    """Write the policy to ask about."""
+    Path("new").mkdir(exist_ok=True)
+    text = ONE
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    Path("new/p.yaml").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("above", "expected"),
+    [
+        ("0.6", {"no_match -> no_match": 1, "match -> match": 1}),
+        ("0.4", {"no_match -> match": 1, "match -> match": 1}),
+        ("0.95", {"no_match -> no_match": 1, "match -> no_match": 1}),
+    ],
+)
+def test_threshold(
+    capsys: pytest.CaptureFixture[str], above: str, expected: dict[str, int]
+) -> None:
+    """Another threshold is answered from the log alone."""
+    changed(("above: 0.6", f"above: {above}"))
+
+    options = ["--policies", "new", "--was", "policies", "--format", "json"]
+    assert run("policy", "replay", "log.jsonl", *options) == 0
+    [told] = json.loads(capsys.readouterr().out)["policies"]
+    assert told["verdicts"] == expected
+
+
+def test_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a log cannot tell is unknown, and is said to be."""
+    changed(("condition: shell\n", "condition: shell\nfor: 2 of 4 tokens\n"))
+
+    assert run("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies") == 0
+    out = capsys.readouterr().out
+    assert "match -> unknown" in out
+    assert "no_match -> no_match" in out
+    assert "1 verdict cannot be told from the log" in out
+
+
+def test_other_digest(capsys: pytest.CaptureFixture[str]) -> None:
+    """Events of a policy that is not given are counted as passed over, never as unchanged."""
+    Path("policies/p.yaml").write_text(ONE.replace("above: 0.6", "above: 0.7"))
+    changed()
+
+    assert run("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies") == 0
+    out = capsys.readouterr().out
+    assert "2 events of unsafe-code.shell-injection " in out
+    assert "0 verdicts would have been another" in out
+
+
+def test_recording_agrees_with_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """A recording answers in full what the log answers in part."""
+    record(Path("r.safetensors"), {n: (t, [0] * len(t)) for n, t in SHARES.items()})
+    changed(("condition: shell\n", "condition: shell\nfor: 2 of 4 tokens\n"))
+
+    arguments = ["--policies", "new", "--was", "policies", "--format", "json"]
+    assert run("policy", "replay", "r.safetensors", *arguments) == 0
+    [told] = json.loads(capsys.readouterr().out)["policies"]
+    assert told["verdicts"] == {"no_match -> no_match": 1, "match -> no_match": 1}
+
+
+def test_bad_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken line is told by number and field; one cut off at the end is not yet a line."""
+    changed()
+    Path("log.jsonl").write_text(Path("log.jsonl").read_text() + '{"event": "ver')
+    assert run("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies") == 0
+    capsys.readouterr()
+
+    Path("log.jsonl").write_text('{"event": "verdict"}\n')
+    assert run("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies") == 2
+    assert "log.jsonl:1: verdict.schema: Field required" in capsys.readouterr().err
+    assert run("policy", "replay", "gone.jsonl", "--policies", "new", "--was", "policies") == 3
+    assert run("policy", "replay", "log.jsonl", "--policies", "new") == 2
+
+
+EXPLAINED = """\
+Text near
+
+unsafe-code.shell-injection: Writes a shell command built from user text
+  high severity, flags the request, in shadow: it only reports what it would do; owner \
+safety-code@example.com
+
+NO MATCH. It came 83% of the way. The score is 0.83; above 1 it matches.
+
+The text has 8 tokens, 2 of them the prompt. The policy looks at the output: 6 tokens, 6 evaluated.
+
+selection  feature       holds above  highest  at token  holds at
+shell      shell_exec    0.6          0.9      3         3 tokens: 3-5
+untrusted  string_built  0.4          0.8      4         3 tokens: 4-5, 7
+
+Condition: shell and untrusted. It holds at 2 tokens: 4-5.
+Window: 3 of 8 tokens. It is full at no token.
+
+It comes nearest at token 7 ' t7':
+  of tokens 0 to 7 the condition holds at 2; 3 are needed
+  shell is 0.9 at most, above 0.6: holds
+  untrusted is 0.8 at most, above 0.4: holds
+
+Tokens 0 to 7, >>marked<< where the condition holds:
+  |  t0 t1 t2 t3>> t4 t5<< t6 t7
+"""
+
+
+def test_explain_a_recording(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each selection, the condition, the window, and the words themselves."""
+    Path("policies/p.yaml").write_text(BOTH)
+    shell = [0.7, 0, 0, 0.9, 0.7, 0.7, 0, 0.5]
+    untrusted = [0, 0, 0, 0.2, 0.8, 0.5, 0, 0.5]
+    record(Path("r.safetensors"), {"near": (shell, untrusted)}, spelt=True)
+
+    assert run("policy", "explain", "policies/p.yaml", "r.safetensors", "--request", "near") == 0
+    assert capsys.readouterr().out == EXPLAINED
+
+
+def test_explain_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same for programs: positions and values."""
+    record(Path("r.safetensors"), {"a": ([0, 0, 0.9, 0.1], [0] * 4)})
+
+    assert run("policy", "explain", "policies/p.yaml", "r.safetensors", "--json") == 0
+    [told] = json.loads(capsys.readouterr().out)
+    assert (told["verdict"], told["first_token"], told["on"]) == ("match", 2, [2])
+    assert told["selections"]["shell"]["holds"] == [2]
+    assert told["selections"]["shell"]["values"] == pytest.approx([0, 0, 0.9, 0.1], abs=1e-6)
+
+
+def test_explain_an_event(capsys: pytest.CaptureFixture[str]) -> None:
+    """An event tells the highest shares, and says what it cannot tell."""
+    arguments = ["policies/p.yaml", "log.jsonl", "--request", "strong"]
+    assert run("policy", "explain", *arguments) == 0
+    out = capsys.readouterr().out
+    assert "MATCH, first at token 2. It was on at 1 token. The score is 1.50" in out
+    assert "shell      shell_exec  0.6          0.9      2         1" in out
+    assert "An event holds each feature's highest share, not every token's." in out
+
+    Path("policies/p.yaml").write_text(ONE.replace("above: 0.6", "above: 0.7"))
+    assert run("policy", "explain", *arguments) == 0
+    assert "The policy file has changed since" in capsys.readouterr().out
+
+
+def test_explain_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """A request that is not there is bad input, and the ids that are there are named."""
+    record(Path("r.safetensors"), {"a": ([0, 0, 0.9, 0.1], [0] * 4)})
+
+    assert run("policy", "explain", "policies/p.yaml", "log.jsonl", "--request", "x") == 2
+    assert "there is no event of unsafe-code.shell-injection" in capsys.readouterr().err
+    assert run("policy", "explain", "policies/p.yaml", "r.safetensors", "--request", "x") == 2
+    assert "there is no text 'x'; there are: a" in capsys.readouterr().err
+    assert run("policy", "explain", "policies/p.yaml") == 2
