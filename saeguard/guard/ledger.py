@@ -20,7 +20,7 @@ from saeguard.guard.advance import (
     skip,
 )
 from saeguard.guard.conclude import add, coverage_of, verdict_of
-from saeguard.guard.memory import Memory
+from saeguard.guard.memory import Memory, View
 from saeguard.guard.packet import Packet
 from saeguard.guard.state import State, copy_slot, grown, make_state, write_slot
 from saeguard.guard.verdict import Coverage, Verdict
@@ -44,7 +44,7 @@ class Ledger:
     """The requests in flight: `admit`, `ingest` what each pass saw, `finish` into verdicts."""
 
     def __init__(
-        self, watchlist: WatchList, slots: int = 64, *, memory: Memory | None = None
+        self, watchlist: WatchList, slots: int = 64, *, memory: Memory | View | None = None
     ) -> None:
         """Start empty.
 
@@ -83,6 +83,7 @@ class Ledger:
         prompt_tokens: int,
         enforce: Sequence[str] = (),
         keys: Sequence[bytes] = (),
+        enforced: Sequence[bool] | None = None,
     ) -> None:
         """Start a request of which nothing has been seen.
 
@@ -91,6 +92,7 @@ class Ledger:
             prompt_tokens: length of its prompt.
             enforce: ids of shadow policies to enforce for it.
             keys: of its whole blocks in the prefix cache; may grow while it runs.
+            enforced: by policy, whether its action is to be taken; None: as the policies say.
         """
         if not self._free:
             slots = len(self._state.next)
@@ -102,7 +104,7 @@ class Ledger:
         s = self._state
         write_slot(s, slot, self._make_state(1))
         s.prompt[slot] = prompt_tokens
-        s.enforced[slot] = self._enforced
+        s.enforced[slot] = self._enforced if enforced is None else enforced
         if enforce:
             s.enforced[slot] |= [p.id in enforce for p in self.watchlist.policies]
 

@@ -7,6 +7,7 @@ writes persistent buffers only, never waits for the device, and is found by its 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 
 from saeguard.guard import clamp as clamping
 from saeguard.guard.clamp import Clamp
+from saeguard.guard.columns import Write
+from saeguard.guard.generations import clamps_digest
 from saeguard.guard.rows import Rows, allocate_rows
 from saeguard.guard.watchlist import WatchList
 
@@ -36,7 +39,14 @@ class Tap:
     ticks: torch.Tensor
     """[] int64: how often the op ran since it was set to 0, which it is before each pass."""
     rows: Rows
-    clamp: Clamp | None
+    clamps: dict[str, Clamp]
+    """By `generations.clamps_digest`: what edits, for each list that has requests under way. Changed
+    between passes; where a CUDA graph was captured, what it held then is what runs."""
+
+    @property
+    def clamp(self) -> Clamp | None:
+        """Return the oldest clamps, None where nothing can edit."""
+        return next(iter(self.clamps.values()), None)
 
 
 TAPS: dict[int, Tap] = {}
@@ -67,8 +77,8 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
         pre = torch.addmm(tap.b, x, tap.W)
         # A product rather than a choice, so that NaN stays NaN and is seen.
         torch.mul(pre, pre > tap.theta, out=f)
-        if tap.clamp is not None:
-            clamping.apply(tap.clamp, hidden, f, tap.rows)
+        for clamp in tap.clamps.values():  # a row belongs to one request, which one of them edits
+            clamping.apply(clamp, hidden, f, tap.rows)
     except RuntimeError:  # out of memory among them: serving goes on, the verdict says `error`
         if torch.compiler.is_compiling() or _capturing():
             raise
@@ -108,7 +118,6 @@ def install_taps(
     TAPS.clear()
     rows = allocate_rows(max_tokens, device)
     for hook in watchlist.hooks:
-        clamp_rows = next((c for c in watchlist.clamps if c.layer == hook.layer), None)
         TAPS[hook.layer] = Tap(
             layer=hook.layer,
             W=hook.W.to(device).t(),
@@ -118,18 +127,38 @@ def install_taps(
             halves=torch.ones((), device=device),
             ticks=torch.zeros((), dtype=torch.int64, device=device),
             rows=rows,
-            clamp=None
-            if clamp_rows is None
-            else clamping.make_clamp(
-                watchlist,
-                clamp_rows,
-                hook,
-                slots=slots + 1,
-                max_tokens=max_tokens,
-                device=device,
-            ),
+            clamps={},
         )
+    clamps = clamps_digest(watchlist)
+    if clamps:
+        add_clamps(TAPS.values(), clamps, watchlist, slots=slots)
     return tuple(TAPS.values())
+
+
+def add_clamps(taps: Iterable[Tap], digest: str, watchlist: WatchList, *, slots: int) -> None:
+    """Let a list's clamps edit at the taps of its layers, for the requests admitted to them."""
+    hooks = {hook.layer: hook for hook in watchlist.hooks}
+    rows = {clamp.layer: clamp for clamp in watchlist.clamps}
+    for tap in taps:
+        if tap.layer in rows:
+            tap.clamps[digest] = clamping.make_clamp(
+                watchlist,
+                rows[tap.layer],
+                hooks[tap.layer],
+                slots=slots + 1,
+                max_tokens=len(tap.f),
+                device=tap.f.device,
+            )
+
+
+def write_rows(taps: Iterable[Tap], write: Write) -> None:
+    """Put encoder rows into columns that nobody reads yet; buffers stay where they are."""
+    for tap in taps:
+        if tap.layer == write.layer:
+            columns = torch.from_numpy(write.columns).to(tap.W.device)
+            for name, rows in write.rows.items():
+                held = tap.W.t() if name == "W" else getattr(tap, name)
+                held[columns] = torch.from_numpy(rows).to(held.device, held.dtype)
 
 
 def tap_output(
