@@ -127,7 +127,7 @@ class Generations:
         """Return the number of requests in flight."""
         return len(self._of)
 
-    # --- lists come and go --------------------------------------------------------------------------
+    # --- lists come and go ----------------------------------------------------------------------
 
     def pin(self) -> Pin:
         """Hold the present list for a request that comes; from any thread."""
@@ -155,7 +155,7 @@ class Generations:
         """Return the list that judges a request."""
         return self._of[request_id]
 
-    # --- what a ledger does, for the one that a request belongs to ----------------------------------
+    # --- what a ledger does, for the one that a request belongs to ------------------------------
 
     def admit(
         self,

@@ -84,7 +84,7 @@ class Memory:
         return self.blocks * block
 
     def knows(self, keys: Sequence[bytes], needs: int = 0) -> bool:
-        """Return whether all of the blocks were seen, by the watch list of swap `needs` or later."""
+        """Return whether all of the blocks were seen, by a list of swap `needs` or later."""
         return all(key in self._seen and self._seen[key].made >= needs for key in keys)
 
     def put(self, keys: Sequence[bytes], f: np.ndarray, watched: np.ndarray, made: int = 0) -> None:

@@ -40,8 +40,8 @@ class Tap:
     """[] int64: how often the op ran since it was set to 0, which it is before each pass."""
     rows: Rows
     clamps: dict[str, Clamp]
-    """By `generations.clamps_digest`: what edits, for each list that has requests under way. Changed
-    between passes; where a CUDA graph was captured, what it held then is what runs."""
+    """By `generations.clamps_digest`: what edits, for each list that has requests under way. It
+    changes between passes; where a CUDA graph was captured, what it held then is what runs."""
 
     @property
     def clamp(self) -> Clamp | None:

@@ -232,7 +232,7 @@ def _rows(watchlist: WatchList, which: Sequence[np.ndarray]) -> list[dict[str, n
 
 
 def main(descriptor: int) -> None:
-    """Serve until the other end hangs up; what a terminal or an operator signals is for that end."""
+    """Serve until the other end hangs up; what is signalled to the terminal is for that end."""
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     try:

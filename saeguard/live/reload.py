@@ -137,7 +137,7 @@ class Reloader:
         self._closed = True
         self._thread.join(5)
 
-    # --- the thread ---------------------------------------------------------------------------------
+    # --- the thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closed:
@@ -299,7 +299,7 @@ class Reloader:
             if not self._where.graphs_hold_clamps:
                 self._where.outbox.drop(clamps)
 
-    # --- telling ------------------------------------------------------------------------------------
+    # --- telling --------------------------------------------------------------------------------
 
     def _failed(self, error: str) -> None:
         present = self._where.generations.current.watchlist

@@ -34,7 +34,7 @@ def changes(roots: Iterable[Path], stop: threading.Event) -> Iterator[None]:
 
 
 def _told(roots: tuple[Path, ...], stop: threading.Event) -> Iterator[None]:
-    """Yield whenever the system tells of a change, and every `LOOK_S`, until watching breaks off."""
+    """Yield at each change the system tells of, and every `LOOK_S`, until watching breaks off."""
     from watchfiles import watch  # noqa: PLC0415 - brought by vLLM, and needed by nobody else
 
     identity = _identity(roots)
@@ -76,7 +76,7 @@ def _identity(roots: Iterable[Path]) -> tuple[Any, ...]:
 
 
 def fingerprint(roots: Iterable[Path]) -> tuple[Any, ...] | None:
-    """Return what changes when any YAML or JSON file below `roots` does; None where one is missing."""
+    """Return what changes when a YAML or JSON file below does; None where a root is missing."""
     found: list[Any] = []
     for root in roots:
         if not root.exists():
@@ -84,7 +84,7 @@ def fingerprint(roots: Iterable[Path]) -> tuple[Any, ...] | None:
         files = [root] if root.is_file() else _below(root, frozenset())
         for file in files:
             try:
-                status = os.stat(file)
+                status = file.stat()
             except OSError:
                 found.append((str(file), None))
             else:

@@ -239,7 +239,7 @@ def check_loaded(
         signed = manifest.feature_sets.get(name)
         if signed != digest:
             raise BundleError(
-                f"feature set {name}: its content has digest {digest}, signed was {signed or 'none'}"
+                f"feature set {name}: its content has digest {digest}, signed was {signed}"
             )
 
 
