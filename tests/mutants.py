@@ -1,7 +1,9 @@
 """Break a mechanism on purpose, and see the test that is there for it fail.
 
 `python -m tests.mutants` (`make mutants`) runs each test twice, whole and with the mechanism broken
-by a line that every Python process runs as it starts, and writes docs/mutants.md.
+by a line that every Python process runs as it starts, and writes docs/mutants.md. With words
+behind it (`python -m tests.mutants parallel storm`) it runs those whose row has one of them, and
+keeps the table's other rows.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
+
+from tests.engine.test_compile_cache import SAME_HASH
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "mutants.md"
@@ -56,7 +61,7 @@ MUTANTS = (
         "tests/engine/test_clamp.py::test_clamped_texts_equal_the_reference",
     ),
     Mutant(
-        "the same, without a policy's own match",
+        "the same, alone",
         "the cache is not salted; clamped requests still read nothing",
         "import saeguard.vllm.engine as e, saeguard.vllm.scheduler as s\n"
         "whole = s.preprocess_add_request\n"
@@ -82,7 +87,7 @@ MUTANTS = (
         "what the pass said stays",
         "import saeguard.vllm.engine as e\n"
         "e.EngineGuard.after_update = lambda self, packet: self._saved.clear()\n",
-        "tests/engine/test_storm.py::test_speculative_decoding",
+        "tests/engine/test_drafts.py",
     ),
     Mutant(
         "a policy stops its request before the next token leaves",
@@ -102,6 +107,75 @@ MUTANTS = (
         "    return said\n"
         "e.EngineGuard.finish = gone\n",
         "tests/engine/test_storm.py::test_what_an_aborted_request_computed_is_seen",
+    ),
+    Mutant(
+        "cached tokens that nobody has seen are computed again where a policy says so",
+        "they are read from the cache",
+        "import saeguard.vllm.engine as e\n"
+        "e.EngineGuard.recomputes = lambda self, request, cached: False\n",
+        "tests/engine/test_uncached.py::test_recompute",
+    ),
+    Mutant(
+        "tensor parallel: every rank applies a clamp",
+        "the second rank does not",
+        "import torch, saeguard.guard.clamp as c\n"
+        "apply = c.apply\n"
+        "def first_only(*a):\n"
+        "    if torch.distributed.get_rank() == 0:\n"
+        "        apply(*a)\n"
+        "c.apply = first_only\n",
+        "tests/engine/test_parallel.py::test_tensor_parallel",
+    ),
+    Mutant(
+        "tensor parallel: every rank is asked after the self-test",
+        "only the one that vLLM listens to",
+        "import torch, saeguard.vllm.runner as r\n"
+        "tested = r.tested\n"
+        "r.tested = lambda w: tested(w) if torch.distributed.get_rank() == 0 else None\n",
+        "tests/engine/test_parallel.py::test_a_blind_rank_ends_the_start[ranks0-1]",
+    ),
+    Mutant(
+        "pipeline parallel: readings travel with their own pass",
+        "the last stage gets those of the pass before, where they have its size",
+        "import saeguard.vllm.pipeline as p\n"
+        "put, last = p.put, []\n"
+        "def stale(intermediate, readings):\n"
+        "    last.append(readings)\n"
+        "    same = {k: r.f.shape for k, r in last[0].items()} == "
+        "{k: r.f.shape for k, r in readings.items()}\n"
+        "    sent = last[0] if same else readings\n"
+        "    del last[:-1]\n"
+        "    return put(intermediate, sent)\n"
+        "p.put = stale\n",
+        "tests/engine/test_parallel.py::test_pipeline_parallel",
+    ),
+    Mutant(
+        "data parallel: engine cores share one event file, a whole line at a time",
+        "each opens the file anew and writes from its start",
+        "import io, saeguard.events.sink as s\n"
+        "s._Lines.__init__ = lambda self, path, mode: io.FileIO.__init__(self, path, 'w')\n",
+        "tests/server/test_data_parallel.py::test_one_account_of_all_requests",
+    ),
+    Mutant(
+        "data parallel: totals of all engine cores reach /metrics",
+        "only those of the first core do",
+        "import multiprocessing, saeguard.vllm.engine as e\n"
+        "counted = e.EngineGuard.counted\n"
+        "e.EngineGuard.counted = lambda self: [] if 'DP1' in "
+        "multiprocessing.current_process().name else counted(self)\n",
+        "tests/server/test_data_parallel.py::test_one_account_of_all_requests",
+    ),
+    Mutant(
+        "the digest of what shapes the graph is in vLLM's compile hash",
+        "the hash does not know of the guard",
+        SAME_HASH,
+        "tests/engine/test_compile_cache.py::test_a_guarded_start_after_an_unguarded_one",
+    ),
+    Mutant(
+        "a graph without the tap, loaded from a stale cache, is not served",
+        "the self-test is left out",
+        "import saeguard.vllm.selftest as s\ns.run = lambda core: None\n",
+        "tests/engine/test_compile_cache.py::test_a_stale_artefact_is_caught",
     ),
 )
 
@@ -126,33 +200,43 @@ def run(mutant: Mutant, *, broken: bool) -> tuple[bool, str]:
     return done.returncode == 0, errors[0].strip("E ") if errors else done.stdout[-300:]
 
 
-def main() -> None:
-    """Run all, print and write the table; fail where a broken mechanism goes unnoticed."""
-    rows, unnoticed = [], 0
+def main(words: Sequence[str]) -> None:
+    """Run them, print and write the table; fail where a broken mechanism goes unnoticed."""
+    earlier = {key(row): row for row in TABLE.read_text().splitlines() if row.startswith("| ")}
+    rows, unnoticed = {}, 0
     whole: dict[str, bool] = {}
     for mutant in track(MUTANTS, "mutants", console=Console(stderr=True)):
+        test = mutant.test.removeprefix("tests/")
+        row = f"| {mutant.mechanism} | {mutant.broken} | `{test}` |"
+        if words and not any(word in row for word in words):
+            rows[key(row)] = earlier.get(key(row), f"{row} not run | not run |")
+            continue
         if mutant.test not in whole:
             whole[mutant.test] = run(mutant, broken=False)[0]
         survived, why = run(mutant, broken=True)
         caught = whole[mutant.test] and not survived
         unnoticed += not caught
-        why = why.replace("|", "/")[:90]
-        rows.append(
-            f"| {mutant.mechanism} | {mutant.broken} | `{mutant.test.removeprefix('tests/')}` | "
-            f"{'passes' if whole[mutant.test] else '**fails**'} | "
+        why = why.replace("|", "/").replace("`", "'")[:90]
+        rows[key(row)] = (
+            f"{row} {'passes' if whole[mutant.test] else '**fails**'} | "
             f"{'fails' if not survived else '**passes**'}: {why} |"
         )
-        print(rows[-1], flush=True)
+        print(rows[key(row)], flush=True)
     TABLE.write_text(
         "# Mechanisms broken on purpose\n\n"
         "`make mutants` runs each test whole and with one mechanism broken, and writes this.\n\n"
         "| mechanism | broken how | test | whole | broken |\n|---|---|---|---|---|\n"
-        + "\n".join(rows)
+        + "\n".join(rows.values())
         + "\n"
     )
     if unnoticed:
         raise SystemExit(f"{unnoticed} broken mechanisms went unnoticed")
 
 
+def key(row: str) -> tuple[str, ...]:
+    """Return what tells a row of the table from the others: mechanism, how broken, test."""
+    return tuple(cell.strip() for cell in row.split("|")[1:4])
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -33,6 +33,8 @@ log = structlog.get_logger("saeguard")
 VISIBLE = frozenset({"flag", "clamp", "stop"})
 """Actions that the application sees; `log` and shadow verdicts are the operator's."""
 
+EARLY = frozenset({"abort", "error"})
+"""Reasons for which a request ends with passes of it still under way."""
 
 PASSES = 16
 """Passes judged together, unless a request ends before."""
@@ -82,7 +84,7 @@ class EngineGuard:
         self.requests: dict[str, Any] = {}
         self.admitted: dict[str, Admission] = {}
         self.departed: dict[str, Any] = {}
-        """Aborted requests of which passes are still under way: others may read their KV."""
+        """Requests ended before their passes were through: others may read their KV."""
         self.stopping: dict[str, Stop] = {}
         self.sink = (
             Sink(Path(settings.events), capacity=settings.event_queue) if settings.events else None
@@ -287,7 +289,7 @@ class EngineGuard:
         admission = self.admitted.pop(request_id)
         digest = admission.pin.generation.watchlist.digest
         coverage = self.ledger.coverage(request_id, request.num_tokens)
-        aborted = reason == "abort"
+        aborted = reason in EARLY
         verdicts = self.ledger.finish(request_id, request.num_tokens, forget=not aborted)
         if aborted:
             self.departed[request_id] = request

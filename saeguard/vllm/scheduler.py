@@ -204,12 +204,12 @@ def _stops_outside(request: Any) -> bool:
 
 
 def finish_requests(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
-    """Around `Scheduler.finish_requests`: aborted requests get their verdicts, too."""
+    """Around `Scheduler.finish_requests`: requests that end early get their verdicts, too."""
     result = wrapped(*args, **kwargs)
     guard: EngineGuard | None = getattr(scheduler, ATTRIBUTE, None)
     if guard is not None and guard.requests:
-        for request_id in [r for r in guard.requests if r not in scheduler.requests]:
-            guard.finish(request_id, "abort")
+        for request in [r for r in guard.requests.values() if r.is_finished()]:
+            guard.finish(request.request_id, str(request.get_finished_reason()))
     return result
 
 

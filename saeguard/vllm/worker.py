@@ -332,6 +332,12 @@ def prepare(vllm_config: Any, settings: Settings) -> WatchList:
         ModelError: the model does not generate.
     """
     watchlist = start(settings).watchlist
+    parallel = vllm_config.parallel_config
+    if parallel.world_size > 1 and parallel.distributed_executor_backend == "external_launcher":
+        raise ModelError(
+            "the external_launcher executor is not supported on several ranks: each of them would "
+            "judge every request and write its events; let vLLM start the ranks (mp or ray)"
+        )
     if vllm_config.model_config.runner_type == "pooling":
         raise ModelError(
             "pooling and embedding models are not supported: nothing is generated, so the start-up "

@@ -128,9 +128,17 @@ def sleep(llm: Any) -> None:
     llm.wake_up()
 
 
+def fail(llm: Any) -> None:
+    """Let the oldest request end in error, as one whose grammar cannot be compiled does."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler.grammar_compile_error_reqs.add(scheduler.running[0].request_id)
+
+
 BETWEEN: dict[str, Callable[[Any], Any]] = {
     "reset": lambda llm: llm.reset_prefix_cache(reset_running_requests=True),
     "sleep": sleep,
+    "forget": lambda llm: llm.llm_engine.engine_core.engine_core.scheduler.saeguard.memory.clear(),
+    "fail": fail,
 }
 
 

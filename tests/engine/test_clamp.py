@@ -75,9 +75,9 @@ def guarded_with_clamps(root: Path, family: str) -> models.Guarded:
 def serve_mixed(
     root: Path, *, v2: bool, count: int, longest: int, tokens: int, family: str = "llama"
 ) -> tuple[Any, Any]:
-    """Make a model with clamps and serve a mixed batch twice."""
+    """Make a model with clamps and serve a mixed batch three times."""
     guarded = guarded_with_clamps(root, family)
-    return guarded, serve_twice(
+    return guarded, serve_thrice(
         root, guarded, v2=v2, count=count, longest=longest, tokens=tokens, enforce_eager=v2
     )
 
@@ -89,7 +89,12 @@ def mixed_settings(root: Path, guarded: models.Guarded) -> dict[str, Any]:
     )
 
 
-def serve_twice(
+def enforced(i: int, count: int) -> str | None:
+    """Return what is enforced for request `i`: each prompt comes, otherwise, and as at first."""
+    return (None, "clamp.both", "clamp.output")[(i % count + 2 * (i // count == 1)) % 3]
+
+
+def serve_thrice(
     root: Path,
     guarded: models.Guarded,
     *,
@@ -99,12 +104,12 @@ def serve_twice(
     tokens: int,
     **engine: Any,
 ) -> engines.Served:
-    """Serve a batch in which every third request has a clamp enforced, in small chunks."""
+    """Serve a batch of prompts in small chunks, two of three clamped, and twice again."""
     prompts = engines.random_prompts(count, seed=11, longest=longest)
-    batch = engines.requests(prompts, max_tokens=tokens)
+    batch = engines.requests(3 * prompts, max_tokens=tokens)
     for i, request in enumerate(batch):
-        if i % 3:
-            name = "clamp.both" if i % 3 == 1 else "clamp.output"
+        name = enforced(i, count)
+        if name is not None:
             request["params"] = {**request["params"], "extra_args": {"saeguard_enforce": name}}
     return engines.serve(
         root / "run",
@@ -118,7 +123,7 @@ def serve_twice(
             "additional_config": {"saeguard": mixed_settings(root, guarded)},
             **engine,
         },
-        [batch, batch],  # again, now that every prompt could be read from the cache
+        [batch[n : n + count] for n in range(0, len(batch), count)],
         v2=v2,
     )
 
@@ -131,13 +136,13 @@ def check(guarded: models.Guarded, served: engines.Served, count: int, tokens: i
     output = ClampedReference(guarded, 8, 4, (2, 4))
     changed = 0
     for i, result in enumerate(served.results):
-        kind = i % count % 3
+        kind = enforced(i, count)
         free = plain_generate(plain, result["prompt"], tokens, output_only=False)  # type: ignore[arg-type]
-        if kind == 0:
+        if kind is None:
             assert result["output"] == free, i
             continue
-        reference = both if kind == 1 else output
-        expected = reference.generate(result["prompt"], tokens, output_only=kind == 2)
+        reference = both if kind == "clamp.both" else output
+        expected = reference.generate(result["prompt"], tokens, output_only=reference is output)
         assert result["output"] == expected, (i, kind, result["output"], expected, free)
         changed += expected != free
     assert changed > count / 6, "the clamp must be seen to change texts"
@@ -145,7 +150,7 @@ def check(guarded: models.Guarded, served: engines.Served, count: int, tokens: i
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, models.Guarded, engines.Served]:
-    """Serve one mixed batch twice."""
+    """Serve one mixed batch three times."""
     root = tmp_path_factory.mktemp("clamp")
     return root, *serve_mixed(root, v2=False, count=COUNT, longest=70, tokens=16)
 
@@ -153,7 +158,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, models.Guarde
 def test_clamped_texts_equal_the_reference(
     mixed: tuple[Path, models.Guarded, engines.Served],
 ) -> None:
-    """Chunked, batched with unclamped requests, and served twice with prefix caching on."""
+    """Chunked, batched with unclamped requests, and read again from a cache that others filled."""
     _, guarded, served = mixed
     check(guarded, served, COUNT, 16)
 
@@ -181,7 +186,7 @@ def test_a_clamp_is_told(mixed: tuple[Path, models.Guarded, engines.Served]) -> 
     acted = 0
     for i, result in enumerate(served.results):
         said = result["saeguard"]
-        wanted = {0: None, 1: "clamp.both", 2: "clamp.output"}[i % COUNT % 3]
+        wanted = enforced(i, COUNT)
         assert {v["policy"] for v in said["verdicts"]} <= ({wanted} - {None})
         for name, event in events[result["id"]].items():
             assert event["mode"] == ("enforce" if name == wanted else "shadow")

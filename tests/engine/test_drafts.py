@@ -20,11 +20,20 @@ interpreter the kernel itself runs.
 """
 
 
-def test_rejected_drafts_never_count(tmp_path: Path) -> None:
-    """With n-gram drafts, verdicts are the reference's and every ledger balances."""
+@pytest.mark.parametrize("at_once", [False, True], ids=["judged-together", "judged-at-once"])
+def test_rejected_drafts_never_count(tmp_path: Path, at_once: bool) -> None:
+    """With n-gram drafts, verdicts are the reference's and every ledger balances.
+
+    Where a policy could stop, each pass is judged before it is known where its requests end.
+    """
     import vllm
 
     guarded = models.make_guarded(tmp_path)
+    if at_once:
+        models.write_policy(
+            guarded.policies / "never.yaml", id="test.never", action="stop",
+            detect={"a": {"feature": "f4", "above": 99}}, condition="a",
+        )  # fmt: skip
     settings = guarded.settings(events=str(tmp_path / "events.jsonl"))
     rng = np.random.default_rng(8)
     patterns = [rng.integers(3, 512, int(n)).tolist() for n in rng.integers(2, 6, 12)]

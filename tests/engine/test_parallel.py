@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,15 @@ def make(root: Path, family: str = "llama") -> models.Guarded:
     return dataclasses.replace(guarded, latents=LATENTS)
 
 
-def serve_and_check(root: Path, guarded: models.Guarded, **engine: Any) -> engines.Served:
-    """Serve a mixed batch twice and hold texts, verdicts and events against the reference."""
-    served = test_clamp.serve_twice(
-        root, guarded, count=COUNT, longest=100, tokens=TOKENS, block_size=32, **engine
+def serve_and_check(
+    root: Path, guarded: models.Guarded, *, count: int = COUNT, **engine: Any
+) -> engines.Served:
+    """Serve a mixed batch three times and hold texts, verdicts and events against the reference."""
+    served = test_clamp.serve_thrice(
+        root, guarded, count=count, longest=100, tokens=TOKENS, **engine
     )
-    test_clamp.check(guarded, served, COUNT, TOKENS)
-    free = [r for i, r in enumerate(served.results) if i % COUNT % 3 == 0]
+    test_clamp.check(guarded, served, count, TOKENS)
+    free = [r for i, r in enumerate(served.results) if test_clamp.enforced(i, count) is None]
     settings = test_clamp.mixed_settings(root, guarded)
     watchlist = engines.compile_policies(settings)
     checked = check_verdicts(dataclasses.replace(served, results=free), guarded, settings)
@@ -65,6 +69,12 @@ def test_tensor_parallel(tmp_path: Path) -> None:
     """Two ranks, clamped alike: any other text would come out if one of them were not."""
     served = serve_and_check(tmp_path, make(tmp_path), **TENSOR)
     assert served.log.count("saeguard ready") == 2
+
+
+@pytest.mark.slow
+def test_tensor_parallel_on_model_runner_v2(tmp_path: Path) -> None:
+    """The same on the runner of GPUs, through Triton's interpreter."""
+    serve_and_check(tmp_path, make(tmp_path), v2=True, count=6, enforce_eager=True, **TENSOR)
 
 
 def test_pipeline_parallel(tmp_path: Path) -> None:
@@ -129,3 +139,28 @@ def test_a_blind_rank_ends_the_start(ranks: dict[str, Any], blind: int, tmp_path
     done = start(tmp_path, models.make_guarded(tmp_path), prelude=prelude, engine=ranks)
     refused(done, f"rank {blind}: saeguard self-test: the tap at layer 1 ran 0 times")
     assert f"rank {1 - blind}: saeguard" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_that_judge_each_for_itself_are_refused(tmp_path: Path) -> None:
+    """An external launcher runs an engine core on each rank, and events would come twice."""
+    engine = {
+        **TENSOR,
+        "distributed_executor_backend": "external_launcher",
+        "model": str((guarded := models.make_guarded(tmp_path)).model),
+        "enforce_eager": True,
+        "additional_config": {"saeguard": guarded.settings()},
+    }
+    job = tmp_path / "job.json"
+    defaults = {"dtype": "float32", "max_model_len": 256, "seed": 0, "skip_tokenizer_init": True}
+    job.write_text(json.dumps({"engine": {**defaults, **engine}, "batches": []}))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+            "-m", "tests.engine.drive", str(job), str(tmp_path / "out.npz"),
+        ],
+        cwd=engines.ROOT, env=engines.environment(), capture_output=True, text=True, check=False,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "the external_launcher executor is not supported on several ranks" in done.stderr

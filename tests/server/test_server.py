@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
-import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests import models
-from tests.engine import engines
+from tests.server.serving import Server, alive, command, environment, free_port, serving
 
 pytestmark = [pytest.mark.server, pytest.mark.engine]
-
-CHAT = [{"role": "user", "content": "hello there, how is it going?"}]
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server."""
-
-    process: subprocess.Popen[bytes]
-    client: openai.OpenAI
-    model: str
-    guarded: models.Guarded
-    events: Path
-    log: Path
-
-
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -78,93 +49,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         condition="a",
         **{"for": "2 of 3 tokens"},
     )
-    port, events, log = free_port(), root / "events.jsonl", root / "server.log"
-    env = engines.environment()
-    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
-    command = ["serve", str(guarded.model), "--policies", str(guarded.policies)]
-    command += ["--feature-sets", str(guarded.feature_sets), "--events", str(events)]
-    command += ["--request-may-enforce", "test.hidden", "--request-may-enforce", "test.stop"]
-    command += ["--served-model-name", "tiny"]
-    command += ["--dtype", "float32", "--max-model-len", "4096", "--port", str(port)]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "saeguard", *command, "--host", "127.0.0.1"],
-            env=env,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    try:
-        deadline = time.monotonic() + 400
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(0.5)
-        yield Server(process, client, "tiny", guarded, events, log)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def alive(group: int) -> list[str]:
-    """Return the processes of a process group that run; one nobody has reaped does not."""
-    found = [p for p in psutil.process_iter(["pid", "status"]) if p.pid != os.getpid()]
-    return [
-        " ".join(p.cmdline())
-        for p in found
-        if p.info["status"] != psutil.STATUS_ZOMBIE and _group(p.pid) == group
-    ]
-
-
-def _group(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
-
-
-POLICIES = 9
-
-
-def events(server: Server, request_id: str | None = None) -> list[dict[str, Any]]:
-    """Return the events, those of one request once they have all been written."""
-    for _ in range(200):
-        lines = server.events.read_text().splitlines() if server.events.exists() else []
-        found = [json.loads(line) for line in lines]
-        if request_id is None:
-            return found
-        found = [e for e in found if request_id in e["request_id"]]
-        if len(found) >= POLICIES:
-            break
-        time.sleep(0.1)
-    return found
-
-
-def metrics(server: Server) -> dict[str, float]:
-    """Return what `/metrics` says of the guard."""
-    text = httpx.get(f"{server.client.base_url}".removesuffix("v1/") + "metrics").text
-    return {
-        sample.name + "".join(f",{k}={v}" for k, v in sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name.startswith("saeguard_") and not sample.name.endswith("_created")
-    }
-
-
-def chat(server: Server, **more: Any) -> Any:
-    """Ask once, greedily."""
-    given = {"messages": CHAT, "max_tokens": 20, "temperature": 0, **more}
-    return server.client.chat.completions.create(model=server.model, **given)
+    allowed = ("--request-may-enforce", "test.hidden", "--request-may-enforce", "test.stop")
+    with serving(root, guarded, *allowed, "--max-model-len", "4096") as running:
+        yield running
 
 
 def test_a_response_says_what_fired(server: Server) -> None:
     """The body carries `saeguard` with policies, positions and coverage of this request."""
-    response = chat(server)
+    response = server.chat()
     said = response.saeguard
     assert said["flagged"]
     assert said["action"] == "flag"
@@ -178,16 +70,16 @@ def test_a_response_says_what_fired(server: Server) -> None:
 
 def test_shadow_and_log_stay_with_the_operator(server: Server) -> None:
     """A matching shadow policy is in the events and not in the response."""
-    response = chat(server)
+    response = server.chat()
     assert "test.hidden" not in {v["policy"] for v in response.saeguard["verdicts"]}
-    new = [e for e in events(server, response.id) if e["policy"] == "test.hidden"]
+    new = [e for e in server.told(response.id) if e["policy"] == "test.hidden"]
     assert [(e["verdict"], e["mode"], e["acted"]) for e in new] == [("match", "shadow", None)]
 
 
 def test_streaming_says_the_same(server: Server) -> None:
     """The chunk that finishes carries what the unstreamed body does; all others are untouched."""
-    whole = chat(server)
-    chunks = list(chat(server, stream=True))
+    whole = server.chat()
+    chunks = list(server.chat(stream=True))
     said = [c.model_extra["saeguard"] for c in chunks if "saeguard" in (c.model_extra or {})]
     assert len(said) == 1
     assert chunks[-1].choices[0].finish_reason == "length"
@@ -200,7 +92,7 @@ def test_streaming_says_the_same(server: Server) -> None:
 
 def test_each_choice_has_its_own_verdict(server: Server) -> None:
     """With `n=3` verdicts and coverage name their choice."""
-    response = chat(server, n=3, temperature=1.0, seed=1)
+    response = server.chat(n=3, temperature=1.0, seed=1)
     coverage = response.saeguard["coverage"]
     assert [c["choice"] for c in coverage] == [0, 1, 2]
     assert {v["choice"] for v in response.saeguard["verdicts"]} <= {0, 1, 2}
@@ -210,11 +102,11 @@ def test_completions_with_several_prompts(server: Server) -> None:
     """The older endpoint joins its prompts' verdicts, and streams them too."""
     client = server.client
     response = client.completions.create(
-        model=server.model, prompt=["abc def", "xyz"], max_tokens=8, temperature=0
+        model="tiny", prompt=["abc def", "xyz"], max_tokens=8, temperature=0
     )
     assert [c["choice"] for c in response.saeguard["coverage"]] == [0, 1]
     stream = client.completions.create(
-        model=server.model, prompt="abc def", max_tokens=8, temperature=0, stream=True
+        model="tiny", prompt="abc def", max_tokens=8, temperature=0, stream=True
     )
     said = [c.model_extra["saeguard"] for c in stream if "saeguard" in (c.model_extra or {})]
     assert len(said) == 1
@@ -224,30 +116,30 @@ def test_completions_with_several_prompts(server: Server) -> None:
 
 def test_a_stop_string_keeps_the_verdict(server: Server) -> None:
     """A stop that only the API server sees still ends with a verdict."""
-    whole = chat(server, max_tokens=40).choices[0].message.content
+    whole = server.chat(max_tokens=40).choices[0].message.content
     stop = next(c for c in whole[3:] if c.isprintable() and c not in "\ufffd ")
-    response = chat(server, max_tokens=40, stop=[stop])
+    response = server.chat(max_tokens=40, stop=[stop])
     assert response.choices[0].finish_reason == "stop"
     assert response.saeguard["coverage"]["evaluated"] > 0
 
 
 def test_a_request_can_be_stricter_but_not_choose_freely(server: Server) -> None:
     """An allowed shadow clamp changes the text; any other wish is a 400 that names the allowed."""
-    free = chat(server)
-    clamped = chat(server, extra_body={"vllm_xargs": {"saeguard_enforce": "test.hidden"}})
+    free = server.chat()
+    clamped = server.chat(extra_body={"vllm_xargs": {"saeguard_enforce": "test.hidden"}})
     assert clamped.saeguard["action"] == "clamp"
     assert clamped.choices[0].message.content != free.choices[0].message.content
-    assert chat(server).choices[0].message.content == free.choices[0].message.content
+    assert server.chat().choices[0].message.content == free.choices[0].message.content
     for xargs in ({"saeguard_enforce": "test.p0"}, {"saeguard_off": 1}):
         with pytest.raises(openai.BadRequestError, match=r"saeguard_enforce"):
-            chat(server, extra_body={"vllm_xargs": xargs})
+            server.chat(extra_body={"vllm_xargs": xargs})
 
 
 def test_a_policy_can_stop_a_request(server: Server) -> None:
     """The text ends at the token that fired, with a reason that names the policy."""
-    whole = chat(server, max_tokens=40, logprobs=True)
+    whole = server.chat(max_tokens=40, logprobs=True)
     asked = {"extra_body": {"vllm_xargs": {"saeguard_enforce": "test.stop"}}, "max_tokens": 40}
-    stopped = chat(server, logprobs=True, **asked)
+    stopped = server.chat(logprobs=True, **asked)
     choice = stopped.choices[0]
     assert (choice.finish_reason, choice.stop_reason) == ("stop", "saeguard:test.stop")
     assert stopped.saeguard["action"] == "stop"
@@ -257,7 +149,7 @@ def test_a_policy_can_stop_a_request(server: Server) -> None:
     tokens = [t.token for t in whole.choices[0].logprobs.content]
     assert [t.token for t in choice.logprobs.content] == tokens[:kept]
 
-    chunks = list(chat(server, stream=True, **asked))
+    chunks = list(server.chat(stream=True, **asked))
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert chunks[-1].choices[0].model_extra["stop_reason"] == "saeguard:test.stop"
     assert chunks[-1].model_extra["saeguard"]["action"] == "stop"
@@ -267,9 +159,9 @@ def test_a_policy_can_stop_a_request(server: Server) -> None:
 
 def test_totals_are_at_metrics(server: Server) -> None:
     """Requests, tokens by what became of them, verdicts and actions by policy; no mismatch."""
-    before = metrics(server)
-    response = chat(server)
-    after = metrics(server)
+    before = server.metrics()
+    response = server.chat()
+    after = server.metrics()
 
     def moved(name: str) -> float:
         return after.get(name, 0) - before.get(name, 0)
@@ -281,15 +173,15 @@ def test_totals_are_at_metrics(server: Server) -> None:
     assert moved("saeguard_verdicts_total,mode=enforce,policy=test.quiet,verdict=no_match") == 1
     assert moved("saeguard_actions_total,action=flag,mode=enforce,policy=test.p0") == 1
     assert "saeguard_ledger_mismatches_total" not in after
-    assert after["saeguard_events_total,state=produced"] >= POLICIES
+    assert after["saeguard_events_total,state=produced"] >= server.policies
 
 
 def test_an_aborted_stream_is_accounted_for(server: Server) -> None:
     """A client that walks away leaves events that say so."""
-    stream = chat(server, stream=True, max_tokens=3500)  # seconds, whatever else runs
+    stream = server.chat(stream=True, max_tokens=3500)  # seconds, whatever else runs
     first = next(iter(stream))
     stream.close()
-    new = events(server, first.id)
+    new = server.told(first.id)
     assert {e["policy"] for e in new} >= {"test.p0", "test.quiet"}
     for event in new:
         assert event["finished"] == "abort"
@@ -302,14 +194,10 @@ def test_a_blind_server_ends(server: Server, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import saeguard.vllm.worker as w\nw.hook_layer = lambda layers, index: None\n"
     )
-    env = engines.environment()
-    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
+    env = environment()
     env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
-    command = ["serve", str(server.guarded.model), "--policies", str(server.guarded.policies)]
-    command += ["--feature-sets", str(server.guarded.feature_sets), "--enforce-eager"]
-    command += ["--dtype", "float32", "--max-model-len", "256", "--port", str(free_port())]
     done = subprocess.run(
-        [sys.executable, "-m", "saeguard", *command, "--host", "127.0.0.1"],
+        command(server.guarded, free_port(), "--enforce-eager", "--max-model-len", "256"),
         env=env,
         capture_output=True,
         text=True,
@@ -324,17 +212,17 @@ def test_many_at_once_then_a_clean_end(server: Server) -> None:
     """Forty concurrent requests, then SIGTERM: every request has its events, no process is left."""
 
     def ask(i: int) -> Any:
-        return chat(server, messages=[{"role": "user", "content": f"{i} " * (1 + i % 7)}])
+        return server.chat(messages=[{"role": "user", "content": f"{i} " * (1 + i % 7)}])
 
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(ask, range(40)))
-    assert all(a.saeguard["policies"] == POLICIES for a in answers)
+    assert all(a.saeguard["policies"] == server.policies for a in answers)
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(60)
-    found = events(server)
+    found = server.told()
     for answer in answers:
         mine = [e for e in found if answer.id in e["request_id"]]
-        assert len({e["policy"] for e in mine}) == len(mine) == POLICIES
+        assert len({e["policy"] for e in mine}) == len(mine) == server.policies
     deadline = time.monotonic() + 20
     while (left := alive(server.process.pid)) and time.monotonic() < deadline:
         time.sleep(0.2)
