@@ -20,18 +20,20 @@ from pydantic import Field, StringConstraints
 
 from saeguard.policy.errors import PolicyError, PolicyErrors, did_you_mean, show
 from saeguard.policy.files import read_bytes
-from saeguard.policy.schema import Section, ShortText
+from saeguard.policy.schema import FORMS, Section, ShortText
 from saeguard.policy.shape import shape
 from saeguard.policy.types import Policy
 from saeguard.policy.yamlmarks import Document, read_document
 
 How = Literal["only", "enforce", "may_enforce"]
+KEY_SHA256 = r"^[0-9a-f]{64}$"
+FORMS[KEY_SHA256] = "64 hexadecimal digits, as `printf %s KEY | sha256sum` prints them"
 
 
 class TenantSection(Section):
     """One tenant."""
 
-    keys_sha256: list[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(
+    keys_sha256: list[Annotated[str, StringConstraints(pattern=KEY_SHA256)]] = Field(
         min_length=1, max_length=1000, description="SHA-256 of each API key, in hexadecimal."
     )
 
