@@ -6,11 +6,14 @@ import json
 
 import typer
 
-from saeguard.cli import check, test
+from saeguard.cli import bundle, check, test
 
 verb = typer.Typer(no_args_is_help=True)
 verb.command("check")(check.verb)
 verb.command("test")(test.verb)
+verb.command("keygen")(bundle.keygen)
+verb.command("sign")(bundle.sign)
+verb.command("verify")(bundle.verify)
 
 
 @verb.command()

@@ -219,6 +219,15 @@ def read_manifest(path: Path, public_pem: bytes) -> Manifest:
         raise BundleError(f"{path}: signed, but not a manifest: {error}") from error
 
 
+def claimed_revision(path: Path) -> int:
+    """Return the revision in an envelope, whether its signature holds or not; 0 without one."""
+    try:
+        envelope = json.loads(path.read_bytes())
+        return int(json.loads(base64.b64decode(envelope["payload"]))["revision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def check_loaded(
     manifest: Manifest, folder: Path, policies: Iterable[Policy], feature_sets: Mapping[str, str]
 ) -> None:
