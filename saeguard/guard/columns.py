@@ -109,12 +109,23 @@ def _too_many(layer: int, rows: int, size: int) -> str:
 
 
 def check_fits(
-    columns: Sequence[Columns], hooks: Iterable[Hook], ids: Sequence[Sequence[RowId]]
+    columns: Sequence[Columns],
+    hooks: Iterable[Hook],
+    ids: Sequence[Sequence[RowId]],
+    present: Mapping[int, frozenset[int]],
 ) -> None:
-    """Check that a list could be served with these taps, were no other in use.
+    """Check that a list could be served beside the present one, were no other in use.
+
+    Beside it, because requests that come while rows are written still belong to the present one.
+
+    Args:
+        columns: as they are.
+        hooks: of the list; only layer and width are looked at.
+        ids: the rows of each.
+        present: by layer, the columns that the present list reads.
 
     Raises:
-        CapacityError: names the layer and both numbers.
+        CapacityError: names the layer and the numbers.
     """
     by_layer = {c.layer: c for c in columns}
     for hook, rows in zip(hooks, ids, strict=True):
@@ -130,8 +141,18 @@ def check_fits(
                 f"the rows at layer {hook.layer} have width {hook.d_in}, the tap there has "
                 f"{here.d_in}: they belong to another model"
             )
-        if len(set(rows)) > len(here.held):
-            raise CapacityError(_too_many(hook.layer, len(set(rows)), len(here.held)))
+        wanted, read = set(rows), present.get(hook.layer, frozenset())
+        size = len(here.held)
+        if len(wanted) > size:
+            raise CapacityError(_too_many(hook.layer, len(wanted), size))
+        new = len(wanted - {here.held[i] for i in read})
+        if new + len(read) > size:
+            raise CapacityError(
+                f"the policies watch {len(wanted)} rows at layer {hook.layer}, {new} of them new "
+                f"beside the {len(read)} that are in use, the taps of this server hold {size}: take "
+                "out policies first and put the others in when that is done, or set "
+                "saeguard.watch_capacity and start the server again"
+            )
 
 
 class Placed(NamedTuple):

@@ -222,7 +222,7 @@ class Reloader:
                 f"excludes {list(present.watchlist.exclude_tokens)}: start it again"
             )
         where.accept(watchlist)
-        check_fits(where.columns, watchlist.hooks, reading.ids)
+        check_fits(where.columns, watchlist.hooks, reading.ids, present.reads)
         number = present.number + 1
         while True:
             self._retire()

@@ -88,7 +88,7 @@ def test_lists_come_and_go() -> None:
             live.pop(rng.randrange(len(live)))
         in_use = {0: frozenset().union(*(reads[0] for *_, reads in live))}
         ids = [row_ids(h) for h in watchlist.hooks]
-        check_fits(columns, watchlist.hooks, ids)
+        check_fits(columns, watchlist.hooks, ids, {})
         placed = place(columns, watchlist.hooks, ids, in_use, number)
         if placed is None:
             refused += 1
@@ -121,9 +121,13 @@ def test_what_cannot_be_served_is_refused() -> None:
         (replace(hook([1]), d_in=9), "width 9, the tap there has 16"),
     ):
         with pytest.raises(CapacityError, match=reason):
-            check_fits(columns, [other], [row_ids(other)])
+            check_fits(columns, [other], [row_ids(other)], {})
     twice = hook([1, 1, 1, 2, 2])
-    check_fits(columns, [twice], [row_ids(twice)])
+    check_fits(columns, [twice], [row_ids(twice)], {})
+    more = hook([2, 3, 4, 5])
+    check_fits(columns, [more], [row_ids(more)], {0: frozenset({1})})
+    with pytest.raises(CapacityError, match="watch 4 rows at layer 0, 3 of them new beside the 2"):
+        check_fits(columns, [more], [row_ids(more)], {0: frozenset({0, 1})})
 
 
 def test_one_row_under_two_names() -> None:

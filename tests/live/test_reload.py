@@ -118,37 +118,50 @@ def test_rows_are_written_where_nobody_reads(settings: Settings, server: Server)
     assert (swap.number, swap.writes) == (2, ())
 
 
-def test_a_list_waits_for_columns(settings: Settings, server: Server) -> None:
-    """It fits, but not beside the one that a request began with; that one is waited for."""
-    folder, first = Path(settings.policies), server.now
-    pin: Pin | None = server.lists.pin()
-    write(folder, 3, 4, 5)
+def waits(settings: Settings, server: Server) -> tuple[Pin, str]:
+    """Have a list wait: it fits beside the present one, but not beside the pinned one too."""
+    pin = server.lists.pin()
+    write(Path(settings.policies), 2)
+    server.until(lambda r: r.outcome == "active")
+    write(Path(settings.policies), 3, 4)
     deadline = time.monotonic() + 60
     while server.reloader.standing.waiting is None and time.monotonic() < deadline:
         time.sleep(0.01)
     waiting = server.reloader.standing.waiting
     assert waiting is not None
-    assert server.now == first
+    return pin, waiting
+
+
+def test_a_list_waits_for_columns(settings: Settings, server: Server) -> None:
+    """It fits, but not beside the one that a request began with; that one is waited for."""
+    pin, waiting = waits(settings, server)
     (status,) = state.read_statuses(Path(str(settings.state))).values()
-    assert status["waiting"] == waiting
-    assert pin is not None
-    pin = None
-    server.until(lambda r: r.outcome == "active")
+    assert status["waiting"] == waiting != server.now
+    del pin
+    server.until(lambda r: r.new == waiting)
     assert server.now == waiting
     assert server.reloader.standing.waiting is None
 
 
 def test_a_list_that_waits_gives_way_to_a_later_one(settings: Settings, server: Server) -> None:
     """What comes after it is tried, whatever it waited for."""
-    pin = server.lists.pin()
-    write(Path(settings.policies), 3, 4, 5)
-    deadline = time.monotonic() + 60
-    while server.reloader.standing.waiting is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    write(Path(settings.policies), 0, 1, above=0.7)
-    server.until(lambda r: r.outcome == "active")
-    assert server.lists.current.watchlist.policies[0].detect["a0"].above == 0.7
+    pin, waiting = waits(settings, server)
+    write(Path(settings.policies), 2, above=0.7)
+    server.until(lambda r: r.outcome == "active" and r.policies == 1 and r.rows == 0)
+    assert server.lists.current.watchlist.policies[0].detect["a2"].above == 0.7
     assert pin.generation in server.lists.live
+    assert waiting not in {r.new for r in server.reports}
+
+
+def test_more_rows_than_room(settings: Settings, server: Server) -> None:
+    """What can never fit beside the present list is refused at once, with the numbers."""
+    first = server.now
+    write(Path(settings.policies), 3, 4, 5)
+    report = server.until(lambda r: r.outcome == "refused")
+    assert "3 of them new beside the 2 that are in use, the taps of this server hold 4" in str(
+        report.error
+    )
+    assert server.now == first
 
 
 def test_the_compiler_can_die(settings: Settings, server: Server) -> None:
