@@ -149,8 +149,8 @@ def check_fits(
         if new + len(read) > size:
             raise CapacityError(
                 f"the policies watch {len(wanted)} rows at layer {hook.layer}, {new} of them new "
-                f"beside the {len(read)} that are in use, the taps of this server hold {size}: take "
-                "out policies first and put the others in when that is done, or set "
+                f"beside the {len(read)} that are in use, the taps of this server hold {size}: "
+                "take out policies first and put the others in when that is done, or set "
                 "saeguard.watch_capacity and start the server again"
             )
 

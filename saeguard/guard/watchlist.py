@@ -131,7 +131,6 @@ def build_watchlist(
             policies clamp one latent to different values, or a checkpoint does not fit.
     """
     policies = tuple(sorted(policies, key=lambda p: (p.id, p.mode)))
-    _refuse_unsupported(policies)
     used: dict[str, tuple[FeatureSet, Feature]] = {}
     for policy in policies:
         for name in _features_of(policy):
@@ -184,15 +183,6 @@ def build_watchlist(
             + [f"{s.id} {s.digest} {s.sae.sha256}" for s in sets.values()]
         ),
     )
-
-
-def _refuse_unsupported(policies: Sequence[Policy]) -> None:
-    for policy in policies:
-        if policy.exceptions:
-            raise WatchListError(
-                f"{policy.path}: exceptions are not supported yet by this version, which does not "
-                "know tenants; remove them, or keep the policy out of this server"
-            )
 
 
 def _mix(
