@@ -14,7 +14,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak check format bench build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak reload-storm check format bench build doctor clean
 
 setup: $(READY)
 
@@ -76,6 +76,11 @@ mutants: setup
 MINUTES ?= 30
 soak: setup
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+# Policy files change several times a second under load, good and bad; MINUTES=10 by default here.
+reload-storm: MINUTES = 10
+reload-storm: setup
+	$(BIN)/python -m benchmarks.reload_storm --minutes $(MINUTES)
 
 check: setup
 	$(BIN)/ruff format --check .

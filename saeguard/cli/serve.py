@@ -32,6 +32,9 @@ def verb(
     access: Annotated[
         Path | None, typer.Option(help="File of tenants, and which policies hold for whom.")
     ] = None,
+    watch_capacity: Annotated[
+        int | None, typer.Option(help="Encoder rows that each layer has room for, for reloads.")
+    ] = None,
     verify: Annotated[
         Path | None, typer.Option(help="Public key: take policies signed with it only.")
     ] = None,
@@ -53,6 +56,8 @@ def verb(
     for name, path in (("events", events), ("state", state), ("access", access)):
         if path is not None:
             settings[name] = str(path.resolve())
+    if watch_capacity is not None:
+        settings["watch_capacity"] = watch_capacity
     if verify is not None:
         settings["verify"] = {"public_key": str(verify.resolve())}
     try:

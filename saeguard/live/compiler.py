@@ -36,7 +36,10 @@ from saeguard.policy.errors import PolicyErrors
 
 Trigger: TypeAlias = Literal["files", "signal", "command"]
 
-RUN = "import sys; from saeguard.live.compiler import main; main(int(sys.argv[1]))"
+RUN = "import sys; from saeguard.live.compiler import main; main(*sys.argv[1:])"
+CORES = sorted(os.sched_getaffinity(0))
+"""Of this process before vLLM binds its threads to cores, which are the model's from then on."""
+NICE = 10
 CHANGED = None
 """Said unasked: files have changed."""
 CHUNK = 25
@@ -76,7 +79,7 @@ class Compiler:
         ours, theirs = Pipe()
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(  # noqa: S603 - this program
-            [sys.executable, "-c", RUN, str(theirs.fileno())],
+            [sys.executable, "-c", RUN, str(theirs.fileno()), ",".join(map(str, CORES))],
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -231,11 +234,13 @@ def _rows(watchlist: WatchList, which: Sequence[np.ndarray]) -> list[dict[str, n
     ]
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: str, cores: str) -> None:
     """Serve until the other end hangs up; what is signalled to the terminal is for that end."""
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
+    os.sched_setaffinity(0, map(int, cores.split(",")))
+    os.nice(NICE)
     try:
-        serve(Connection(descriptor))
+        serve(Connection(int(descriptor)))
     except (EOFError, OSError):
         os._exit(0)  # the watching thread may be in the middle of waiting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,7 @@ class Folder:
         part = self.path / "..data_tmp"
         part.symlink_to(version.name)
         part.rename(self.path / "..data")
+        shutil.rmtree(self.path / f"..v{self._versions - 3}", ignore_errors=True)
         return version / "set"
 
 
