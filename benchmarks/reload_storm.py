@@ -2,7 +2,7 @@
 
 `python -m benchmarks.reload_storm --minutes 10`. The server and its clients are those of
 `benchmarks.soak`; the policy folder is laid out as Kubernetes mounts one, and every change turns its
-link: to one of six sets that watch other latents, or to something broken. Afterwards every request
+link: to one of six sets that watch other latents, or to something broken. Afterwards each request
 has one event for each policy of one list, that list was good, and the state that the engine told
 all along was that of a good list.
 """
@@ -144,6 +144,29 @@ def _quantiles(values: list[float]) -> list[float]:
     return [ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.99)], ordered[-1]]
 
 
+def prepare(root: Path) -> tuple[models.Guarded, Storm]:
+    """Make model, SAE and folder; compile each good set ahead, so that its digest is known."""
+    guarded = models.make_guarded(root / "made", most=7.0)
+    other = models.make_sae(root / "other", layer=2)
+    models.write_feature_set(guarded.feature_sets / "other.yaml", other, latents=(1,))
+    models.write_feature_set(guarded.feature_sets / "tiny.yaml", guarded.sae, latents=LATENTS)
+    may = ["test.stop", "test.clamp"]
+    good = {}
+    for i in range(len(SETS)):
+        ahead = root / f"ahead{i}"
+        ahead.mkdir()
+        fill(i)(ahead)
+        settings = guarded.settings(policies=str(ahead), request_may_enforce=may)
+        good[engines.compile_policies(settings).digest] = len(load_policies(ahead))
+    folder = Folder(root)
+    folder.turn(fill(0))
+    storm = Storm(folder, root / "state" / "engine-0.json", good)
+    moved = models.Guarded(
+        guarded.model, guarded.sae, folder.path, guarded.feature_sets, guarded.latents
+    )
+    return moved, storm
+
+
 def main() -> None:
     """Run it, print what it showed, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -155,24 +178,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        guarded, port = models.make_guarded(root / "made", most=7.0), free_port()
-        other = models.make_sae(root / "other", layer=2)
-        models.write_feature_set(guarded.feature_sets / "other.yaml", other, latents=(1,))
-        models.write_feature_set(guarded.feature_sets / "tiny.yaml", guarded.sae, latents=LATENTS)
-        may = ["test.stop", "test.clamp"]
-        good = {}
-        for i in range(len(SETS)):
-            ahead = root / f"ahead{i}"
-            ahead.mkdir()
-            fill(i)(ahead)
-            settings = guarded.settings(policies=str(ahead), request_may_enforce=may)
-            good[engines.compile_policies(settings).digest] = len(load_policies(ahead))
-        folder = Folder(root)
-        folder.turn(fill(0))
-        storm = Storm(folder, root / "state" / "engine-0.json", good)
-        moved = models.Guarded(
-            guarded.model, guarded.sae, folder.path, guarded.feature_sets, guarded.latents
-        )
+        (moved, storm), port = prepare(root), free_port()
         process = soak.start(
             root, moved, port, "--state", str(root / "state"), "--watch-capacity", str(CAPACITY)
         )
@@ -186,8 +192,8 @@ def main() -> None:
             finally:
                 stop.set()
                 turning.join()
-            folder.turn(fill(0))
-            settled = _settled(storm, next(iter(good)))
+            storm.folder.turn(fill(0))
+            settled = _settled(storm, next(iter(storm.good)))
             httpx.post(
                 f"http://127.0.0.1:{port}/v1/completions",
                 json={"model": "tiny", "prompt": "end", "max_tokens": 1},
@@ -196,7 +202,7 @@ def main() -> None:
             counted = soak.metrics(port)
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-            result = judge(root / "events.jsonl", good, seen)
+            result = judge(root / "events.jsonl", storm.good, seen)
             assert not storm.wrong, storm.wrong
             assert "saeguard_ledger_mismatches_total" not in counted
         except BaseException:
