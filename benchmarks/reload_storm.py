@@ -1,8 +1,8 @@
 """Policy files change several times a second, good and bad, on a server under random load.
 
 `python -m benchmarks.reload_storm --minutes 10`. The server and its clients are those of
-`benchmarks.soak`; the policy folder is laid out as Kubernetes mounts one, and every change turns its
-link: to one of six sets that watch other latents, or to something broken. Afterwards each request
+`benchmarks.soak`; the policy folder is laid out as Kubernetes mounts one, and each change turns its
+link: to one of six sets that watch other latents, or to something broken. Afterwards every request
 has one event for each policy of one list, that list was good, and the state that the engine told
 all along was that of a good list.
 """

@@ -142,7 +142,7 @@ class Reload(Part):
         description="active: the new list is in use. unchanged: it was already. refused: the files "
         "are wrong, or this server cannot serve them. failed: they could not be read at all."
     )
-    trigger: Literal["files", "signal", "command"] = Field(description="Why they were read.")
+    trigger: Literal["files", "signal"] = Field(description="Why they were read.")
     old: str = Field(description="sha256 of the watch list in use before.")
     new: str | None = Field(description="sha256 of the one wanted; null where there is none.")
     error: str | None = Field(description="Why it was refused, as `saeguard check` says it.")

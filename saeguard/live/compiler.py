@@ -34,7 +34,7 @@ from saeguard.live.watch import changes
 from saeguard.policy.bundle import BundleError, Manifest
 from saeguard.policy.errors import PolicyErrors
 
-Trigger: TypeAlias = Literal["files", "signal", "command"]
+Trigger: TypeAlias = Literal["files", "signal"]
 
 RUN = "import sys; from saeguard.live.compiler import main; main(*sys.argv[1:])"
 CORES = sorted(os.sched_getaffinity(0))

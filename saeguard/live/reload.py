@@ -102,7 +102,7 @@ class Standing:
     waiting: str | None = None
     """Digest of a list that waits for columns."""
     asked: int = 0
-    """Reloads asked for by signal or command, as far as they have been answered."""
+    """Reloads asked for by a signal, as far as they have been answered."""
     outcomes: Counter[str] = field(default_factory=Counter)
 
 

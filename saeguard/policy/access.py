@@ -67,6 +67,11 @@ class AccessFile(Section):
     rules: list[RuleSection] = Field(default=[], max_length=1000)
 
 
+def matches(policy: str, patterns: Iterable[str]) -> bool:
+    """Return whether one of the ids, in which `*` stands for any characters, is a policy's."""
+    return any(fnmatchcase(policy, pattern) for pattern in patterns)
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What some policies do for some requests; see `RuleSection`."""
@@ -78,7 +83,7 @@ class Rule:
 
     def names(self, policy: str) -> bool:
         """Return whether the rule speaks of a policy."""
-        return any(fnmatchcase(policy, pattern) for pattern in self.policies)
+        return matches(policy, self.policies)
 
     def covers(self, tenant: str | None, model: str) -> bool:
         """Return whether the rule speaks of a request."""
@@ -105,12 +110,10 @@ class Access:
                 found = tenant
         return found
 
-    def may_enforce(
-        self, tenant: str | None, model: str, policies: Iterable[str]
-    ) -> frozenset[str]:
-        """Return the policies that a request may ask to have enforced."""
+    def may_ask(self, tenant: str | None, model: str) -> frozenset[str]:
+        """Return ids, some with `*`, of the policies that a request may ask to have enforced."""
         rules = [r for r in self.rules if r.how == "may_enforce" and r.covers(tenant, model)]
-        return frozenset(p for p in policies if any(rule.names(p) for rule in rules))
+        return frozenset(name for rule in rules for name in rule.policies)
 
     def ever_enforced(self, policies: Iterable[str]) -> frozenset[str]:
         """Return the policies that are enforced for some request whatever their mode."""
@@ -157,7 +160,7 @@ def decide(
         may_enforce: shadow policies that anybody may have enforced.
         today: exceptions hold up to and including their last day.
     """
-    allowed = may_enforce | access.may_enforce(tenant, model, {p.id for p in policies})
+    allowed = may_enforce | access.may_ask(tenant, model)
     applies, enforced, waived = [], [], {}
     for i, policy in enumerate(policies):
         rules = [rule for rule in access.rules if rule.names(policy.id)]
@@ -166,7 +169,7 @@ def decide(
         holds = not only or any(rule.how == "only" for rule in here)
         acts = (
             policy.mode == "enforce"
-            or (policy.id in asked and policy.id in allowed)
+            or (policy.id in asked and matches(policy.id, allowed))
             or any(rule.how == "enforce" for rule in here)
         )
         exception = exception_of(policy, tenant, today)

@@ -16,7 +16,7 @@ from typing import Any
 from saeguard.events.counts import show
 from saeguard.events.event import refusal_event
 from saeguard.events.sink import Sink
-from saeguard.policy.access import Access, key_digest
+from saeguard.policy.access import Access, key_digest, matches
 from saeguard.policy.errors import did_you_mean
 from saeguard.policy.errors import show as quoted
 from saeguard.vllm.admission import ENFORCE, TENANT
@@ -117,8 +117,8 @@ def _refusal(
     served = name_of(config.model_config) if model in ours else str(model)
     wanted = str(asked[ENFORCE]).split(",")
     allowed = set(settings.request_may_enforce)
-    allowed |= _access(settings).may_enforce(tenant, served, wanted)
-    refused = [name for name in wanted if name not in allowed]
+    allowed |= _access(settings).may_ask(tenant, served)
+    refused = [name for name in wanted if not matches(name, allowed)]
     if not refused:
         return None
     listed = ", ".join(sorted(allowed)) or "none"
