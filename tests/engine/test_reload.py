@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.engine import test_storm
-from tests.engine.reloading import BAD, Reloading
+from tests.engine.reloading import BAD, GOOD, STRICTER, Reloading
 from tests.engine.test_storm import SMALL_CACHE, living
 
 pytestmark = pytest.mark.engine
@@ -104,7 +106,7 @@ def test_a_cached_prefix_is_read_as_far_as_it_was_seen(live: Reloading) -> None:
     params = {"temperature": 0.0, "max_tokens": 3, "ignore_eos": True}
     one = [{"step": 0, "prompt": prompt, "params": params}]
     live.serve(one, reset=True)
-    second = live.turn(1)  # the same rows
+    second = live.turn(STRICTER)  # the same rows
     live.wait(lambda s: s["watchlist"] == second)
     live.serve(one)  # which checks that every token was evaluated
     assert live.cached == 64
@@ -126,3 +128,74 @@ def test_nothing_is_left(live: Reloading) -> None:
     assert answer["lists"] == 1
     assert answer["clamps"] == 1
     assert json.loads(live.state.read_text())["current"]
+
+
+def storm_of(live: Reloading, requests: int) -> None:
+    """Turn the link again and again, to good sets and bad ones, while random mixes are served."""
+    stop, rng = threading.Event(), np.random.default_rng(6)
+
+    def turn() -> None:
+        while not stop.wait(float(rng.uniform(0.1, 0.5))):
+            if rng.random() < 0.6:
+                live.turn(int(rng.integers(len(GOOD))))
+            else:
+                live.spoil(str(rng.choice(list(BAD))))
+
+    turning = threading.Thread(target=turn)
+    for i in GOOD:  # compiles each, so that its digest is known before it can act
+        live.turn(i)
+    turning.start()
+    try:
+        test_storm.storm(live, live.tally.requests + requests, seed=1)
+    finally:
+        stop.set()
+        turning.join()
+
+
+def test_storm(live: Reloading) -> None:
+    """Random mixes, several changes a second: each verdict is the reference's for its own list."""
+    before = len(live.judged)
+    storm_of(live, test_storm.MOST // 10 or 200)
+    assert len(live.judged) >= max(before, 3)
+    assert {r["outcome"] for r in live.reloads} >= {"active", "refused"}
+
+
+def test_model_runner_v2(tmp_path: Path) -> None:
+    """The runner of GPUs, through Triton's interpreter."""
+    with living(tmp_path, SMALL_CACHE, Reloading, v2=True) as live:
+        for i in (1, 2):
+            digest = live.turn(i)
+            live.wait(lambda s, digest=digest: s["watchlist"] == digest)  # type: ignore[misc]
+            live.serve(mix(i, 4, 4))
+            assert live.judged[digest] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ranks", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "enforce_eager": False}]
+)
+def test_several_ranks(
+    ranks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank writes the same rows and clamps before the same pass."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+    with living(tmp_path, {**SMALL_CACHE, **ranks}, Reloading) as live:
+        for i in (1, 2, 4, 5):
+            digest = live.turn(i)
+            live.wait(lambda s, digest=digest: s["watchlist"] == digest)  # type: ignore[misc]
+            live.serve(mix(i, 8, 12))
+            assert live.judged[digest] == 8
+
+
+def test_torch_compile(tmp_path: Path) -> None:
+    """In vLLM's default mode, other rows and other clamps come in without another compilation."""
+    with living(tmp_path, {**SMALL_CACHE, "enforce_eager": False}, Reloading) as live:
+        live.serve(mix(0, 4))
+        compiled = (tmp_path / "engine.log").read_text().count("torch.compile took")
+        for i in (2, 4, 5, 0):
+            digest = live.turn(i)
+            live.wait(lambda s, digest=digest: s["watchlist"] == digest)  # type: ignore[misc]
+            live.serve(mix(i, 8))
+            assert live.judged[digest] == 8 + 4 * (i == 0)
+        assert (tmp_path / "engine.log").read_text().count("torch.compile took") == compiled
