@@ -180,7 +180,7 @@ def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) ->
         "cached": cached,
         "left": len(guard.ledger),
         "lists": len(guard.ledger.live),
-        "clamps": max(len(tap.clamps) for tap in TAPS.values()),
+        "clamps": max((len(tap.clamps) for tap in TAPS.values()), default=None),
         "dropped": guard.sink.dropped,
         "memory": remembered,
         "scheduler": type(core.scheduler).__name__,

@@ -152,7 +152,7 @@ def storm_of(live: Reloading, requests: int) -> None:
         turning.join()
 
 
-def test_storm(live: Reloading) -> None:
+def test_under_load(live: Reloading) -> None:
     """Random mixes, several changes a second: each verdict is the reference's for its own list."""
     before = len(live.judged)
     storm_of(live, test_storm.MOST // 10 or 200)
