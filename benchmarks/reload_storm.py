@@ -46,13 +46,29 @@ def fill(i: int) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         fill_good(i)(folder)
-        models.write_policy(
-            folder / "stop.yaml",
-            id="test.stop", mode="shadow", action="stop", scope="output",
-            detect={"a": {"feature": f"f{SETS[i][1][1]}", "above": 2.0}}, condition="a",
-        )  # fmt: skip
+        add_stop(folder, SETS[i][1][1])
 
     return write
+
+
+def spoil(kind: str) -> Callable[[Path], None]:
+    """Return what writes a set that must be refused for one reason, and for no other."""
+
+    def write(folder: Path) -> None:
+        BAD[kind][0](folder)
+        if kind not in {"gone", "empty"}:
+            add_stop(folder, LATENTS[0])
+
+    return write
+
+
+def add_stop(folder: Path, latent: int) -> None:
+    """Write the policy that clients ask to stop them."""
+    models.write_policy(
+        folder / "stop.yaml",
+        id="test.stop", mode="shadow", action="stop", scope="output",
+        detect={"a": {"feature": f"f{latent}", "above": 2.0}}, condition="a",
+    )  # fmt: skip
 
 
 @dataclass
@@ -78,7 +94,7 @@ class Storm:
                 self.written[f"good {i}"] += 1
             else:
                 kind = rng.choice(list(BAD))
-                self.folder.turn(BAD[kind][0])
+                self.folder.turn(spoil(kind))
                 self.written[f"bad {kind}"] += 1
             status = json.loads(self.state.read_text())
             self.seen[status["watchlist"]] += 1
@@ -136,7 +152,8 @@ def judge(events: Path, good: dict[str, int], seen: soak.Seen) -> dict[str, Any]
 
 
 def _kind(error: str) -> str:
-    return next((kind for kind, (_, words) in BAD.items() if words in error), error[:200])
+    words = {kind: words for kind, (_, words) in BAD.items()} | {"named": "has the id test.clamp"}
+    return next((kind for kind, said in words.items() if said in error), error[:200])
 
 
 def _quantiles(values: list[float]) -> list[float]:

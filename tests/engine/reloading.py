@@ -190,10 +190,11 @@ class Reloading(Live):
         self.watchlist = self.lists[digest]
         self.judged[digest] = self.judged.get(digest, 0) + 1
 
-    def _check(self, ended: dict[str, Any], events: dict[str, Any]) -> None:
+    def check(self, ended: dict[str, Any], events: dict[str, Any]) -> None:
+        """Hold a request against its list, unless that had not seen all of its prefix."""
         unseen = max(e["coverage"]["skipped"].get("prefix_cached", 0) for e in events.values())
         if not unseen:
-            super()._check(ended, events)
+            super().check(ended, events)
             return
         self.recognise(events)
         assert set(events) == {p.id for p in self.watchlist.policies}
