@@ -14,7 +14,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak fuzz lsp check format bench build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak reload-storm fuzz lsp check format bench build doctor clean
 
 setup: $(READY)
 
@@ -82,6 +82,11 @@ INPUTS ?= 1000000
 fuzz: setup
 	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e ".[fuzz]"
 	$(BIN)/python -m tests.fuzz --inputs $(INPUTS)
+
+# Policy files change several times a second under load, good and bad; MINUTES=10 by default here.
+reload-storm: MINUTES = 10
+reload-storm: setup
+	$(BIN)/python -m benchmarks.reload_storm --minutes $(MINUTES)
 
 # The YAML language server of editors, for tests/policy/test_lsp.py. Needs Node.
 lsp:

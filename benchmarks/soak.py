@@ -78,7 +78,7 @@ def make(root: Path) -> models.Guarded:
     return guarded
 
 
-def start(root: Path, guarded: models.Guarded, port: int) -> subprocess.Popen[bytes]:
+def start(root: Path, guarded: models.Guarded, port: int, *more: str) -> subprocess.Popen[bytes]:
     """Start the server."""
     env = engines.environment()
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
@@ -87,7 +87,7 @@ def start(root: Path, guarded: models.Guarded, port: int) -> subprocess.Popen[by
     command += ["--request-may-enforce", "test.stop", "--request-may-enforce", "test.clamp"]
     command += ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "2048"]
     command += ["--max-num-seqs", "8", "--block-size", "32", "--num-gpu-blocks-override", "80"]
-    command += ["--port", str(port), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--host", "127.0.0.1", *more]
     with (root / "server.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "saeguard", *command],

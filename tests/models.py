@@ -149,7 +149,9 @@ class Guarded:
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Return the `saeguard` object of `--additional-config`."""
-        return {"policies": str(self.policies), "feature_sets": str(self.feature_sets), **more}
+        # Without `reload`, which starts a process of its own for each engine.
+        folders = {"policies": str(self.policies), "feature_sets": str(self.feature_sets)}
+        return {**folders, "reload": False, **more}
 
 
 def write_feature_set(

@@ -10,6 +10,7 @@ import typer
 
 VERBS = {
     "serve": "Run `vllm serve` with the guard, policies checked first.",
+    "reload": "Have a running server read its policies again.",
     "doctor": "Say what is wrong with this environment, and what to do.",
     "check": "Check policy files, with file, line and column of every mistake.",
     "test": "Run the tests that lie beside the policies.",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from saeguard.cli import check, diff, explain, fmt, list_, new, record, replay, test
+from saeguard.cli import bundle, check, diff, explain, fmt, list_, new, record, replay, test
 
 verb = typer.Typer(no_args_is_help=True)
 verb.command("check")(check.verb)
@@ -19,6 +19,9 @@ verb.command("record")(record.verb)
 verb.command("list")(list_.verb)
 verb.command("fmt")(fmt.verb)
 verb.command("new")(new.verb)
+verb.command("keygen")(bundle.keygen)
+verb.command("sign")(bundle.sign)
+verb.command("verify")(bundle.verify)
 
 
 @verb.command()

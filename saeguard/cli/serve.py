@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,18 @@ def verb(
     request_may_enforce: Annotated[
         list[str] | None, typer.Option(help="Shadow policy that requests may have enforced.")
     ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder for `saeguard reload` and the signed revision seen.")
+    ] = None,
+    access: Annotated[
+        Path | None, typer.Option(help="File of tenants, and which policies hold for whom.")
+    ] = None,
+    watch_capacity: Annotated[
+        int | None, typer.Option(help="Encoder rows that each layer has room for, for reloads.")
+    ] = None,
+    verify: Annotated[
+        Path | None, typer.Option(help="Public key: take policies signed with it only.")
+    ] = None,
 ) -> None:
     """Check the policies, say what they cost, and hand over to `vllm serve`.
 
@@ -40,8 +53,13 @@ def verb(
         "feature_sets": str(feature_sets.resolve()),
         "request_may_enforce": list(request_may_enforce or ()),
     }
-    if events is not None:
-        settings["events"] = str(events.resolve())
+    for name, path in (("events", events), ("state", state), ("access", access)):
+        if path is not None:
+            settings[name] = str(path.resolve())
+    if watch_capacity is not None:
+        settings["watch_capacity"] = watch_capacity
+    if verify is not None:
+        settings["verify"] = {"public_key": str(verify.resolve())}
     try:
         rest, additional = split_additional(context.args)
         report = startup_report(settings)
@@ -53,6 +71,8 @@ def verb(
     preflight(console)
     config = json.dumps({**additional, "saeguard": settings})
     command = [sys.executable, "-m", *server(model), CONFIG, config, *rest]
+    # A reload that is asked for too early must not end the server; it listens once it serves.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The server takes this process over, signals included.
     os.execv(sys.executable, command)  # noqa: S606
 

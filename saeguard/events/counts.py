@@ -23,9 +23,15 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ledger_mismatches": ("Requests whose tokens are not all accounted for; must stay 0.", ()),
     "events": ("Events by what became of them; the difference is queued.", ("state",)),
     "unread_passes": ("Forward passes of which nothing reached the rules.", ()),
+    "reloads": ("Readings of the policy files, by what became of them.", ("outcome",)),
+    "refusals": ("Requests refused because they asked the guard for what they may not have.", ()),
     "memory_dropped": ("Cached blocks whose activations were let go for want of room.", ()),
 }
 """Prometheus counters `saeguard_<name>_total`: help text and labels."""
+GAUGES: dict[str, str] = {
+    "policies_current": "1 while what the policy files hold is in use, 0 from a refused reload on.",
+}
+"""Prometheus gauges `saeguard_<name>`: help text."""
 
 
 class Counts:
@@ -35,6 +41,8 @@ class Counts:
         """Start at nothing."""
         self._new: Counter[tuple[str, ...]] = Counter()
         self._seen: Counter[tuple[str, ...]] = Counter()
+        self._stands: dict[str, int] = {}
+        self._changed: dict[str, int] = {}
 
     def request(self, verdicts: Iterable[Any], coverage: Any) -> None:
         """Count a request that ended, by its `Verdict`s and its own `Coverage`."""
@@ -58,10 +66,17 @@ class Counts:
         self.add(*key, n=n - self._seen[key])
         self._seen[key] = n
 
+    def gauge(self, name: str, value: int) -> None:
+        """Tell how something stands, where it has changed since it was told last."""
+        if self._stands.get(name) != value:
+            self._stands[name] = self._changed[name] = value
+
     def take(self) -> list[list[Any]]:
-        """Return `[name, *labels, n]` of each counter that moved, and start anew."""
+        """Return `[name, *labels, n]` of what moved, and start anew."""
         taken = [[*key, n] for key, n in self._new.items()]
+        taken += [[name, value] for name, value in self._changed.items()]
         self._new.clear()
+        self._changed.clear()
         return taken
 
 
@@ -74,8 +89,18 @@ def _counter(name: str) -> Any:
     return Metric(f"saeguard_{name}", text, labels)
 
 
+@cache
+def _gauge(name: str) -> Any:
+    from prometheus_client import Gauge  # noqa: PLC0415 - as above
+
+    return Gauge(f"saeguard_{name}", GAUGES[name], multiprocess_mode="mostrecent")
+
+
 def show(counts: Iterable[Sequence[Any]]) -> None:
     """Add what an engine counted to this process' Prometheus counters."""
     for name, *labels, n in counts:
+        if name in GAUGES:
+            _gauge(name).set(n)
+            continue
         metric = _counter(name)
         (metric.labels(*labels) if labels else metric).inc(n)

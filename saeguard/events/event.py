@@ -9,7 +9,13 @@ SCHEMA = "saeguard.event/v1"
 
 
 def verdict_event(
-    verdict: Any, *, request_id: str, model: str, watchlist: str, finished: str | None
+    verdict: Any,
+    *,
+    request_id: str,
+    model: str,
+    watchlist: str,
+    finished: str | None,
+    tenant: str | None = None,
 ) -> Mapping[str, Any]:
     """Return the event of one `saeguard.guard.verdict.Verdict`."""
     return {
@@ -17,6 +23,7 @@ def verdict_event(
         "schema": SCHEMA,
         "request_id": request_id,
         "model": model,
+        "tenant": tenant,
         "watchlist": watchlist,
         "policy": verdict.policy,
         "policy_digest": verdict.digest,
@@ -45,7 +52,13 @@ def verdict_event(
 
 
 def mismatch_event(
-    coverage: Mapping[str, Any], *, request_id: str, model: str, watchlist: str, finished: str
+    coverage: Mapping[str, Any],
+    *,
+    request_id: str,
+    model: str,
+    watchlist: str,
+    finished: str,
+    tenant: str | None = None,
 ) -> Mapping[str, Any]:
     """Return the event of a request whose tokens are not all accounted for: a fault of ours."""
     return {
@@ -53,7 +66,24 @@ def mismatch_event(
         "schema": SCHEMA,
         "request_id": request_id,
         "model": model,
+        "tenant": tenant,
         "watchlist": watchlist,
         "coverage": coverage,
         "finished": finished,
+    }
+
+
+def reload_event(report: Mapping[str, Any], *, model: str) -> Mapping[str, Any]:
+    """Return the event of one `saeguard.live.reload.Report`."""
+    return {"event": "policy.reload", "schema": SCHEMA, "model": model, **report}
+
+
+def refusal_event(reason: str, *, model: str, tenant: str | None) -> Mapping[str, Any]:
+    """Return the event of a request that asked the guard for what it may not have."""
+    return {
+        "event": "request.refused",
+        "schema": SCHEMA,
+        "model": model,
+        "tenant": tenant,
+        "reason": reason,
     }

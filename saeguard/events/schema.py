@@ -71,6 +71,9 @@ class Event(Part):
     )
     request_id: str = Field(min_length=1, description="The engine's own id of the request.")
     model: str = Field(description="Name the model is served under.")
+    tenant: str | None = Field(
+        None, description="Whose request it was by its API key; null where nobody's known."
+    )
     watchlist: str = Field(
         description="sha256 over policies, feature sets and checkpoints, or its start."
     )
@@ -119,6 +122,9 @@ class Mismatch(Part):
     )
     request_id: str = Field(min_length=1, description="The engine's own id of the request.")
     model: str = Field(description="Name the model is served under.")
+    tenant: str | None = Field(
+        None, description="Whose request it was by its API key; null where nobody's known."
+    )
     watchlist: str = Field(description="sha256 over policies, feature sets and checkpoints.")
     coverage: Coverage = Field(description="The request's own ledger, which does not add up.")
     finished: str | None = Field(description="Why the request ended, in the engine's words.")
@@ -127,8 +133,49 @@ class Mismatch(Part):
     )
 
 
-LINE: TypeAdapter[Event | Mismatch] = TypeAdapter(
-    Annotated[Event | Mismatch, Field(discriminator="event")]
+class Reload(Part):
+    """The policy files were read while serving; a refused list leaves the one before in use."""
+
+    event: Literal["policy.reload"] = Field(description="Kind of the line.")
+    schema_: Literal["saeguard.event/v1"] = Field(
+        alias="schema", description="Version of this schema."
+    )
+    model: str = Field(description="Name the model is served under.")
+    outcome: Literal["active", "unchanged", "refused", "failed"] = Field(
+        description="active: the new list is in use. unchanged: it was already. refused: the files "
+        "are wrong, or this server cannot serve them. failed: they could not be read at all."
+    )
+    trigger: Literal["files", "signal"] = Field(description="Why they were read.")
+    old: str = Field(description="sha256 of the watch list in use before.")
+    new: str | None = Field(description="sha256 of the one wanted; null where there is none.")
+    error: str | None = Field(description="Why it was refused, as `saeguard check` says it.")
+    policies: int = Field(ge=0, description="Policies in use now.")
+    revision: int | None = Field(description="Signed revision in use now; null where unsigned.")
+    read_ms: float = Field(ge=0, description="Reading and compiling, in a process of its own.")
+    swap_ms: float = Field(ge=0, description="From then until new requests were judged by it.")
+    rows: int = Field(ge=0, description="Encoder rows written into the taps.")
+    time: AwareDatetime | None = Field(
+        None, description="When the event was written, UTC; added by the sink."
+    )
+
+
+class Refusal(Part):
+    """A request asked the guard for what it may not have, and got a 400."""
+
+    event: Literal["request.refused"] = Field(description="Kind of the line.")
+    schema_: Literal["saeguard.event/v1"] = Field(
+        alias="schema", description="Version of this schema."
+    )
+    model: str = Field(description="Name the model is served under.")
+    tenant: str | None = Field(description="Whose request it was; null where nobody's known.")
+    reason: str = Field(description="What it was told.")
+    time: AwareDatetime | None = Field(
+        None, description="When the event was written, UTC; added by the sink."
+    )
+
+
+LINE: TypeAdapter[Event | Mismatch | Reload | Refusal] = TypeAdapter(
+    Annotated[Event | Mismatch | Reload | Refusal, Field(discriminator="event")]
 )
 
 

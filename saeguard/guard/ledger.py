@@ -19,7 +19,7 @@ from saeguard.guard.advance import (
     skip,
 )
 from saeguard.guard.conclude import add, coverage_of, verdicts_of
-from saeguard.guard.memory import Memory
+from saeguard.guard.memory import Memory, View
 from saeguard.guard.packet import Packet, in_step
 from saeguard.guard.prefix import Prefixes
 from saeguard.guard.sampling import is_sampled
@@ -45,7 +45,7 @@ class Ledger:
     """The requests in flight: `admit`, `ingest` what each pass saw, `finish` into verdicts."""
 
     def __init__(
-        self, watchlist: WatchList, slots: int = 64, *, memory: Memory | None = None
+        self, watchlist: WatchList, slots: int = 64, *, memory: Memory | View | None = None
     ) -> None:
         """Start empty.
 
@@ -84,6 +84,7 @@ class Ledger:
         prompt_tokens: int,
         enforce: Sequence[str] = (),
         keys: Sequence[bytes] = (),
+        enforced: Sequence[bool] | None = None,
     ) -> None:
         """Start a request of which nothing has been seen.
 
@@ -92,6 +93,7 @@ class Ledger:
             prompt_tokens: length of its prompt.
             enforce: ids of shadow policies to enforce for it.
             keys: of its whole blocks in the prefix cache; may grow while it runs.
+            enforced: by policy, whether its action is to be taken; None: as the policies say.
         """
         if not self._free:
             slots = len(self._state.next)
@@ -104,7 +106,7 @@ class Ledger:
         s = self._state
         write_slot(s, slot, self._empty)
         s.prompt[slot] = prompt_tokens
-        s.enforced[slot] = self._enforced
+        s.enforced[slot] = self._enforced if enforced is None else enforced
         if enforce:
             s.enforced[slot] |= [p.id in enforce for p in self.watchlist.policies]
         for i in self._sampling:

@@ -33,6 +33,8 @@ class Seen(NamedTuple):
     """[fired] float32."""
     watched: np.ndarray
     """[block / 8] uint8: bits of the tokens that are not excluded by id."""
+    made: int = 0
+    """Swap of the watch list after which it was seen."""
 
     @property
     def nbytes(self) -> int:
@@ -81,17 +83,18 @@ class Memory:
         block = 8 * self.block * self.columns + self.block // 8 + ENTRY_BYTES
         return self.blocks * block
 
-    def knows(self, keys: Sequence[bytes]) -> bool:
-        """Return whether all of the blocks were seen."""
-        return all(key in self._seen for key in keys)
+    def knows(self, keys: Sequence[bytes], needs: int = 0) -> bool:
+        """Return whether all of the blocks were seen, by a list of swap `needs` or later."""
+        return all(key in self._seen and self._seen[key].made >= needs for key in keys)
 
-    def put(self, keys: Sequence[bytes], f: np.ndarray, watched: np.ndarray) -> None:
+    def put(self, keys: Sequence[bytes], f: np.ndarray, watched: np.ndarray, made: int = 0) -> None:
         """Remember whole blocks.
 
         Args:
             keys: one a block.
             f: [blocks, block, columns] float32 activations.
             watched: [blocks, block] bool.
+            made: swap of the watch list after which they were seen.
         """
         flat = f.reshape(len(keys), -1)
         which, at = np.nonzero(flat)  # NaN is not zero: what could not be read stays an error
@@ -100,12 +103,16 @@ class Memory:
         bits = np.packbits(watched, axis=1)
         for i, key in enumerate(keys):
             part = slice(ends[i], ends[i + 1])
-            self._keep(key, Seen(at[part].astype(np.uint32), value[part].copy(), bits[i].copy()))
+            fired = at[part].astype(np.uint32), value[part].copy()
+            self._keep(key, Seen(*fired, bits[i].copy(), made))
 
-    def get(self, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return activations [block, columns] and watched [block] of a block, None if unknown."""
+    def get(self, key: bytes, needs: int = 0) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return activations [block, columns] and watched [block] of a block, None if unknown.
+
+        So it is, too, where it was seen before swap `needs`, by a list without the rows wanted.
+        """
         seen = self._seen.get(key)
-        if seen is None:
+        if seen is None or seen.made < needs:
             return None
         self._seen.move_to_end(key)
         f = np.zeros(self.block * self.columns, np.float32)
@@ -119,7 +126,10 @@ class Memory:
         self.nbytes = 0
 
     def _keep(self, key: bytes, seen: Seen) -> None:
-        old = self._seen.pop(key, None)
+        old = self._seen.get(key)
+        if old is not None and old.made > seen.made:  # a request that began before the swap
+            return
+        self._seen.pop(key, None)
         self.nbytes += seen.nbytes - (old.nbytes if old else 0)
         self._seen[key] = seen
         # At most `blocks` of the entries can be in the cache, so where there are twice as many,
@@ -134,3 +144,30 @@ class Memory:
             _, gone = self._seen.popitem(last=False)
             self.nbytes -= gone.nbytes
             self.dropped += 1
+
+
+class View(NamedTuple):
+    """The memory as one watch list uses it: what its passes see, and what it can read."""
+
+    memory: Memory
+    made: int
+    """Swap that brought the list: its requests' passes hold all columns written up to then."""
+    needs: int
+    """Swap after which all that it reads is in every pass."""
+
+    @property
+    def block(self) -> int:
+        """Return the tokens that a key stands for."""
+        return self.memory.block
+
+    def knows(self, keys: Sequence[bytes]) -> bool:
+        """Return whether all of the blocks were seen."""
+        return self.memory.knows(keys, self.needs)
+
+    def put(self, keys: Sequence[bytes], f: np.ndarray, watched: np.ndarray) -> None:
+        """Remember whole blocks, as `Memory.put` does."""
+        self.memory.put(keys, f, watched, self.made)
+
+    def get(self, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return a block, as `Memory.get` does."""
+        return self.memory.get(key, self.needs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,7 +20,10 @@ class Packet:
         f: [rows, columns] float32 activations.
         acted: [rows, clamp policies] bool, where a clamp edited the row; None without clamps.
         ran: whether every tap ran in this pass; if not, `f` is stale and nothing was seen.
-        watchlist: digest of the watch list that the activations belong to.
+        watchlist: digest of the watch list that the model's process was started with.
+        orders: swaps of the watch list that its taps had carried out before the pass.
+        acted_by: `acted` by digest of the clamps, where several lists have requests under way;
+            `saeguard.guard.generations` picks each request's own.
     """
 
     request_ids: list[str]
@@ -31,6 +34,8 @@ class Packet:
     acted: np.ndarray | None
     ran: bool
     watchlist: str
+    orders: int = 0
+    acted_by: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def in_step(passes: Sequence[tuple[Packet, np.ndarray, object]]) -> int:

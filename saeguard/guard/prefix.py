@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.memory import Memory
+from saeguard.guard.memory import Memory, View
 from saeguard.guard.state import State
 
 RECALLED_ROWS = 4096
@@ -28,7 +28,7 @@ class Whole(NamedTuple):
 class Prefixes:
     """What the requests in flight have seen of their blocks, on its way into the memory."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory | View) -> None:
         """Start with no request."""
         self.memory = memory
         self._keys: dict[int, Sequence[bytes]] = {}

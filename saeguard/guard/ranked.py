@@ -36,6 +36,12 @@ class RankedRows:
     bar: torch.Tensor
     """[latents] float32; +inf for a latent that alone makes no policy hold."""
 
+    @property
+    def rivals(self) -> str:
+        """Return what tells the competitors of these latents from those of others."""
+        source = self.source
+        return f"{source.sha256} {source.k}" if isinstance(source, SaeInfo) else str(id(source))
+
 
 @dataclass(frozen=True, slots=True)
 class Ranked:

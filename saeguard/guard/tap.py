@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 
 from saeguard.guard import clamp as clamping
 from saeguard.guard.clamp import Clamp
+from saeguard.guard.columns import Write
+from saeguard.guard.generations import clamps_digest
 from saeguard.guard.ranked import Ranked, make_ranked, settle
 from saeguard.guard.rows import Rows, allocate_rows
 from saeguard.guard.watchlist import WatchList
@@ -40,7 +42,9 @@ class Tap:
     ticks: torch.Tensor
     """[] int64: how often the op ran since it was set to 0, which it is before each pass."""
     rows: Rows
-    clamp: Clamp | None
+    clamps: dict[str, Clamp]
+    """By `generations.clamps_digest`: what edits, for each list that has requests under way. It
+    changes between passes; where a CUDA graph was captured, what it held then is what runs."""
     norm: torch.Tensor | None = None
     """[watched] int64, which of `NORMS` a column's token is under; None where it is none."""
     ranked: tuple[Ranked, ...] = ()
@@ -49,6 +53,11 @@ class Tap:
     """`saeguard.guard.fused.read`, where the tap runs on a GPU."""
     scale: torch.Tensor | None = None
     """[max_tokens, watched] float32, room for `column_scales` where it is used."""
+
+    @property
+    def clamp(self) -> Clamp | None:
+        """Return the oldest clamps, None where nothing can edit."""
+        return next(iter(self.clamps.values()), None)
 
 
 TAPS: dict[int, Tap] = {}
@@ -75,8 +84,8 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
     try:
         read = _read_plainly if tap.fused is None else _read_fused
         scale = read(tap, hidden, None if residual is None else as_rows(residual), f)
-        if tap.clamp is not None:
-            clamping.apply(tap.clamp, hidden, f, tap.rows, scale)
+        for clamp in tap.clamps.values():  # a row belongs to one request, which one of them edits
+            clamping.apply(clamp, hidden, f, tap.rows, scale)
     except RuntimeError:  # out of memory among them: serving goes on, the verdict says `error`
         if torch.compiler.is_compiling() or _capturing():
             raise
@@ -157,7 +166,6 @@ def install_taps(
     rows = allocate_rows(max_tokens, device)
     kernels = _kernels(device)
     for hook in watchlist.hooks:
-        clamp_rows = next((c for c in watchlist.clamps if c.layer == hook.layer), None)
         TAPS[hook.layer] = Tap(
             layer=hook.layer,
             W=hook.W.to(device).t(),
@@ -167,25 +175,58 @@ def install_taps(
             halves=torch.ones((), device=device),
             ticks=torch.zeros((), dtype=torch.int64, device=device),
             rows=rows,
+            clamps={},
             norm=None if hook.norm is None else hook.norm.to(device),
             fused=None if kernels is None else kernels.read,
             scale=None
             if hook.norm is None or kernels is None
             else torch.zeros(max_tokens, hook.W.shape[0], device=device),
             ranked=tuple(make_ranked(rows, device) for rows in hook.ranked),
-            clamp=None
-            if clamp_rows is None
-            else clamping.make_clamp(
-                watchlist,
-                clamp_rows,
-                hook,
-                slots=slots + 1,
-                max_tokens=max_tokens,
-                device=device,
-                launch=None if kernels is None else kernels.edit,
-            ),
         )
+    clamps = clamps_digest(watchlist)
+    if clamps:
+        add_clamps(TAPS.values(), clamps, watchlist, slots=slots)
     return tuple(TAPS.values())
+
+
+def add_clamps(taps: Iterable[Tap], digest: str, watchlist: WatchList, *, slots: int) -> None:
+    """Let a list's clamps edit at the taps of its layers, for the requests admitted to them."""
+    hooks = {hook.layer: hook for hook in watchlist.hooks}
+    rows = {clamp.layer: clamp for clamp in watchlist.clamps}
+    for tap in taps:
+        if tap.layer in rows:
+            tap.clamps[digest] = clamping.make_clamp(
+                watchlist,
+                rows[tap.layer],
+                hooks[tap.layer],
+                slots=slots + 1,
+                max_tokens=len(tap.f),
+                device=tap.f.device,
+            )
+
+
+def write_rows(taps: Iterable[Tap], write: Write) -> None:
+    """Put encoder rows into columns that nobody reads yet; buffers stay where they are."""
+    for tap in taps:
+        if tap.layer == write.layer:
+            columns = torch.from_numpy(write.columns).to(tap.W.device)
+            if tap.norm is not None and "W" in write.rows:
+                tap.norm[columns] = 0  # unless the rows say otherwise
+            for name, rows in write.rows.items():
+                values = torch.from_numpy(rows).to(tap.W.device)
+                if name == "bar":
+                    _lower_bars(tap, columns, values)
+                    continue
+                held = tap.W.t() if name == "W" else getattr(tap, name)
+                held[columns] = values.to(held.dtype)
+
+
+def _lower_bars(tap: Tap, columns: torch.Tensor, bars: torch.Tensor) -> None:
+    """Let latents show from a lower activation on; lists still in use need the bars they had."""
+    for ranked in tap.ranked:
+        mine = (columns >= ranked.columns.start) & (columns < ranked.columns.stop)
+        at = columns[mine] - ranked.columns.start
+        ranked.bar[at] = torch.minimum(ranked.bar[at], bars[mine])
 
 
 def tap_output(

@@ -36,6 +36,8 @@ def find_files(path: Path) -> tuple[list[Path], list[PolicyError]]:
             elif here is path or _is_yaml(here):
                 here.stat()
                 files.append(here)
+            else:
+                here.stat()  # a link into nothing may have been a folder of policies
         except FileNotFoundError:
             errors.append(_whole(here, "not-found", "there is no such file or folder"))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -6,7 +6,7 @@ import hashlib
 import json
 from datetime import date
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 from saeguard.policy.errors import PolicyError, PolicyErrors
 from saeguard.policy.files import find_files, is_test, read_bytes
@@ -16,8 +16,11 @@ from saeguard.policy.shape import shape
 from saeguard.policy.types import Clamp, Edit, Exception_, Policy, Selection
 from saeguard.policy.yamlmarks import Document, read_document
 
+Cache: TypeAlias = dict[tuple[Path, bytes], tuple[Policy | None, list[PolicyError]]]
+"""What came of a file's content before, by path and SHA-256: a second reading costs nothing."""
 
-def load_policies(path: Path) -> tuple[Policy, ...]:
+
+def load_policies(path: Path, cache: Cache | None = None) -> tuple[Policy, ...]:
     """Read a policy file, or every policy file below a folder.
 
     Files are `*.yaml`; `*.test.yaml` and names that start with a dot are left out. An id may
@@ -27,14 +30,23 @@ def load_policies(path: Path) -> tuple[Policy, ...]:
         PolicyErrors: everything that is wrong with any of the files, and nothing else whatever
             the files hold.
     """
-    policies, errors = read_policies(path)
+    policies, errors = read_policies(path, cache=cache)
     if errors:
         raise PolicyErrors(errors)
     return policies
 
 
-def read_policies(*paths: Path) -> tuple[tuple[Policy, ...], list[PolicyError]]:
-    """Return the policies that could be read, and what was wrong with the others."""
+def read_policies(
+    *paths: Path, cache: Cache | None = None
+) -> tuple[tuple[Policy, ...], list[PolicyError]]:
+    """Return the policies that could be read, and what was wrong with the others.
+
+    Args:
+        paths: files and folders.
+        cache: of readings before; afterwards it holds this one's.
+    """
+    before = {} if cache is None else dict(cache)
+    now: Cache = {}
     errors: list[PolicyError] = []
     policies: dict[tuple[str, str], Policy] = {}
     for path in paths:
@@ -45,12 +57,24 @@ def read_policies(*paths: Path) -> tuple[tuple[Policy, ...], list[PolicyError]]:
             message = "there are no policies here; write NAME.yaml files, or check the path"
             errors.append(PolicyError(path, 0, 0, "no-policies", message))
         for file in files:
-            policy, found = read_policy(file)
+            policy, found = _read_again(file, before, now)
             errors += found
             if policy:
                 first = policies.setdefault((policy.id, policy.mode), policy)
                 errors += [_duplicate(policy, first)] if first.path != policy.path else []
+    if cache is not None:
+        cache.clear()
+        cache.update(now)
     return tuple(policies.values()), errors
+
+
+def _read_again(file: Path, before: Cache, now: Cache) -> tuple[Policy | None, list[PolicyError]]:
+    raw = read_bytes(file)
+    if isinstance(raw, PolicyError):
+        return None, [raw]
+    key = file, hashlib.sha256(raw).digest()
+    now[key] = before.get(key) or parse_policy(file, raw)
+    return now[key]
 
 
 def _duplicate(policy: Policy, first: Policy) -> PolicyError:
@@ -64,8 +88,11 @@ def _duplicate(policy: Policy, first: Policy) -> PolicyError:
 def read_policy(path: Path) -> tuple[Policy | None, list[PolicyError]]:
     """Return one policy, or everything that is wrong with its file."""
     raw = read_bytes(path)
-    if isinstance(raw, PolicyError):
-        return None, [raw]
+    return (None, [raw]) if isinstance(raw, PolicyError) else parse_policy(path, raw)
+
+
+def parse_policy(path: Path, raw: bytes) -> tuple[Policy | None, list[PolicyError]]:
+    """Return the policy in a file's content, or everything that is wrong with it."""
     document = read_document(path, raw)
     if document.data is None:
         return None, list(document.errors)

@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 from saeguard.events.counts import show
-from saeguard.vllm.config import settings_of
+from saeguard.vllm import who
 
 KEY = "saeguard"
 MESSAGE = "message"
@@ -227,29 +227,10 @@ async def create(wrapped: Callable[..., Any], serving: Any, args: Any, kwargs: A
     A request can only become stricter, and only by policies the operator lists.
     """
     request = args[0] if args else kwargs["request"]
-    refusal = refuse(getattr(request, "vllm_xargs", None), serving)
+    config = serving.engine_client.vllm_config
+    refusal = who.refuse(getattr(request, "vllm_xargs", None), config, request.model)
     if refusal is not None:
         return serving.create_error_response(
             refusal, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST
         )
     return await wrapped(*args, **kwargs)
-
-
-def refuse(xargs: Mapping[str, Any] | None, serving: Any) -> str | None:
-    """Return why a request's `vllm_xargs` are not allowed, None where they are."""
-    asked = {k: v for k, v in (xargs or {}).items() if k.startswith("saeguard")}
-    if not asked:
-        return None
-    unknown = sorted(set(asked) - {"saeguard_enforce"})
-    if unknown:
-        return f"vllm_xargs: unknown key {unknown[0]!r}; allowed: saeguard_enforce"
-    settings = settings_of(serving.engine_client.vllm_config)
-    allowed = set(settings.request_may_enforce) if settings is not None else set()
-    wanted = [name for name in str(asked["saeguard_enforce"]).split(",") if name not in allowed]
-    if wanted:
-        listed = ", ".join(sorted(allowed)) or "none"
-        return (
-            f"vllm_xargs.saeguard_enforce: {wanted[0]!r} is not a policy that requests may have "
-            f"enforced on this server; allowed: {listed}"
-        )
-    return None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from saeguard.features.load import load_feature_set
-from saeguard.guard.watchlist import WatchList, build_watchlist
-from saeguard.policy.calibrated import leave_out_templates
-from saeguard.policy.load import load_policies
+from saeguard.guard.columns import Columns, allocate, spread, used
+from saeguard.guard.watchlist import WatchList
+from saeguard.live import source, state
+from saeguard.policy.access import EVERYBODY, Access, load_access
+from saeguard.policy.bundle import BundleError, Manifest, check_revision
 
 log = structlog.get_logger("saeguard")
 
@@ -21,6 +23,17 @@ KEY = "saeguard"
 
 class ConfigError(ValueError):
     """The `saeguard` part of `--additional-config` is not usable."""
+
+
+class Verify(BaseModel):
+    """Whose signature policies need."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    public_key: str = Field(description="PEM file of the Ed25519 key; `saeguard policy keygen`.")
+    revision: int = Field(
+        1, ge=1, description="Oldest revision that is taken where none has been seen yet."
+    )
 
 
 class Settings(BaseModel):
@@ -38,6 +51,25 @@ class Settings(BaseModel):
     request_may_enforce: tuple[str, ...] = Field(
         (), description="Ids of shadow policies that a request may have enforced for itself."
     )
+    reload: bool = Field(True, description="Take up policy files that change while serving.")
+    watch_capacity: int | None = Field(
+        None,
+        ge=1,
+        description="Encoder rows that each layer's tap has room for; none: half as many again as "
+        "the policies need at start, and at least 32 more.",
+    )
+    state: str | None = Field(
+        None,
+        description="Folder for what must outlive the server: the highest signed revision that was "
+        "in use, and what `saeguard reload` asks about.",
+    )
+    access: str | None = Field(
+        None,
+        description="File that maps API keys to tenants and says which policies hold for whom.",
+    )
+    verify: Verify | None = Field(
+        None, description="Take signed policies only; needs `state`. None: no signature is needed."
+    )
     graph: str | None = Field(None, description="Set by the guard: digest of what it traces in.")
 
 
@@ -51,6 +83,12 @@ def settings_of(vllm_config: Any) -> Settings | None:
     if not isinstance(additional, Mapping) or KEY not in additional:
         return None
     return parse_settings(additional[KEY])
+
+
+def name_of(model_config: Any) -> str:
+    """Return the name that a model is served under, the first of several."""
+    name = model_config.served_model_name
+    return str(name[0] if isinstance(name, list) else name or model_config.model)
 
 
 def parse_settings(raw: Any) -> Settings:
@@ -75,32 +113,101 @@ def parse_settings(raw: Any) -> Settings:
         raise ConfigError("\n".join([*lines, f"allowed keys: {allowed}"])) from error
 
 
+def source_of(settings: Settings) -> source.Source:
+    """Return where policies come from; reads the access file and the public key.
+
+    Raises:
+        ConfigError: one of them is not there, or a setting lacks another.
+        PolicyErrors: the access file is wrong.
+    """
+    if settings.verify is not None and settings.state is None:
+        raise ConfigError(
+            f"additional-config: {KEY}.verify needs {KEY}.state, a folder that keeps the highest "
+            "revision seen; without it an old bundle could be brought back"
+        )
+    return source.Source(
+        policies=Path(settings.policies),
+        feature_sets=Path(settings.feature_sets),
+        may_enforce=frozenset(settings.request_may_enforce),
+        access=access_of(settings),
+        public_key=None if settings.verify is None else _read(settings.verify.public_key),
+    )
+
+
+def access_of(settings: Settings) -> Access:
+    """Return the operator's access file; everybody's policies hold for everybody without one."""
+    return EVERYBODY if settings.access is None else load_access(Path(settings.access))
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"additional-config: {KEY}.verify.public_key: {path}: {error.strerror}"
+        ) from error
+
+
 def load_watchlist(settings: Settings) -> WatchList:
     """Read the policies and feature sets that the settings name, and compile them.
 
     Raises:
         PolicyErrors, FeatureSetError, WatchListError: with file, place and reason.
     """
-    found = load_policies(Path(settings.policies))
-    policies, notes = leave_out_templates(found, Path(settings.feature_sets))
-    if notes:
-        left_out = sorted({p.id for p in found} - {p.id for p in policies})
-        log.warning("policies without calibrated features are not served", policies=left_out)
-    if not policies:
-        raise ConfigError(
-            f"additional-config: {KEY}.policies: no policies to serve in {settings.policies}; name "
-            "a policy file or a directory that holds *.yaml files whose features are calibrated"
+    return load(settings).watchlist
+
+
+def load(settings: Settings) -> source.Loaded:
+    """Read, verify and compile what the settings name.
+
+    Raises:
+        PolicyErrors, FeatureSetError, WatchListError, BundleError: with file, place and reason.
+    """
+    loaded = source.load(source_of(settings))
+    if loaded.left_out:
+        log.warning(
+            "policies without calibrated features are not served", policies=list(loaded.left_out)
         )
-    names = sorted({p.feature_set for p in policies})
-    sets = {}
-    for name in names:
-        loaded = load_feature_set(Path(settings.feature_sets) / f"{name}.yaml")
-        sets[name] = loaded
-    may_enforce = frozenset(settings.request_may_enforce)
-    unknown = may_enforce - {p.id for p in policies}
-    if unknown:
-        raise ConfigError(
-            f"additional-config: {KEY}.request_may_enforce: no policy has the id "
-            f"{', '.join(sorted(unknown))}; loaded: {', '.join(sorted({p.id for p in policies}))}"
-        )
-    return build_watchlist(policies, sets, may_enforce=may_enforce)
+    check_manifest(settings, loaded.manifest)
+    return loaded
+
+
+def check_manifest(settings: Settings, manifest: Manifest | None) -> None:
+    """Refuse a bundle that is older than one that was in use here.
+
+    Raises:
+        BundleError: tells both revisions.
+    """
+    if settings.verify is None:
+        return
+    if manifest is None:
+        raise BundleError("this server takes signed policies only")
+    assert settings.state is not None
+    seen = state.read_revision(Path(settings.state))
+    check_revision(manifest, seen, settings.verify.revision)
+
+
+class Started(NamedTuple):
+    """The first list of a server, over its taps' columns; the same in every process."""
+
+    watchlist: WatchList
+    columns: tuple[Columns, ...]
+    reads: dict[int, frozenset[int]]
+    manifest: Manifest | None
+
+
+def start(settings: Settings) -> Started:
+    """Read the first list, and lay out the columns of the taps.
+
+    Raises:
+        PolicyErrors, FeatureSetError, WatchListError, BundleError: with file, place and reason.
+    """
+    loaded = load(settings)
+    columns = allocate(loaded.watchlist, settings.watch_capacity)
+    at = [np.arange(len(hook.W)) for hook in loaded.watchlist.hooks]
+    return Started(
+        spread(loaded.watchlist, columns, at),
+        columns,
+        used(loaded.watchlist.hooks, at),
+        loaded.manifest,
+    )

@@ -42,6 +42,7 @@ _KV = "vllm.v1.core.kv_cache_manager"
 _SCHEDULED = "vllm.v1.core.sched.output"
 _CORE = "vllm.v1.engine.core"
 _ENGINE = "vllm.v1.engine"
+_ASYNC = "vllm.v1.engine.async_llm"
 _OUTPUTS = "vllm.v1.engine.output_processor"
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving"
 _COMPLETION = "vllm.entrypoints.openai.completion.serving"
@@ -53,14 +54,25 @@ CLAUSES: tuple[Clause, ...] = (
     Clause(
         "vllm.config",
         "VllmConfig",
-        fields=("additional_config", "model_config", "parallel_config", "scheduler_config"),
+        fields=(
+            "additional_config",
+            "model_config",
+            "parallel_config",
+            "scheduler_config",
+            "compilation_config",
+        ),
     ),
     Clause(
         "vllm.config",
         "ModelConfig",
         fields=("model", "served_model_name", "dtype", "hf_text_config", "get_vocab_size"),
     ),
-    Clause("vllm.config", "ParallelConfig", fields=("pipeline_parallel_size",)),
+    Clause(
+        "vllm.config",
+        "ParallelConfig",
+        fields=("pipeline_parallel_size", "data_parallel_index"),
+    ),
+    Clause("vllm.config", "CompilationConfig", fields=("cudagraph_mode",)),
     Clause("vllm.config", "SchedulerConfig", fields=("max_num_batched_tokens", "max_num_seqs")),
     Clause("vllm.config", "CUDAGraphMode.NONE"),
     # Model Runner V1
@@ -134,6 +146,7 @@ CLAUSES: tuple[Clause, ...] = (
     ),
     Clause(_SCHEDULER, "Scheduler.__init__", ("vllm_config",), "scheduler:init"),
     Clause(_SCHEDULER, "Scheduler.add_request", ("request",), "scheduler:add_request"),
+    Clause(_SCHEDULER, "Scheduler.schedule", wrapper="scheduler:schedule"),
     Clause(
         _SCHEDULER,
         "Scheduler.update_from_output",
@@ -154,6 +167,7 @@ CLAUSES: tuple[Clause, ...] = (
         fields=(
             "request_id",
             "sampling_params",
+            "lora_request",
             "num_tokens",
             "num_prompt_tokens",
             "num_stale_output_tokens",
@@ -219,6 +233,17 @@ CLAUSES: tuple[Clause, ...] = (
         fields=("skip_reading_prefix_cache", "extra_args", "stop"),
     ),
     # API server
+    Clause("starlette.applications", "Starlette.__call__", ("scope",), "who:call"),
+    Clause(_ASYNC, "AsyncLLM.__init__", ("vllm_config",), "reloading:forward"),
+    Clause(_ASYNC, "AsyncLLM", fields=("vllm_config",)),
+    Clause(
+        _ASYNC,
+        "AsyncLLM.add_request",
+        ("request_id", "prompt", "params"),
+        "who:add_request",
+        keywords=("lora_request",),
+    ),
+    Clause("vllm.lora.request", "LoRARequest", fields=("lora_name",)),
     Clause(
         _OUTPUTS,
         "OutputProcessor.process_outputs",
@@ -250,7 +275,7 @@ CLAUSES: tuple[Clause, ...] = (
         ("request", "result_generator"),
         "api:chat_stream",
     ),
-    Clause(_CHAT, "ChatCompletionRequest", fields=("vllm_xargs",)),
+    Clause(_CHAT, "ChatCompletionRequest", fields=("vllm_xargs", "model")),
     Clause(_COMPLETION, "OpenAIServingCompletion", fields=("engine_client",)),
     Clause(_COMPLETION, "OpenAIServingCompletion.create_completion", ("request",), "api:create"),
     Clause(
@@ -270,7 +295,7 @@ CLAUSES: tuple[Clause, ...] = (
         ("request", "engine_inputs", "result_generator"),
         "api:completion_stream",
     ),
-    Clause(_COMPLETION, "CompletionRequest", fields=("vllm_xargs", "n")),
+    Clause(_COMPLETION, "CompletionRequest", fields=("vllm_xargs", "n", "model")),
 )
 
 

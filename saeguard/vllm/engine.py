@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,17 +13,20 @@ import numpy as np
 import structlog
 
 from saeguard.events.counts import Counts
-from saeguard.events.event import mismatch_event, verdict_event
+from saeguard.events.event import mismatch_event, reload_event, verdict_event
 from saeguard.events.sink import Sink
-from saeguard.guard.ledger import Hit, Ledger
+from saeguard.guard.generations import Generations, make_generation
+from saeguard.guard.ledger import Hit
 from saeguard.guard.memory import Memory
 from saeguard.guard.packet import Packet
 from saeguard.guard.state import State
 from saeguard.guard.verdict import Coverage, Verdict, as_dict, balanced
 from saeguard.guard.watchlist import WatchList
-from saeguard.vllm.config import Settings
+from saeguard.live.orders import Admitted, Orders, Outbox
+from saeguard.live.reload import Reloader, Report
+from saeguard.vllm.admission import ATTRIBUTE, ENFORCE, TENANT, Admission, admission_of, as_decided
+from saeguard.vllm.config import Settings, Started, access_of
 from saeguard.vllm.selftest import PREFIX as SELF_TEST
-from saeguard.vllm.worker import enforced_by_request
 
 log = structlog.get_logger("saeguard")
 
@@ -55,20 +60,32 @@ class EngineGuard:
     """Judges the requests of one engine core."""
 
     def __init__(
-        self,
-        watchlist: WatchList,
-        settings: Settings,
-        model: str,
-        *,
-        memory: Memory | None = None,
+        self, started: Started, settings: Settings, model: str, *, memory: Memory | None = None
     ) -> None:
         """Start with no request in flight; open the event log if there is to be one."""
-        self.watchlist = watchlist
         self.settings = settings
         self.model = model
         self.memory = memory
-        self.ledger = Ledger(watchlist, memory=memory)
+        self.access = access_of(settings)
+        self.columns = started.columns
+        self.manifest = started.manifest
+        self.first = started.watchlist.digest
+        """Digest of the list that the workers were started with."""
+        self.may_enforce = frozenset(settings.request_may_enforce)
+        ever = self.access.ever_enforced(p.id for p in started.watchlist.policies)
+        self.ledger = Generations(
+            make_generation(
+                0,
+                started.watchlist,
+                started.reads,
+                may_enforce=self.may_enforce | ever,
+                memory=memory,
+            )
+        )
+        self.outbox = Outbox()
+        self.reloader: Reloader | None = None
         self.requests: dict[str, Any] = {}
+        self.admitted: dict[str, Admission] = {}
         self.departed: dict[str, Any] = {}
         """Requests ended before their passes were through: others may read their KV."""
         self.stopping: dict[str, Stop] = {}
@@ -81,25 +98,56 @@ class EngineGuard:
         self.self_test: dict[str, Coverage] = {}
         self._waiting: list[tuple[Packet, np.ndarray, frozenset[str]]] = []
         self._saved: list[tuple[int, State]] = []
-        may_act = [
-            p
-            for p in watchlist.policies
-            if p.mode == "enforce" or p.id in settings.request_may_enforce
-        ]
-        self.can_stop = any(p.action == "stop" or p.on_error == "stop" for p in may_act)
-        """Whether a verdict may be needed in the step that makes it."""
-        self._recomputes = frozenset(p.id for p in may_act if p.uncached == "recompute")
+        self._at_once = False
+        """Whether the pass now must be judged before the scheduler looks at it."""
+
+    @property
+    def watchlist(self) -> WatchList:
+        """Return the present list; requests under way may have begun with another."""
+        return self.ledger.current.watchlist
+
+    # --- requests come --------------------------------------------------------------------------
+
+    def welcome(self, sampling_params: Any, lora_request: Any) -> Admission:
+        """Settle which policies judge a request that is on its way in; from any thread."""
+        pin = self.ledger.pin()
+        extra = getattr(sampling_params, "extra_args", None) or {}
+        tenant = extra.get(TENANT)
+        asked = extra.get(ENFORCE)
+        return admission_of(
+            pin,
+            self.access,
+            tenant=None if tenant is None else str(tenant),
+            model=self.model if lora_request is None else lora_request.lora_name,
+            asked=frozenset(str(asked).split(",")) if asked else frozenset(),
+            may_enforce=self.may_enforce,
+            today=datetime.now(UTC).date(),
+        )
 
     def admit(self, request: Any) -> None:
         """Start the account of a request that enters the scheduler."""
-        if request.request_id not in self.requests:
-            self.requests[request.request_id] = request
-            self.ledger.admit(
-                request.request_id,
-                request.num_prompt_tokens,
-                enforced_by_request(request.sampling_params),
-                request.block_hashes,
-            )
+        request_id = request.request_id
+        if request_id in self.requests:
+            return
+        admission = getattr(request, ATTRIBUTE, None)
+        if admission is None:
+            admission = self.welcome(request.sampling_params, request.lora_request)
+        self.requests[request_id] = request
+        self.admitted[request_id] = admission
+        self.ledger.admit(
+            request_id,
+            request.num_prompt_tokens,
+            request.block_hashes,
+            pin=admission.pin,
+            enforced=admission.decision.enforced,
+        )
+
+    def orders(self, new_requests: Iterable[str]) -> Orders:
+        """Return what the workers are told with the pass that was just laid out."""
+        known = ((r, self.admitted.get(r)) for r in new_requests)
+        return self.outbox.take(
+            {r: Admitted(a.clamps, a.enforced) for r, a in known if a is not None}
+        )
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -114,10 +162,10 @@ class EngineGuard:
         Raises:
             PacketError: worker and engine core disagree about the watch list.
         """
-        if packet.watchlist != self.watchlist.digest:
+        if packet.watchlist != self.first:
             raise PacketError(
                 f"saeguard: the worker watches {packet.watchlist[:12]}, the engine core "
-                f"{self.watchlist.digest[:12]}: policy files changed during start-up; start again"
+                f"{self.first[:12]}: policy files changed during start-up; start again"
             )
         valid = self._valid_rows(packet, scheduled, output)
         entering = frozenset(
@@ -127,7 +175,8 @@ class EngineGuard:
             }
         )
         self._waiting.append((packet, valid, entering))
-        if self.can_stop:
+        self._at_once = any(generation.can_stop for generation in self.ledger.live)
+        if self._at_once:
             if scheduled.scheduled_spec_decode_tokens:  # the request may end within its drafts
                 self._saved = [
                     (i, self.ledger.save(packet.request_ids[i]))
@@ -145,7 +194,7 @@ class EngineGuard:
         every forward.
         """
         firsts = packet.positions[packet.query_start[:-1]]
-        if self.can_stop:
+        if self._at_once:
             for i, state in self._saved:
                 request_id = packet.request_ids[i]
                 request = self.requests.get(request_id)  # None: its client left in mid-step
@@ -196,10 +245,11 @@ class EngineGuard:
 
     def _consider(self, hit: Hit) -> None:
         """Note that a request must stop, if the policy says so and is enforced for it."""
-        policy = self.watchlist.policies[hit.policy]
+        if hit.request_id not in self.requests:
+            return
+        policy = self.ledger.of(hit.request_id).watchlist.policies[hit.policy]
         if (
             (hit.error or policy.action == "stop")
-            and hit.request_id in self.requests
             and not hit.request_id.startswith(SELF_TEST)
             and self.ledger.enforces(hit.request_id, hit.policy)
         ):
@@ -213,22 +263,21 @@ class EngineGuard:
         self.lost += 1
         for request_id in request_ids:
             if request_id in self.requests:
-                for i, policy in enumerate(self.watchlist.policies):
+                policies = self.ledger.of(request_id).watchlist.policies
+                for i, policy in enumerate(policies):
                     if policy.on_error == "stop":
                         seen = self.requests[request_id].num_tokens
                         self._consider(Hit(request_id, i, seen - 1, error=True))
 
     def recomputes(self, request: Any, cached_tokens: int) -> bool:
         """Return whether a request must compute cached tokens again, to have them looked at."""
-        if not self._recomputes or self.memory is None:
-            return False
-        asked = self._recomputes & set(enforced_by_request(request.sampling_params))
-        if not asked and not any(
-            p.id in self._recomputes and p.mode == "enforce" for p in self.watchlist.policies
-        ):
+        admission = self.admitted.get(request.request_id)
+        if self.memory is None or admission is None or not admission.recomputes:
             return False
         self.catch_up()
-        return not self.memory.knows(request.block_hashes[: cached_tokens // self.memory.block])
+        seen = self.ledger.of(request.request_id).ledger.memory
+        assert seen is not None
+        return not seen.knows(request.block_hashes[: cached_tokens // seen.block])
 
     # --- the end of a request -------------------------------------------------------------------
 
@@ -239,6 +288,8 @@ class EngineGuard:
             return None
         self.catch_up()
         self.stopping.pop(request_id, None)
+        admission = self.admitted.pop(request_id)
+        digest = admission.pin.generation.watchlist.digest
         coverage = self.ledger.coverage(request_id, request.num_tokens)
         aborted = reason in EARLY
         verdicts = self.ledger.finish(request_id, request.num_tokens, forget=not aborted)
@@ -247,18 +298,25 @@ class EngineGuard:
         if request_id.startswith(SELF_TEST):
             self.self_test[request_id] = coverage
             return None
-        self._report(request_id, verdicts, coverage, reason)
-        return response(verdicts, as_dict(coverage), self.watchlist.digest)
+        verdicts = as_decided(verdicts, admission.decision)
+        known = {"request_id": request_id, "model": self.model, "watchlist": digest}
+        self._report(verdicts, coverage, reason, {**known, "tenant": admission.tenant})
+        return response(verdicts, as_dict(coverage), digest)
 
     def _report(
-        self, request_id: str, verdicts: Sequence[Verdict], coverage: Coverage, reason: str
+        self,
+        verdicts: Sequence[Verdict],
+        coverage: Coverage,
+        reason: str,
+        known: Mapping[str, Any],
     ) -> None:
-        known = {"request_id": request_id, "model": self.model, "watchlist": self.watchlist.digest}
         self.counts.request(verdicts, coverage)
         if not all(map(balanced, (coverage, *(v.coverage for v in verdicts)))):
             self.counts.add("ledger_mismatches")
             log.error(
-                "saeguard ledger does not balance", request_id=request_id, **as_dict(coverage)
+                "saeguard ledger does not balance",
+                request_id=known["request_id"],
+                **as_dict(coverage),
             )
             self._put(partial(mismatch_event, as_dict(coverage), **known, finished=reason))
         for verdict in verdicts:
@@ -276,6 +334,11 @@ class EngineGuard:
         if self.memory is not None:
             self.counts.total("memory_dropped", n=self.memory.dropped)
         self.counts.total("unread_passes", n=self.lost + self.ledger.unwatched_passes)
+        if self.reloader is not None:
+            standing = self.reloader.standing
+            for outcome, n in list(standing.outcomes.items()):
+                self.counts.total("reloads", outcome, n=n)
+            self.counts.gauge("policies_current", int(standing.current))
         return self.counts.take()
 
     def release(self, request_ids: Iterable[str]) -> None:
@@ -295,23 +358,21 @@ class EngineGuard:
         self.catch_up()
         verdicts = self.ledger.finish(request_id, request.num_tokens, forget=False)
         coverage = self.ledger.coverage(request_id, request.num_tokens)
-        return response(verdicts, as_dict(coverage), self.watchlist.digest)
+        admission = self.admitted[request_id]
+        verdicts = as_decided(verdicts, admission.decision)
+        digest = admission.pin.generation.watchlist.digest
+        return response(verdicts, as_dict(coverage), digest)
 
-    def clamped_by(self, sampling_params: Any) -> tuple[str, ...]:
-        """Return the policies that may edit a request's activations, for its cache key."""
-        wanted = enforced_by_request(sampling_params)
-        return tuple(
-            f"{p.id} {p.digest}"
-            for p in self.watchlist.policies
-            if p.action == "clamp"
-            and (
-                p.mode == "enforce"
-                or (p.id in wanted and p.id in self.settings.request_may_enforce)
-            )
-        )
+    def reloaded(self, report: Report) -> None:
+        """Tell what became of a reload; from the reloading thread."""
+        told = asdict(report)
+        (log.info if report.error is None else log.error)("saeguard policy.reload", **told)
+        self._put(partial(reload_event, told, model=self.model))
 
     def close(self) -> None:
         """Write the events that are still queued."""
+        if self.reloader is not None:
+            self.reloader.close()
         for request_id in list(self.requests):
             self.finish(request_id, "shutdown")
         if self.sink is not None:

@@ -7,11 +7,13 @@ could cross with another, be waited for in vain, or belong to another of the pas
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 PREFIX = "saeguard."
+ACTED = "acted."
 
 
 class Reading(NamedTuple):
@@ -21,15 +23,15 @@ class Reading(NamedTuple):
     """[rows, watched] float32."""
     ticks: torch.Tensor
     """[1] int64: how often the tap ran."""
-    acted: torch.Tensor | None
-    """[rows, rules] bool, None where nothing can clamp."""
+    acted: Mapping[str, torch.Tensor]
+    """[rows, rules] bool, by digest of the clamps; empty where nothing can clamp."""
 
     def copy(self) -> Reading:
         """Return what the next run of the tap will not change.
 
         vLLM waits for a send before the next pass over requests, but not before a dummy pass.
         """
-        acted = None if self.acted is None else self.acted.clone()
+        acted = {digest: where.clone() for digest, where in self.acted.items()}
         return Reading(self.f.clone(), self.ticks.clone(), acted)
 
 
@@ -39,21 +41,26 @@ def take(intermediate: Any) -> dict[int, Reading]:
         return {}
     tensors = intermediate.tensors
     ours = {key: tensors.pop(key) for key in [k for k in tensors if k.startswith(PREFIX)]}
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in ours.items():
+        layer, name = key.removeprefix(PREFIX).split(".", 1)
+        found.setdefault(int(layer), {})[name] = value
     return {
-        int(key.removeprefix(PREFIX).removesuffix(".f")): Reading(
-            f, ours[f"{key[:-2]}.ticks"], ours.get(f"{key[:-2]}.acted")
+        layer: Reading(
+            parts.pop("f"),
+            parts.pop("ticks"),
+            {name.removeprefix(ACTED): where for name, where in parts.items()},
         )
-        for key, f in ours.items()
-        if key.endswith(".f")
+        for layer, parts in found.items()
     }
 
 
 def put(intermediate: Any, readings: dict[int, Reading]) -> Any:
     """Return intermediate tensors with readings among them."""
-    entries = {
-        f"{PREFIX}{layer}.{name}": value
-        for layer, reading in readings.items()
-        for name, value in reading._asdict().items()
-        if value is not None
-    }
+    entries: dict[str, torch.Tensor] = {}
+    for layer, reading in readings.items():
+        entries[f"{PREFIX}{layer}.f"] = reading.f
+        entries[f"{PREFIX}{layer}.ticks"] = reading.ticks
+        for digest, where in reading.acted.items():
+            entries[f"{PREFIX}{layer}.{ACTED}{digest}"] = where
     return type(intermediate)({**intermediate.tensors, **entries})

@@ -42,18 +42,20 @@ def load_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any)
 def announce(guard: WorkerGuard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take in the arguments of `execute_model`, and return its `SchedulerOutput`.
 
-    What finished requests held is taken back, what new ones ask for is remembered, and what
-    earlier pipeline stages read is received.
+    What finished requests held is taken back, what the engine core tells is done, and what earlier
+    pipeline stages read is received.
     """
     scheduler_output = args[0] if args else kwargs["scheduler_output"]
     intermediate = args[1] if len(args) > 1 else kwargs.get("intermediate_tensors")
     guard.received = pipeline.take(intermediate)
     guard.release(scheduler_output.finished_req_ids)
-    for new in scheduler_output.scheduled_new_reqs if guard.clamps else ():
+    orders = getattr(scheduler_output, ATTRIBUTE, None)
+    if orders is not None:  # None with the passes that warm a model up
+        guard.carry_out(orders)
+    for new in scheduler_output.scheduled_new_reqs:
         tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
-        guard.announced.setdefault(
-            new.req_id, (len(tokens), worker.enforced_by_request(new.sampling_params))
-        )
+        admitted = None if orders is None else orders.admitted.get(new.req_id)
+        guard.announced.setdefault(new.req_id, (len(tokens), admitted))
     return scheduler_output
 
 
@@ -127,7 +129,7 @@ def _report(runner: Any, guard: WorkerGuard) -> None:
         policies=len(guard.watchlist.policies),
         watch_list=guard.watchlist.digest[:12],
         layers=[tap.layer for tap in guard.taps],
-        encoder_rows=guard.watchlist.columns,
+        room_for_rows=guard.watchlist.columns,
         clamps=guard.clamps,
         held_mib=round(held, 3),
         pass_us=round(microseconds, 1),

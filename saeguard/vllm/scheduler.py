@@ -13,8 +13,8 @@ import structlog
 
 from saeguard.guard.memory import Memory
 from saeguard.guard.watchlist import WatchList
-from saeguard.vllm import selftest
-from saeguard.vllm.config import Settings, load_watchlist, settings_of
+from saeguard.vllm import reloading, selftest
+from saeguard.vllm.config import Settings, name_of, settings_of, start
 from saeguard.vllm.engine import EngineGuard
 from saeguard.vllm.runner import ATTRIBUTE
 
@@ -31,14 +31,14 @@ def init(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) ->
     guard = None
     if settings is not None:
         model = scheduler.vllm_config.model_config
-        name = model.served_model_name
-        watchlist = load_watchlist(settings)
+        started = start(settings)
         guard = EngineGuard(
-            watchlist,
+            started,
             settings,
-            name[0] if isinstance(name, list) else name or model.model,
-            memory=memory_of(scheduler, watchlist, settings),
+            name_of(model),
+            memory=memory_of(scheduler, started.watchlist, settings),
         )
+        reloading.listen(guard)
     setattr(scheduler, ATTRIBUTE, guard)
     setattr(scheduler.kv_cache_manager, ATTRIBUTE, guard)
 
@@ -84,6 +84,16 @@ def add_request(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: 
     if guard is not None:
         guard.admit(args[0] if args else kwargs["request"])
     return wrapped(*args, **kwargs)
+
+
+def schedule(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
+    """Around `Scheduler.schedule`: what the workers must know comes with the pass it is for."""
+    scheduled = wrapped(*args, **kwargs)
+    guard: EngineGuard | None = getattr(scheduler, ATTRIBUTE, None)
+    if guard is not None:
+        orders = guard.orders(new.req_id for new in scheduled.scheduled_new_reqs)
+        setattr(scheduled, ATTRIBUTE, orders)
+    return scheduled
 
 
 def update_from_output(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
@@ -240,6 +250,7 @@ def _test_once(core: Any) -> None:
     guard: EngineGuard | None = getattr(core.scheduler, ATTRIBUTE, None)
     if guard is not None and guard.watchlist.hooks and not guard.self_test:
         selftest.run(core)
+        reloading.begin(core, guard)
 
 
 def preprocess_add_request(wrapped: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> Any:
@@ -250,10 +261,14 @@ def preprocess_add_request(wrapped: Callable[..., Any], core: Any, args: Any, kw
     """
     guard: EngineGuard | None = getattr(core.scheduler, ATTRIBUTE, None)
     request = args[0] if args else kwargs["request"]
-    if guard is not None and request.sampling_params is not None:
-        edits = guard.clamped_by(request.sampling_params)
-        if edits:
-            digest = hashlib.sha256("\n".join(edits).encode()).hexdigest()[:16]
-            request.cache_salt = f"{request.cache_salt or ''}saeguard-clamp:{digest}"
-            request.sampling_params.skip_reading_prefix_cache = True
-    return wrapped(*args, **kwargs)
+    if guard is None or request.sampling_params is None:
+        return wrapped(*args, **kwargs)
+    # Settled once: a list that comes while the request is on its way judges later ones.
+    admission = guard.welcome(request.sampling_params, request.lora_request)
+    if admission.edits:
+        digest = hashlib.sha256(admission.edits.encode()).hexdigest()[:16]
+        request.cache_salt = f"{request.cache_salt or ''}saeguard-clamp:{digest}"
+        request.sampling_params.skip_reading_prefix_cache = True
+    admitted, wave = wrapped(*args, **kwargs)
+    setattr(admitted, ATTRIBUTE, admission)
+    return admitted, wave

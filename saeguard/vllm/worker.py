@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ import numpy as np
 import structlog
 import torch
 
+from saeguard.features.types import ModelRef
 from saeguard.guard import clamp as clamping
+from saeguard.guard.generations import clamps_digest
 from saeguard.guard.packet import Packet
 from saeguard.guard.rows import Rows, allocate_rows, lay_out
 from saeguard.guard.sampling import is_sampled
-from saeguard.guard.tap import TAPS, Tap, fingerprint, install_taps
+from saeguard.guard.tap import TAPS, Tap, add_clamps, fingerprint, install_taps, write_rows
 from saeguard.guard.watchlist import WatchList
-from saeguard.vllm.config import KEY, Settings, load_watchlist
+from saeguard.live.orders import Admitted, Orders
+from saeguard.vllm.config import KEY, Settings, start
 from saeguard.vllm.layers import ModelError, decoder_layers, hook_layer, is_here
 from saeguard.vllm.pipeline import Reading
 
@@ -41,6 +44,7 @@ class Pending:
     watched: torch.Tensor
     positions: torch.Tensor
     event: Any
+    orders: int
 
 
 @dataclass(slots=True)
@@ -56,8 +60,12 @@ class WorkerGuard:
     device: torch.device
     last_stage: bool = True
     """Whether the sampled tokens, and so the packets, come from here."""
-    announced: dict[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
-    """Prompt length and policies to enforce, of requests not yet in a slot."""
+    announced: dict[str, tuple[int, Admitted | None]] = field(default_factory=dict)
+    """Prompt length and what may edit it, of requests not yet in a slot."""
+    clamp_lists: dict[str, WatchList] = field(default_factory=dict)
+    """By digest of the clamps in the taps: the list that they were made of."""
+    orders: int = 0
+    """Number of the last swap of the watch list that was carried out."""
     slots: dict[str, int] = field(default_factory=dict)
     free: list[int] = field(default_factory=list)
     opened: tuple[list[str], np.ndarray, torch.Tensor] | None = None
@@ -77,7 +85,9 @@ class WorkerGuard:
         slot = self.slots.get(request_id)
         if slot is not None:
             return slot
-        prompt_tokens, enforce = self.announced.pop(request_id)
+        prompt_tokens, admitted = self.announced.pop(request_id)
+        if admitted is None and self.tested:
+            raise RuntimeError(f"saeguard: nobody has said what may edit {request_id}")
         if not self.free:
             raise RuntimeError(
                 f"no clamp slot is free for {request_id}: {len(self.slots)} requests are in flight"
@@ -85,21 +95,46 @@ class WorkerGuard:
         slot = self.slots[request_id] = self.free.pop()
         scopes = {"prompt": (0, prompt_tokens), "output": (prompt_tokens, FAR), "both": (0, FAR)}
         for tap in self.taps:
-            if tap.clamp is not None:
-                policies = [self.watchlist.policies[i] for i in tap.clamp.policies]
+            for digest, clamp in tap.clamps.items():
+                policies = [self.clamp_lists[digest].policies[i] for i in clamp.policies]
+                # The self-test compares with what the next block consumes: no edits before.
+                mine = admitted if self.tested and admitted and admitted.clamps == digest else None
                 clamping.admit(
-                    tap.clamp,
+                    clamp,
                     slot,
-                    # The self-test compares with what the next block consumes: no edits before.
                     [
-                        self.tested
-                        and (p.mode == "enforce" or p.id in enforce)
+                        mine is not None
+                        and (p.id, p.mode) in mine.enforced
                         and is_sampled(p, request_id)
                         for p in policies
                     ],
                     [scopes[p.scope] for p in policies],
                 )
         return slot
+
+    def carry_out(self, orders: Orders) -> None:
+        """Do what the engine core tells before a pass.
+
+        Raises:
+            RuntimeError: an order before this one was lost.
+        """
+        if orders.after != self.orders:
+            raise RuntimeError(
+                f"saeguard: the taps carried out swap {self.orders} of the watch list, the engine "
+                f"core believes {orders.after}: this rank reads other rows than the rules judge"
+            )
+        for swap in orders.swaps:
+            for write in swap.writes:
+                write_rows(self.taps, write)
+            if swap.clamps is not None:
+                digest, watchlist = swap.clamps
+                self.clamp_lists[digest] = watchlist
+                add_clamps(self.taps, digest, watchlist, slots=len(self.free) + len(self.slots))
+            self.orders = swap.number
+        for digest in orders.dropped:
+            self.clamp_lists.pop(digest, None)
+            for tap in self.taps:
+                tap.clamps.pop(digest, None)
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Take back the slots of requests that ended."""
@@ -112,7 +147,7 @@ class WorkerGuard:
     @property
     def clamps(self) -> bool:
         """Whether any policy can edit."""
-        return any(tap.clamp is not None for tap in self.taps)
+        return any(tap.clamps for tap in self.taps)
 
     def before(
         self,
@@ -143,7 +178,7 @@ class WorkerGuard:
         n = int(query_start[-1])
         readings, self.received = self.received, {}
         for tap in self.taps:
-            acted = None if tap.clamp is None else tap.clamp.acted[:n]
+            acted = {digest: clamp.acted[:n] for digest, clamp in tap.clamps.items()}
             readings[tap.layer] = Reading(tap.f[:n], tap.ticks.reshape(1), acted)
         if not self.last_stage:
             self.outgoing = {layer: reading.copy() for layer, reading in readings.items()}
@@ -152,7 +187,7 @@ class WorkerGuard:
             Reading(
                 self._to_host(f),
                 self._to_host(ticks),
-                None if acted is None else self._to_host(acted),
+                {digest: self._to_host(where) for digest, where in acted.items()},
             )
             for f, ticks, acted in (readings[hook.layer] for hook in self.watchlist.hooks)
         ]
@@ -161,23 +196,30 @@ class WorkerGuard:
         if self.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        self.pending = Pending(request_ids, query_start, host, watched, positions, event)
+        self.pending = Pending(
+            request_ids, query_start, host, watched, positions, event, self.orders
+        )
 
     def collect(self, pending: Pending) -> Packet:
         """Wait for the copies of one pass and return them."""
         if pending.event is not None:
             pending.event.synchronize()
         f = [reading.f.numpy() for reading in pending.host]
-        acted = [reading.acted.numpy() for reading in pending.host if reading.acted is not None]
+        acted: dict[str, list[np.ndarray]] = {}
+        for reading in pending.host:
+            for digest, where in reading.acted.items():
+                acted.setdefault(digest, []).append(where.numpy())
         return Packet(
             request_ids=pending.request_ids,
             query_start=pending.query_start,
             positions=pending.positions.numpy(),
             watched=pending.watched.numpy(),
             f=f[0] if len(f) == 1 else np.concatenate(f, axis=1),
-            acted=np.concatenate(acted, axis=1) if acted else None,
+            acted=None,
             ran=all(int(reading.ticks) == 1 for reading in pending.host),
             watchlist=self.watchlist.digest,
+            orders=pending.orders,
+            acted_by={digest: np.concatenate(a, axis=1) for digest, a in acted.items()},
         )
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -192,9 +234,10 @@ def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float
     """Measure what the watch list costs: MiB held, and microseconds of a pass of `rows` rows."""
     tensors: set[torch.Tensor] = {guard.excluded}
     for tap in guard.taps:
-        clamp = tap.clamp
-        for part in (tap, tap.rows, clamp, None if clamp is None else clamp.edit):
-            values = [] if part is None else [getattr(part, f.name) for f in fields(part)]
+        clamps = tap.clamps.values()
+        parts: list[Any] = [tap, tap.rows, *clamps, *(clamp.edit for clamp in clamps)]
+        for part in parts:
+            values = [getattr(part, f.name) for f in fields(part)]
             tensors |= {v for v in values if isinstance(v, torch.Tensor)}
         tensors |= {t for r in tap.ranked for t in (r.rivals.rows.W, r.rivals.rows.b)}
     held = sum(t.untyped_storage().nbytes() for t in tensors) / 2**20
@@ -229,7 +272,7 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
 
     config = vllm_config.model_config.hf_text_config
     hidden, depth = int(config.hidden_size), int(config.num_hidden_layers)
-    _check_model(vllm_config.model_config.model, hidden, depth, watchlist)
+    check_model(vllm_config.model_config.model, hidden, depth, watchlist.models)
     for hook in watchlist.hooks:
         if hook.d_in != hidden:
             raise ModelError(
@@ -260,6 +303,7 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
         device=device,
         last_stage=get_pp_group().is_last_rank,
         free=list(range(1, slots + 1))[::-1],
+        clamp_lists={clamps_digest(watchlist): watchlist},
     )
     log.info("saeguard taps installed", layers=sorted(TAPS), rows=watchlist.columns)
     for tap in taps:
@@ -273,8 +317,13 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
     return guard
 
 
-def _check_model(path: str, hidden: int, depth: int, watchlist: WatchList) -> None:
-    for model in watchlist.models:
+def check_model(path: str, hidden: int, depth: int, models: Iterable[ModelRef]) -> None:
+    """Check that feature sets were made for the model that is served.
+
+    Raises:
+        ModelError: they were made for another; both values are in the message.
+    """
+    for model in models:
         if (model.hidden_size, model.num_layers) != (hidden, depth):
             raise ModelError(
                 f"the feature set was made for {model.name}: width {model.hidden_size}, "
@@ -298,7 +347,7 @@ def prepare(vllm_config: Any, settings: Settings) -> WatchList:
     Raises:
         ModelError: the model does not generate.
     """
-    watchlist = load_watchlist(settings)
+    watchlist = start(settings).watchlist
     parallel = vllm_config.parallel_config
     if parallel.world_size > 1 and parallel.distributed_executor_backend == "external_launcher":
         raise ModelError(
@@ -313,10 +362,3 @@ def prepare(vllm_config: Any, settings: Settings) -> WatchList:
         )
     mark_graph(vllm_config, watchlist)
     return watchlist
-
-
-def enforced_by_request(sampling_params: Any) -> tuple[str, ...]:
-    """Return the shadow policies a request asks to have enforced; checked at admission."""
-    extra = getattr(sampling_params, "extra_args", None) or {}
-    wanted = extra.get("saeguard_enforce")
-    return tuple(str(wanted).split(",")) if wanted else ()

@@ -24,9 +24,11 @@ def record_activations() -> dict[str, dict[int, np.ndarray]]:
     before_update = EngineGuard.before_update
 
     def recording(self: Any, packet: Any, *args: Any) -> None:
+        now = self.ledger.current  # the taps have room for more than the list reads
+        read = [c.first + i for c in self.columns for i in sorted(now.reads[c.layer])]
         for i, request_id in enumerate(packet.request_ids):
             for row in range(packet.query_start[i], packet.query_start[i + 1]):
-                rows[request_id.split("-")[0]][int(packet.positions[row])] = packet.f[row].copy()
+                rows[request_id.split("-")[0]][int(packet.positions[row])] = packet.f[row, read]
         before_update(self, packet, *args)
 
     EngineGuard.before_update = recording  # type: ignore[method-assign]

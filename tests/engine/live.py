@@ -155,6 +155,8 @@ def beams(llm: Any, prompts: list[list[int]], width: int, tokens: int) -> list[l
 
 def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) -> dict[str, Any]:
     """Do one thing, and wait until the events of what it served are written."""
+    from saeguard.guard.tap import TAPS
+
     core = llm.llm_engine.engine_core.engine_core
     guard = core.scheduler.saeguard
     ended.clear()
@@ -177,6 +179,8 @@ def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) ->
         "ended": ended,
         "cached": cached,
         "left": len(guard.ledger),
+        "lists": len(guard.ledger.live),
+        "clamps": max((len(tap.clamps) for tap in TAPS.values()), default=None),
         "dropped": guard.sink.dropped,
         "memory": remembered,
         "scheduler": type(core.scheduler).__name__,

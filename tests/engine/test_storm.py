@@ -86,6 +86,7 @@ class Live:
         self.tally = Tally()
         self.cached = 0
         """Most tokens that a request of the last mix read from the prefix cache."""
+        self.reloads: list[dict[str, Any]] = []
         self._read = 0
         ours, theirs = socket.socketpair()
         self._log = (root / "engine.log").open("w+")
@@ -122,6 +123,9 @@ class Live:
         columns = [int(name.rsplit("/f", 1)[1]) for name in self.watchlist.features]
         return self.reference.latents(tokens)[:, columns].astype(np.float32)
 
+    def recognise(self, events: dict[str, Any]) -> None:
+        """Make the list that judged a request `watchlist`, where it can be another."""
+
     def _hear(self) -> dict[str, Any]:
         line = self._lines.readline()
         if not line:
@@ -154,6 +158,9 @@ class Live:
             self._read = file.tell()
         events: dict[str, dict[str, Any]] = {}
         for event in map(json.loads, lines):
+            if event["event"] == "policy.reload":
+                self.reloads.append(event)
+                continue
             assert event["event"] == "verdict", event
             events.setdefault(event["request_id"], {})[event["policy"]] = event
         assert set(events) == set(answer["ended"])
@@ -164,6 +171,7 @@ class Live:
     def check(self, ended: dict[str, Any], events: dict[str, Any]) -> None:
         """Hold one ended request and its events by policy against the reference."""
         tokens, prompt = ended["tokens"], ended["prompt"]
+        self.recognise(events)
         assert set(events) == {p.id for p in self.watchlist.policies}
         whole = _whole_coverage(events)
         unread = sum(whole["skipped"].get(why, 0) for why in ("aborted", "not_forwarded"))

@@ -20,6 +20,7 @@ from saeguard.policy.types import (
     Selection,
     Window,
 )
+from tests.models import write_policy
 from tests.policy.example import GOOD, changed, policy, read
 
 
@@ -221,3 +222,11 @@ def test_shipped_policies_load(tmp_path: Path) -> None:
 
     assert [p.digest for p in ours] == [p.digest for p in load_policies(tmp_path / "copy")]
     assert len(ours) >= 6
+
+
+def test_a_link_into_nothing_is_told(tmp_path: Path) -> None:
+    """It may have been a folder of policies, which would vanish without a word."""
+    write_policy(tmp_path / "one.yaml", detect={"a": {"feature": "x", "above": 1}}, condition="a")
+    (tmp_path / "more").symlink_to(tmp_path / "away")
+    with pytest.raises(PolicyErrors, match="no such file or folder"):
+        load_policies(tmp_path)

@@ -49,7 +49,7 @@ class Server:
             found = [json.loads(line) for line in lines]
             if request_id is None:
                 return found
-            found = [e for e in found if request_id in e["request_id"]]
+            found = [e for e in found if request_id in e.get("request_id", "")]
             if len(found) >= self.policies:
                 break
             time.sleep(0.1)

@@ -1,0 +1,239 @@
+"""The watch lists in use: the present one, and those that requests under way began with.
+
+A request is judged to its end by the list that was present when it came. So a swap is one
+assignment, nothing about a request changes in its middle, and each verdict is exactly the one that
+its list reaches over the whole text. A list goes when the last of its requests has ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+
+from saeguard.guard.ledger import Hit, Ledger
+from saeguard.guard.memory import Memory, View
+from saeguard.guard.packet import Packet
+from saeguard.guard.state import State
+from saeguard.guard.verdict import Coverage, Verdict
+from saeguard.guard.watchlist import WatchList
+
+
+class Pin:
+    """Holds a list for a request that is on its way in; let go, it holds nothing."""
+
+    __slots__ = ("__weakref__", "generation")
+
+    def __init__(self, generation: Generation) -> None:
+        """Hold `generation`."""
+        self.generation = generation
+        generation.pins.add(self)
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """One watch list, and the account of the requests that it judges."""
+
+    number: int
+    """Of the swap that brought it; 0 for the one the server was started with."""
+    watchlist: WatchList
+    """Over the taps' columns."""
+    ledger: Ledger
+    reads: Mapping[int, frozenset[int]]
+    """By layer, the taps' columns that it reads."""
+    clamps: str
+    """Digest of what edits; empty where nothing can."""
+    can_stop: bool = True
+    """Whether a verdict may be needed in the step that makes it."""
+    pins: WeakSet[Pin] = field(default_factory=WeakSet)
+    decided: dict[Any, Any] = field(default_factory=dict)
+    """What was settled for requests of one kind, by whoever settles it."""
+
+
+def make_generation(
+    number: int,
+    watchlist: WatchList,
+    reads: Mapping[int, frozenset[int]],
+    *,
+    may_enforce: frozenset[str] = frozenset(),
+    memory: Memory | None = None,
+    needs: int = 0,
+) -> Generation:
+    """Return a list with an empty account.
+
+    Args:
+        number: of the swap that brings it.
+        watchlist: over the taps' columns.
+        reads: by layer, the columns that it reads.
+        may_enforce: ids of shadow policies that are enforced for some requests.
+        memory: of what was seen of cached tokens.
+        needs: the swap since which passes hold all of these columns.
+    """
+    view = None if memory is None else View(memory, number, needs)
+    ledger = Ledger(watchlist, memory=view)
+    can_stop = any(
+        (p.action == "stop" or p.on_error == "stop")
+        and (p.mode == "enforce" or p.id in may_enforce)
+        for p in watchlist.policies
+    )
+    return Generation(number, watchlist, ledger, reads, clamps_digest(watchlist), can_stop)
+
+
+def clamps_digest(watchlist: WatchList) -> str:
+    """Return a digest of all that decides where a list clamps, and what to; empty if it cannot.
+
+    Lists with the same clamps share the state on the device, whatever else they watch.
+    """
+    if not watchlist.clamps:
+        return ""
+    digest = hashlib.sha256()
+    for clamp in watchlist.clamps:
+        digest.update(repr((clamp.layer, clamp.columns, clamp.owner)).encode())
+        for tensor in (clamp.target, clamp.W_dec, clamp.scale, clamp.cap):
+            digest.update(b"-" if tensor is None else tensor.numpy().tobytes())
+        for i in clamp.policies:
+            policy = watchlist.policies[i]
+            digest.update(f"{policy.id} {policy.mode} {policy.digest}".encode())
+            for name, selection in sorted(policy.detect.items()):
+                feature = watchlist.features.index(f"{policy.feature_set}/{selection.feature}")
+                scale = (float(watchlist.low[feature]), float(watchlist.span[feature]))
+                digest.update(repr((name, watchlist.latents(feature), *scale)).encode())
+    return digest.hexdigest()
+
+
+def _as_seen_by(generation: Generation, packet: Packet) -> Packet:
+    """Return a pass as a list's requests have it; taps that do not know its rows saw nothing."""
+    ran = packet.ran and packet.orders >= generation.number
+    acted = packet.acted_by.get(generation.clamps, packet.acted)
+    if ran == packet.ran and acted is packet.acted:
+        return packet
+    return replace(packet, ran=ran, acted=acted)
+
+
+class Generations:
+    """One ledger a list; requests are known by their id, whichever list they belong to."""
+
+    def __init__(self, first: Generation) -> None:
+        """Start with one list."""
+        self.current = first
+        self.live: tuple[Generation, ...] = (first,)
+        """Oldest first; replaced, never changed, so that another thread may read it."""
+        self._lock = threading.Lock()
+        self._of: dict[str, Generation] = {}
+        self.unwatched_passes = 0
+
+    def __contains__(self, request_id: str) -> bool:
+        """Return whether the request is in flight."""
+        return request_id in self._of
+
+    def __len__(self) -> int:
+        """Return the number of requests in flight."""
+        return len(self._of)
+
+    # --- lists come and go ----------------------------------------------------------------------
+
+    def pin(self) -> Pin:
+        """Hold the present list for a request that comes; from any thread."""
+        with self._lock:
+            return Pin(self.current)
+
+    def publish(self, generation: Generation) -> None:
+        """Make a list the present one; from any thread."""
+        with self._lock:
+            self.live = (*self.live, generation)
+            self.current = generation
+
+    def retire(self) -> tuple[Generation, ...]:
+        """Let go of lists that no request needs any more, and return them."""
+        if len(self.live) == 1:
+            return ()
+        with self._lock:
+            gone = tuple(
+                g for g in self.live if g is not self.current and not g.pins and not len(g.ledger)
+            )
+            self.live = tuple(g for g in self.live if g not in gone)
+        return gone
+
+    def of(self, request_id: str) -> Generation:
+        """Return the list that judges a request."""
+        return self._of[request_id]
+
+    # --- what a ledger does, for the one that a request belongs to ------------------------------
+
+    def admit(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        keys: Sequence[bytes],
+        *,
+        pin: Pin,
+        enforced: Sequence[bool],
+    ) -> None:
+        """Start a request under the list that was pinned for it; see `Ledger.admit`."""
+        generation = self._of[request_id] = pin.generation
+        generation.ledger.admit(request_id, prompt_tokens, keys=keys, enforced=enforced)
+
+    def ingest(
+        self, packet: Packet, valid: np.ndarray, entering: Container[str] | None = None
+    ) -> list[Hit]:
+        """Advance every request by the rows of one pass; see `Ledger.ingest`.
+
+        Older lists go first: a newer request can read a prefix that an older one computes in this
+        very pass.
+        """
+        self.unwatched_passes += not packet.ran
+        hits: list[Hit] = []
+        owner = [self._of.get(request_id) for request_id in packet.request_ids]
+        for generation in self.live:
+            mine = np.where([g is generation for g in owner], valid, 0)
+            if mine.any():
+                own = _as_seen_by(generation, packet)
+                hits += generation.ledger.ingest(own, mine, entering)
+        return hits
+
+    def ingest_all(self, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]) -> list[Hit]:
+        """Advance every request by several passes, in order; see `Ledger.ingest_all`."""
+        if len(self.live) > 1:
+            return [hit for one in passes for hit in self.ingest(*one)]
+        only = self.live[0]
+        self.unwatched_passes += sum(not packet.ran for packet, _, _ in passes)
+        return only.ledger.ingest_all(
+            [(_as_seen_by(only, packet), valid, entering) for packet, valid, entering in passes]
+        )
+
+    def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> list[Verdict]:
+        """Return one verdict per policy; see `Ledger.finish`."""
+        generation = self._of[request_id]
+        verdicts = generation.ledger.finish(request_id, tokens, forget=forget)
+        if forget:
+            del self._of[request_id]
+        return verdicts
+
+    def forget(self, request_id: str) -> None:
+        """End a request."""
+        self._of.pop(request_id).ledger.forget(request_id)
+
+    def coverage(self, request_id: str, tokens: int) -> Coverage:
+        """Return the request's own account; see `Ledger.coverage`."""
+        return self._of[request_id].ledger.coverage(request_id, tokens)
+
+    def seen(self, request_id: str) -> int:
+        """Return the position up to which a request's tokens have been accounted for."""
+        return self._of[request_id].ledger.seen(request_id)
+
+    def enforces(self, request_id: str, policy: int) -> bool:
+        """Return whether a policy's action is to be taken for a request."""
+        return self._of[request_id].ledger.enforces(request_id, policy)
+
+    def save(self, request_id: str) -> State:
+        """Return a copy of all that is known of a request, for `restore`."""
+        return self._of[request_id].ledger.save(request_id)
+
+    def restore(self, request_id: str, saved: State) -> None:
+        """Take back what was ingested of a request since `save`."""
+        self._of[request_id].ledger.restore(request_id, saved)

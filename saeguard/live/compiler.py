@@ -1,0 +1,253 @@
+"""A process of its own that reads and compiles policies, so that no step waits for it.
+
+Reading YAML is Python at work, and Python at work in the engine core's process would hold up the
+steps, in whichever thread. So this process watches the files, reads, verifies, compiles and
+rehearses, and sends what is ready. It is started with the server, knows what it has read before,
+and ends when the server does.
+
+Both ends are this program, on a socket pair that nobody else can open: pickle carries the lists
+between them as vLLM's own does between its processes. No file is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from saeguard.features.schema import FeatureSetError
+from saeguard.guard.columns import RowId, row_ids, row_tensors, slim
+from saeguard.guard.watchlist import WatchList, WatchListError
+from saeguard.live.rehearse import RehearsalError, rehearse
+from saeguard.live.source import Known, Loaded, Source, SourceError, load
+from saeguard.live.watch import changes
+from saeguard.policy.bundle import BundleError, Manifest
+from saeguard.policy.errors import PolicyErrors
+from saeguard.policy.types import Policy
+
+Trigger: TypeAlias = Literal["files", "signal"]
+
+RUN = "import sys; from saeguard.live.compiler import main; main(*sys.argv[1:])"
+CORES = sorted(os.sched_getaffinity(0))
+"""Of this process before vLLM binds its threads to cores, which are the model's from then on."""
+NICE = 10
+CHANGED = None
+"""Said unasked: files have changed."""
+CHUNK = 25
+"""Policies in a message: what unpickles in well under a millisecond holds nobody up."""
+REFUSALS = (
+    PolicyErrors,
+    FeatureSetError,
+    WatchListError,
+    BundleError,
+    SourceError,
+    RehearsalError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one reading of the files came to."""
+
+    trigger: Trigger
+    seconds: float
+    """From the start of reading to being ready."""
+    error: str | None = None
+    """Why it is refused."""
+    watchlist: WatchList | None = None
+    """Without weights; None where it is refused, or what was sent last."""
+    ids: tuple[tuple[RowId, ...], ...] = ()
+    """By hook: the rows."""
+    manifest: Manifest | None = None
+    digest: str = ""
+
+
+class Compiler:
+    """The engine core's end: start the process, ask it, hear from it."""
+
+    def __init__(self, source: Source) -> None:
+        """Start the process."""
+        ours, theirs = Pipe()
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(  # noqa: S603 - this program
+            [sys.executable, "-c", RUN, str(theirs.fileno()), ",".join(map(str, CORES))],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self._pipe = ours
+        self._changed = False
+        _send(ours, source)
+
+    @property
+    def pid(self) -> int:
+        """Return the process' number."""
+        return self._process.pid
+
+    def changed(self, timeout_s: float) -> bool:
+        """Return whether files have changed since they were read last; wait a while for it.
+
+        Raises:
+            EOFError, OSError: the process has ended.
+        """
+        if not self._changed and self._pipe.poll(timeout_s):
+            assert _receive(self._pipe) is CHANGED  # it says nothing else unasked
+            self._changed = True
+        return self._changed
+
+    def read(self, trigger: Trigger) -> Reading:
+        """Have the files read, whether they have changed or not.
+
+        Raises:
+            EOFError, OSError: the process has ended.
+        """
+        self._changed = False
+        _send(self._pipe, trigger)
+        reading: Reading = self._answer()
+        if reading.watchlist is None:
+            return reading
+        policies, terms = [], []
+        for _ in range(self._answer()):
+            some = self._answer()
+            policies += some[0]
+            terms += some[1]
+        whole = _with_policies(reading.watchlist, tuple(policies), tuple(terms))
+        return replace(reading, watchlist=whole)
+
+    def rows(self, which: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Return rows of the list that was heard of last.
+
+        Args:
+            which: by hook, the rows wanted.
+
+        Raises:
+            EOFError, OSError: the process has ended.
+        """
+        _send(self._pipe, list(which))
+        rows: list[dict[str, np.ndarray]] = self._answer()
+        return rows
+
+    def _answer(self) -> Any:
+        while (heard := _receive(self._pipe)) is CHANGED:
+            self._changed = True
+        return heard
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.terminate()
+        self._process.wait(10)
+
+
+def _send(pipe: Connection, what: Any) -> None:
+    pipe.send_bytes(pickle.dumps(what, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def _receive(pipe: Connection) -> Any:
+    return pickle.loads(pipe.recv_bytes())  # noqa: S301 - from the process that we started
+
+
+# --- in the process -----------------------------------------------------------------------------
+
+
+def read(source: Source, known: Known, trigger: Trigger) -> tuple[Reading, Loaded | None]:
+    """Read everything once; never raises, whatever the files hold."""
+    began = time.perf_counter()
+    try:
+        loaded = load(source, known)
+        rehearse(loaded.watchlist)
+    except REFUSALS as error:
+        return Reading(trigger, time.perf_counter() - began, error=str(error)), None
+    except Exception as error:  # noqa: BLE001 - a fault of ours must not end the watching
+        told = f"{type(error).__name__} while reading: {error}"
+        return Reading(trigger, time.perf_counter() - began, error=told), None
+    reading = Reading(
+        trigger,
+        time.perf_counter() - began,
+        watchlist=slim(loaded.watchlist),
+        ids=tuple(row_ids(hook) for hook in loaded.watchlist.hooks),
+        manifest=loaded.manifest,
+        digest=loaded.watchlist.digest,
+    )
+    return reading, loaded
+
+
+def serve(pipe: Connection) -> None:
+    """Read whenever asked, and tell of changes, until the other end hangs up."""
+    source: Source = _receive(pipe)
+    known, last = Known(), None
+    one_at_a_time = threading.Lock()
+    threading.Thread(target=_notice, args=(source, pipe, one_at_a_time), daemon=True).start()
+    while True:
+        asked = _receive(pipe)
+        if isinstance(asked, list):
+            assert last is not None
+            with one_at_a_time:
+                _send(pipe, _rows(last.watchlist, asked))
+            continue
+        reading, loaded = read(source, known, asked)
+        if loaded is not None:
+            if last is not None and loaded.watchlist.digest == last.watchlist.digest:
+                reading = replace(reading, watchlist=None, ids=())  # it was sent already
+            last = loaded
+        with one_at_a_time:
+            _send_reading(pipe, reading)
+
+
+def _notice(source: Source, pipe: Connection, one_at_a_time: threading.Lock) -> None:
+    for _ in changes([source.policies, source.feature_sets], threading.Event()):
+        with one_at_a_time:
+            _send(pipe, CHANGED)
+
+
+def _send_reading(pipe: Connection, reading: Reading) -> None:
+    """Send the policies in pieces, none of which takes long to take in."""
+    watchlist = reading.watchlist
+    if watchlist is None:
+        _send(pipe, reading)
+        return
+    bare = _with_policies(watchlist, (), ())
+    _send(pipe, replace(reading, watchlist=bare))
+    starts = range(0, len(watchlist.policies), CHUNK)
+    _send(pipe, len(starts))
+    for i in starts:
+        some = slice(i, i + CHUNK)
+        _send(pipe, (watchlist.policies[some], watchlist.rules.terms.of_policy[some]))
+
+
+def _with_policies(
+    watchlist: WatchList, policies: tuple[Policy, ...], terms: tuple[Any, ...]
+) -> WatchList:
+    rules = watchlist.rules
+    rules = rules._replace(policies=policies, terms=rules.terms._replace(of_policy=terms))
+    return replace(watchlist, policies=policies, rules=rules)
+
+
+def _rows(watchlist: WatchList, which: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    return [
+        {name: tensor.numpy()[at] for name, tensor in row_tensors(hook).items()}
+        for hook, at in zip(watchlist.hooks, which, strict=True)
+    ]
+
+
+def main(descriptor: str, cores: str) -> None:
+    """Serve until the other end hangs up; what is signalled to the terminal is for that end."""
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    os.sched_setaffinity(0, map(int, cores.split(",")))
+    os.nice(NICE)
+    try:
+        serve(Connection(int(descriptor)))
+    except (EOFError, OSError):
+        os._exit(0)  # the watching thread may be in the middle of waiting

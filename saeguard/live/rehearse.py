@@ -1,0 +1,55 @@
+"""Judge a made-up text with a list before it judges real ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saeguard.guard.ledger import Ledger
+from saeguard.guard.packet import Packet
+from saeguard.guard.verdict import balanced
+from saeguard.guard.watchlist import WatchList
+
+TOKENS, PROMPT = 12, 4
+
+
+class RehearsalError(ValueError):
+    """A list that compiled does not work."""
+
+
+def rehearse(watchlist: WatchList) -> None:
+    """Run a list's rules once, over tokens that are silent and tokens at which everything fires.
+
+    What would fail in the first step after a swap fails here, where nothing waits for it.
+
+    Raises:
+        RehearsalError: weights or scales are not finite, or the account does not balance.
+    """
+    tensors = [(f"layer {h.layer}", t) for h in watchlist.hooks for t in (h.W, h.b)]
+    tensors += [
+        (f"layer {c.layer}, clamps", t) for c in watchlist.clamps for t in (c.W_dec, c.target)
+    ]
+    for what, tensor in tensors:
+        if not bool(tensor.isfinite().all()):
+            raise RehearsalError(f"{what}: the rows to watch hold values that are not finite")
+    finite = all(np.isfinite(weight).all() for _, weight in watchlist.mix)
+    if not finite or not (watchlist.span > 0).all():
+        raise RehearsalError("the features' weights or ranges are not finite")
+    ledger = Ledger(watchlist, slots=1)
+    ledger.admit("rehearsal", PROMPT)
+    for first, end in ((0, TOKENS - 1), (TOKENS - 1, TOKENS)):  # a prompt, then one token
+        f = np.zeros((end - first, watchlist.columns), np.float32)
+        f[1::2] = 1000.0
+        packet = Packet(
+            request_ids=["rehearsal"],
+            query_start=np.array([0, len(f)]),
+            positions=np.arange(first, end),
+            watched=np.ones(len(f), bool),
+            f=f,
+            acted=None,
+            ran=True,
+            watchlist=watchlist.digest,
+        )
+        ledger.ingest(packet, np.array([len(f)]))
+    verdicts = ledger.finish("rehearsal", TOKENS + 1)
+    if len(verdicts) != len(watchlist.policies) or not all(balanced(v.coverage) for v in verdicts):
+        raise RehearsalError("a made-up text was not accounted for")
