@@ -64,7 +64,7 @@ class Clamp:
     """[clamped] int64: column of each clamped latent among the hook's rows."""
     owner: torch.Tensor
     """[clamped] int64: index of the policy that clamps it, among `policies`."""
-    edit: ClampRows
+    edits: ClampRows
     enforced: torch.Tensor
     """[slots, rules] bool."""
     scope: torch.Tensor
@@ -149,7 +149,7 @@ def make_clamp(
         decay=move(over.decay),
         columns=torch.tensor(rows.columns, device=device),
         owner=torch.tensor(rows.owner, device=device),
-        edit=rows.to(device),
+        edits=rows.to(device),
         enforced=torch.zeros(slots, count, dtype=torch.bool, device=device),
         scope=torch.zeros(slots, count, 2, dtype=long, device=device),
         last=full(-1, 1 + MAX_DRAFTS, count, long),
@@ -201,8 +201,8 @@ def apply(clamp: Clamp, hidden: torch.Tensor, f: torch.Tensor, rows: Rows) -> No
     clamp.acted[:n].copy_(acted)
 
     mine = f[:, clamp.columns]
-    change = torch.where(acted[:, clamp.owner], clamp.edit.edited(mine) - mine, 0.0)
-    hidden.add_((change @ clamp.edit.W_dec).to(hidden.dtype))
+    change = torch.where(acted[:, clamp.owner], clamp.edits.edited(mine) - mine, 0.0)
+    hidden.add_((change @ clamp.edits.W_dec).to(hidden.dtype))
 
 
 def _evidence(clamp: Clamp, f: torch.Tensor, at: scan.Here, looked: torch.Tensor) -> torch.Tensor:

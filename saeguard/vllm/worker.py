@@ -193,7 +193,7 @@ def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float
     tensors: set[torch.Tensor] = {guard.excluded}
     for tap in guard.taps:
         clamp = tap.clamp
-        for part in (tap, tap.rows, clamp, None if clamp is None else clamp.edit):
+        for part in (tap, tap.rows, clamp, None if clamp is None else clamp.edits):
             values = [] if part is None else [getattr(part, f.name) for f in fields(part)]
             tensors |= {v for v in values if isinstance(v, torch.Tensor)}
     held = sum(t.untyped_storage().nbytes() for t in tensors) / 2**20
