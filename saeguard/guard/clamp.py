@@ -51,6 +51,10 @@ class Clamp:
     """[rules] bool: on whether the policy matches or not."""
     in_request: torch.Tensor
     """[rules] bool: the tokens that hold are counted over the whole request."""
+    groups: tuple[tuple[int, int, torch.Tensor], ...]
+    """(k, n, rules with that window)."""
+    feature: torch.Tensor
+    """[aggregates] which feature."""
     owned: torch.Tensor
     """[aggregates] a rule with the aggregate's scope."""
     missing: torch.Tensor
@@ -60,7 +64,7 @@ class Clamp:
     """[clamped] int64: column of each clamped latent among the hook's rows."""
     owner: torch.Tensor
     """[clamped] int64: index of the policy that clamps it, among `policies`."""
-    edit: ClampRows
+    edits: ClampRows
     enforced: torch.Tensor
     """[slots, rules] bool."""
     scope: torch.Tensor
@@ -136,6 +140,10 @@ def make_clamp(
         ),
         always=torch.tensor([c.when == "always" for c in clamps], device=device),
         in_request=torch.tensor(counts, device=device),
+        groups=tuple(
+            (k, n, move(rules.windowed.policy[which])) for k, n, which in rules.windowed.groups
+        ),
+        feature=move(over.feature),
         owned=torch.tensor(
             [scopes.index(SCOPES[a]) for a in over.scope.tolist()],
             dtype=long,
@@ -145,7 +153,7 @@ def make_clamp(
         decay=move(over.decay),
         columns=torch.tensor(rows.columns, device=device),
         owner=torch.tensor(rows.owner, device=device),
-        edit=rows.to(device),
+        edits=rows.to(device),
         enforced=torch.zeros(slots, count, dtype=torch.bool, device=device),
         scope=torch.zeros(slots, count, 2, dtype=long, device=device),
         last=full(-1, 1 + MAX_DRAFTS, count, long),
@@ -205,16 +213,16 @@ def apply(
     acted = torch.where(clamp.always, looked, on) & enforced & readable[:, None]
     clamp.acted[:n].copy_(acted)
 
-    if clamp.launch is not None and clamp.edit.scale is None and clamp.edit.cap is None:
-        edit = clamp.edit
+    if clamp.launch is not None and clamp.edits.scale is None and clamp.edits.cap is None:
+        edit = clamp.edits
         clamp.launch(hidden, f, acted, clamp.columns, clamp.owner, edit.target, edit.W_dec, scale)
         return
     mine = f[:, clamp.columns]
-    change = clamp.edit.edited(mine) - mine
+    change = clamp.edits.edited(mine) - mine
     if scale is not None:
         change = change / scale[:, clamp.columns]
     change = torch.where(acted[:, clamp.owner], change, 0.0)
-    hidden.add_((change @ clamp.edit.W_dec).to(hidden.dtype))
+    hidden.add_((change @ clamp.edits.W_dec).to(hidden.dtype))
 
 
 def _evidence(clamp: Clamp, f: torch.Tensor, at: scan.Here, looked: torch.Tensor) -> torch.Tensor:
@@ -231,7 +239,7 @@ def _aggregate(
 ) -> torch.Tensor:
     """Return [rows, aggregates] float64, as `saeguard.guard.aggregate` does on the host."""
     over = clamp.rules.aggregates
-    x = torch.where(looked[:, clamp.owned], shares[:, over.feature], clamp.missing)
+    x = torch.where(looked[:, clamp.owned], shares[:, clamp.feature], clamp.missing)
     windowed = clamp.past.shape[2]
     out = torch.empty_like(x)
     if windowed:
@@ -259,12 +267,11 @@ def _matches(clamp: Clamp, e: torch.Tensor, at: scan.Here) -> torch.Tensor:
     holds = e > THRESHOLD
     match = holds
     if clamp.ring.shape[1]:
-        window = clamp.rules.windowed
-        line = scan.windows(e, clamp.ring, at, window.longest, _of(clamp.ring, -torch.inf))
+        longest = clamp.rules.windowed.longest
+        line = scan.windows(e, clamp.ring, at, longest, _of(clamp.ring, -torch.inf))
         held = (line > THRESHOLD).cumsum(1)
         match = match.clone()
-        for k, n, which in window.groups:
-            columns = window.policy[which]
+        for k, n, columns in clamp.groups:
             match[:, columns] = held[:, n - 1, columns] >= k
         scan.remember(clamp.ring, e, at)
     if clamp.held.shape[1]:

@@ -235,7 +235,7 @@ def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float
     tensors: set[torch.Tensor] = {guard.excluded}
     for tap in guard.taps:
         clamps = tap.clamps.values()
-        parts: list[Any] = [tap, tap.rows, *clamps, *(clamp.edit for clamp in clamps)]
+        parts: list[Any] = [tap, tap.rows, *clamps, *(clamp.edits for clamp in clamps)]
         for part in parts:
             values = [getattr(part, f.name) for f in fields(part)]
             tensors |= {v for v in values if isinstance(v, torch.Tensor)}

@@ -16,6 +16,7 @@ from saeguard.policy.types import (
     Clamp,
     Exception_,
     Name,
+    Over,
     Policy,
     Selection,
     Window,
@@ -84,6 +85,54 @@ def test_clamp(tmp_path: Path) -> None:
     )
 
     assert found.clamp == Clamp(("shell_exec",), -0.5)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("to: 1", Clamp(("shell_exec",), 1.0)),
+        ("activation: -3.5", Clamp(("shell_exec",), -3.5, "activation")),
+        ("scale: 0", Clamp(("shell_exec",), 0.0, "scale")),
+        ("ablate: true, when: always", Clamp(("shell_exec",), 0.0, "ablate", "always")),
+        ("at_most: 0.4, when: matched", Clamp(("shell_exec",), 0.4, "at_most", "matched")),
+    ],
+)
+def test_ways_to_clamp(tmp_path: Path, written: str, meant: Clamp) -> None:
+    """Each way is read as one edit with one amount."""
+    clamp = f"action: clamp\nclamp: {{features: [shell_exec], {written}}}"
+
+    assert policy(tmp_path, ("action: flag", clamp)).clamp == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("mean of 16 tokens", Over("mean", 16)),
+        ("mean of 1 token", Over("mean", 1)),
+        ("max of 64 tokens", Over("max", 64)),
+        ("average with half-life 8 tokens", Over("average", 8)),
+        ("max of the request", Over("peak")),
+    ],
+)
+def test_over(tmp_path: Path, written: str, meant: Over) -> None:
+    """Each aggregation over tokens is read; without one it is the token's own share."""
+    found = policy(tmp_path, ("above: 0.6", f"above: 0.6, over: {written}"))
+
+    assert found.detect["shell"].over == meant
+    assert found.detect["untrusted"].over == Over("token")
+
+
+def test_count_sample_and_message(tmp_path: Path) -> None:
+    """The other keys keep what is written, and have the documented defaults."""
+    found = policy(
+        tmp_path,
+        ("for: 3 of 8 tokens", "for: 20 tokens in the request"),
+        ("scope: output", "scope: output\nsample: 0.5%"),
+        ("action: flag", "action: stop\nmessage: Withheld."),
+    )
+
+    assert (found.window, found.sample, found.message) == (Window(20, None), 0.005, "Withheld.")
+    assert (policy(tmp_path).sample, policy(tmp_path).message) == (1.0, None)
 
 
 def test_stop_is_part_of_the_language(tmp_path: Path) -> None:

@@ -76,7 +76,11 @@ def test_shipped_tests_pass() -> None:
     [
         ("severity: high", "severity: hihg"),
         ("for: 3 of 8 tokens", "for: 3/8"),
+        ("for: 3 of 8 tokens", "for: 3 tokens in request"),
         ("keep: 16 tokens", "keep: soon"),
+        ("above: 0.6", "above: 0.6, over: median of 3 tokens"),
+        ("scope: output", 'scope: output\nsample: "10"'),
+        ("scope: output", "scope: output\nclamp: {features: [a], to: 0, when: later}"),
         ("above: 0.6", "above: 0"),
         ("owner: safety", "owners: safety"),
         ("title: Writes a shell command built from user text\n", ""),
