@@ -19,6 +19,7 @@ from saeguard.sae.hub import named
 from tests.sae import made
 from tests.sae.standin import COMMIT, Hub, hub
 
+ROOT = Path(__file__).parents[2]
 REPO = "google/gemma-scope-2b-pt-res"
 W = 48_000
 ID = "layer_1/width_160/average_l0_30"
@@ -37,6 +38,7 @@ def run(tmp_path: Path, hub_: Hub, *arguments: str, offline: bool = False) -> tu
     """Run `saeguard` in a process of its own, for the client reads its settings when imported."""
     environment = os.environ | {
         "HF_ENDPOINT": hub_.url,
+        "PYTHONPATH": str(ROOT),
         "HF_HOME": str(tmp_path / "hf"),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": "1",
@@ -115,7 +117,11 @@ def test_a_feature_set_by_name(
     file = tmp_path / "named.yaml"
     file.write_text(yaml.safe_dump(content))
     check = f"from saeguard.features.load import load_feature_set as l; print(l({str(file)!r}).sae)"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(
         [sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True
     )
