@@ -70,7 +70,7 @@ def test_l0_verdict(tmp_path: Path, factor: float, says: str, code: int) -> None
     text = tmp_path / "text.txt"
     text.write_text("some ordinary words about nothing in particular. " * 8)
     common = ("inspect", sae.path, "--text", text, "--model", model)
-    found = json.loads(_run(*common, "--json").output)["l0"]
+    found = json.loads(_run(*common, "--json").stdout)["l0"]
     assert found["verdict"].startswith("no published L0")
     # The reference: the same count by hand, special tokens left out.
     assert 0 < found["mean"] < LATENTS
@@ -89,7 +89,7 @@ def test_l0_counts_what_fires(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("another text, of other words, to be counted by hand. " * 3)
     found = json.loads(
-        _run("inspect", sae.path, "--text", text, "--model", model, "--json").output
+        _run("inspect", sae.path, "--text", text, "--model", model, "--json").stdout
     )["l0"]
     lm = transformers.AutoModelForCausalLM.from_pretrained(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
