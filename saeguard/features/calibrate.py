@@ -97,6 +97,9 @@ def calibrate(
         # A feature that is no stronger on positives has no range; keep it finite for the report.
         high = max(float(np.quantile(peaks_of(split)[split.label], 0.99)), low + 1e-3)
         feature = replace(feature, low=_rounded(low), high=_rounded(high))
+    elif features.status == "published":
+        # Nobody has measured a range: 1 is then as strong as ordinary texts showed.
+        feature = replace(feature, low=0.0, high=_rounded(max(float(quiet.max()), 1e-3)))
     threshold = threshold_for(shares(feature, quiet), fpr)
     feature = replace(feature, threshold=threshold)
 

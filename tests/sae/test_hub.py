@@ -19,6 +19,7 @@ from saeguard.sae.hub import named
 from tests.sae import made
 from tests.sae.standin import COMMIT, Hub, hub
 
+ROOT = Path(__file__).parents[2]
 REPO = "google/gemma-scope-2b-pt-res"
 W = 48_000
 ID = "layer_1/width_160/average_l0_30"
@@ -37,6 +38,7 @@ def run(tmp_path: Path, hub_: Hub, *arguments: str, offline: bool = False) -> tu
     """Run `saeguard` in a process of its own, for the client reads its settings when imported."""
     environment = os.environ | {
         "HF_ENDPOINT": hub_.url,
+        "PYTHONPATH": str(ROOT),
         "HF_HOME": str(tmp_path / "hf"),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": "1",
@@ -47,7 +49,7 @@ def run(tmp_path: Path, hub_: Hub, *arguments: str, offline: bool = False) -> tu
         [sys.executable, "-c", "from saeguard.cli import main; main()", *arguments],
         env=environment, capture_output=True, text=True, check=False, cwd=Path.cwd(),
     )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    return done.returncode, done.stderr + done.stdout
 
 
 def _pin(output: str) -> dict[str, object]:
@@ -78,7 +80,7 @@ def test_fetch_pins_and_offline_serves_it(tmp_path: Path, served: Hub) -> None:
 
 
 def test_a_cut_download_is_resumed(tmp_path: Path, served: Hub) -> None:
-    """A download that breaks off is continued behind the last whole piece, 10 MiB in this client."""
+    """A download that breaks off goes on behind the last whole piece, 10 MiB in this client."""
     wide = "layer_1/width_48k/average_l0_30"
     folder = served.root / REPO / wide
     folder.mkdir(parents=True)
@@ -95,9 +97,7 @@ def test_a_cut_download_is_resumed(tmp_path: Path, served: Hub) -> None:
     assert _pin(output)["sha256"] == digest
 
 
-def test_a_feature_set_by_name(
-    tmp_path: Path, served: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_feature_set_by_name(tmp_path: Path, served: Hub) -> None:
     """A feature set names release, id, commit and digest; other bytes are refused."""
     _, output = run(tmp_path, served, "sae", "fetch", "gemma-scope-2b-pt-res", ID)
     part = _pin(output)
@@ -115,7 +115,11 @@ def test_a_feature_set_by_name(
     file = tmp_path / "named.yaml"
     file.write_text(yaml.safe_dump(content))
     check = f"from saeguard.features.load import load_feature_set as l; print(l({str(file)!r}).sae)"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(
         [sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True
     )

@@ -25,7 +25,8 @@ rows = read_rows(info, latents)
 read_decoder_rows(info, latents)
 seconds = time.perf_counter() - start
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-print(json.dumps({"d_sae": info.d_sae, "W": rows.W[:, 7].tolist(), "seconds": seconds, "MiB": grown}))
+W = rows.W[:, 7].tolist()
+print(json.dumps({"d_sae": info.d_sae, "W": W, "seconds": seconds, "MiB": grown}))
 """
 
 

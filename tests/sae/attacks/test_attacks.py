@@ -71,7 +71,7 @@ def test_a_compressed_member_that_is_damaged(tmp_path: Path) -> None:
     for at in range(2000, 2050):
         content[at] ^= 0x55
     (folder / "params.npz").write_bytes(content)
-    with pytest.raises(SaeError, match="params.npz"):
+    with pytest.raises(SaeError, match=r"params\.npz"):
         _read_all(folder)
 
 

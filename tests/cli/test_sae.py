@@ -1,0 +1,104 @@
+"""`saeguard sae` says what a checkpoint is, and when it is not what it claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from saeguard.cli.sae import verb
+from saeguard.sae import inspect as read
+from tests.guarded import LATENTS, feature_set
+from tests.sae import made
+from tests.tiny import D, save_model
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(verb, [str(a) for a in arguments], env={"COLUMNS": "120"})
+
+
+def test_inspect_tells_family_folds_and_memory(tmp_path: Path) -> None:
+    """The table and the JSON name family, hook point, convention and the cost of a watch list."""
+    path = made.llama_scope(tmp_path, "openmoss").path
+    shown = _run("inspect", path)
+    assert shown.exit_code == 0, shown.output
+    for told in ("llama_scope", "resid_post of block 2", "convention 'openmoss', since none"):
+        assert told in shown.output
+    told = json.loads(_run("inspect", path, "--json", "--latents", 100).output)
+    assert (told["d_in"], told["d_sae"], told["published_l0"]) == (made.D, made.N, 50)
+    assert told["watched"]["encoder_bytes"] == 100 * 4 * (made.D + 5)
+    assert told["sha256"] == read(path).sha256
+    assert told["config_sha256"] == read(path).config_sha256
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    """A refusal is a message and exit code 1, and so is half of a measurement."""
+    pickled = made.goodfire(tmp_path).path
+    shown = _run("inspect", pickled)
+    assert shown.exit_code == 1
+    assert "saeguard sae convert" in shown.output
+    path = made.gemma_scope(tmp_path).path
+    assert "belong together" in _run("inspect", path, "--text", pickled).output
+    assert "known: openmoss, saelens" in _run("inspect", path, "--convention", "mine").output
+
+
+def test_convert(tmp_path: Path) -> None:
+    """A pickle becomes a folder that can be inspected; the digest is told."""
+    pickled = made.goodfire(tmp_path).path
+    done = _run("convert", pickled, tmp_path / "rows", "--revision", "abc")
+    assert done.exit_code == 0, done.output
+    assert f"sha256: {read(tmp_path / 'rows').sha256}" in done.output
+    assert _run("inspect", tmp_path / "rows").exit_code == 0
+    assert _run("convert", pickled, tmp_path / "rows").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("factor", "says", "code"),
+    [
+        (1.0, "this looks like the SAE it says it is", 0),
+        (3.0, "doubtful", 0),
+        (8.0, "this does not look like the SAE you think it is", 1),
+    ],
+)
+def test_l0_verdict(tmp_path: Path, factor: float, says: str, code: int) -> None:
+    """What fires on a text is compared with the published number, in words and by exit code."""
+    model = save_model(tmp_path / "model")
+    sae = feature_set(tmp_path / "sets", D).sae
+    text = tmp_path / "text.txt"
+    text.write_text("some ordinary words about nothing in particular. " * 8)
+    common = ("inspect", sae.path, "--text", text, "--model", model)
+    found = json.loads(_run(*common, "--json").stdout)["l0"]
+    assert found["verdict"].startswith("no published L0")
+    # The reference: the same count by hand, special tokens left out.
+    assert 0 < found["mean"] < LATENTS
+    assert found["tokens"] == len(text.read_text())
+    shown = _run(*common, "--l0", found["mean"] / factor)
+    assert shown.exit_code == code, shown.output
+    assert says in " ".join(shown.output.replace("│", " ").split())
+
+
+def test_l0_counts_what_fires(tmp_path: Path) -> None:
+    """The mean is that of a dense count on the model's own hidden states."""
+    import transformers
+
+    model = save_model(tmp_path / "model")
+    sae = feature_set(tmp_path / "sets", D).sae
+    text = tmp_path / "text.txt"
+    text.write_text("another text, of other words, to be counted by hand. " * 3)
+    found = json.loads(
+        _run("inspect", sae.path, "--text", text, "--model", model, "--json").stdout
+    )["l0"]
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    ids = torch.tensor([tokenizer(text.read_text())["input_ids"]])
+    with torch.no_grad():
+        x = lm(ids, output_hidden_states=True).hidden_states[sae.layer + 1][0][1:]
+    from safetensors.torch import load_file
+
+    tensors = load_file(sae.path / "sae_weights.safetensors")
+    pre = x @ tensors["W_enc"] + tensors["b_enc"]
+    expected = float((pre > tensors["threshold"]).sum(1).float().mean())
+    assert found["mean"] == pytest.approx(expected, abs=0.02)
