@@ -116,8 +116,12 @@ def bars(
     """
     out = dict.fromkeys(latents, torch.inf)
     for feature, value in lowest:
-        positive = [term for term in feature.detect if term.weight > 0]
+        # What holds in silence can be ended by any latent, so all of them matter.
+        positive = [
+            term for term in feature.detect if term.weight > 0 or (value < 0 and term.weight)
+        ]
         for term in positive:
-            bar = max(value / (len(positive) * term.weight), 0.0) * (1 - ROUNDING)
+            share = value / (len(positive) * abs(term.weight))
+            bar = max(share, 0.0) * (1 - ROUNDING)
             out[term.latent] = min(out[term.latent], bar)
     return torch.tensor([0.0 if n in exact else bar for n, bar in out.items()])

@@ -47,8 +47,8 @@ class Contest:
         k = best.shape[1]
         if latent == 0 and z.shape[1] >= k:
             floor = z[:, : max(k, SEED)].topk(k, dim=1).values[:, -1]
-        # A pre-activation below all thresholds fires in no case.
-        floor = torch.maximum(floor - margin, rows.theta.min())
+        # TopK has one threshold for all latents: 0, or none where it keeps what is below.
+        floor = torch.maximum(floor - margin, rows.theta[0])
         torch.gt(z, floor[:, None], out=mask)
         part = nonzero(mask, z, 0, latent)
         if len(part):
@@ -65,7 +65,8 @@ class Contest:
 
     def decide(self) -> Sparse:
         """Return what stays."""
-        entries = concatenate(self.found, self.x.device)
+        self._prune()
+        (entries,) = self.found
         assert self.encoder.k is not None
         last = self.best[:, -1]
         return choose(
@@ -95,10 +96,10 @@ class GroupContest:
         margin = self.reach.margin[token : token + len(z), None]
         best, group = grouped.amax(2), latent // self.encoder.group
         self.best[token : token + len(z), group : group + best.shape[1]] = best
-        floor = torch.maximum(best - margin, rows.theta.min())
+        floor = torch.maximum(best - margin, rows.theta[0])
         torch.ge(grouped, floor[..., None], out=mask.view(grouped.shape))
         part = nonzero(mask, z, token, latent)
-        self.found.append(part.pick(part.value > rows.theta[part.latent - latent]))
+        self.found.append(part.pick(part.value > rows.theta[0]))
 
     def decide(self) -> Sparse:
         """Return what stays."""
@@ -196,10 +197,12 @@ def _place(who: np.ndarray) -> np.ndarray:
 
 
 def _padded(part: Sparse, tokens: int) -> torch.Tensor:
-    """Return the values side by side, [tokens, most of one token], filled up with -inf."""
-    sizes = torch.bincount(part.token, minlength=tokens)
-    place = torch.arange(len(part), device=part.token.device)
-    place -= (sizes.cumsum(0) - sizes)[part.token]
-    out = torch.full((tokens, int(sizes.max())), -torch.inf, device=part.token.device)
-    out[part.token, place] = part.value
-    return out
+    """Return the values side by side, [tokens, most of one token], filled up with -inf.
+
+    On the host, and in NumPy: these are too few for several threads to be worth their start.
+    """
+    token = part.token.cpu().numpy()  # in order
+    sizes = np.bincount(token, minlength=tokens)
+    out = np.full((tokens, sizes.max()), -np.inf, np.float32)
+    out[token, _place(token)] = part.value.cpu().numpy()
+    return torch.from_numpy(out).to(part.value.device)

@@ -34,11 +34,16 @@ class Sparse:
 
 def nonzero(mask: torch.Tensor, z: torch.Tensor, first_token: int, first_latent: int) -> Sparse:
     """Return the entries of `z` [tokens, latents], contiguous, where `mask` holds."""
-    if mask.device.type == "cpu":  # many times faster than torch's
-        at = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    else:
-        at = mask.reshape(-1).nonzero().reshape(-1)
     width = mask.shape[1]
+    if mask.device.type == "cpu":  # many times faster than torch's
+        where = np.flatnonzero(mask.numpy())
+        row = where // width
+        return Sparse(
+            torch.from_numpy(row + first_token),
+            torch.from_numpy(where - row * width + first_latent),
+            torch.from_numpy(z.numpy().reshape(-1)[where]),
+        )
+    at = mask.reshape(-1).nonzero().reshape(-1)
     token = torch.div(at, width, rounding_mode="floor")
     return Sparse(token + first_token, at - token * width + first_latent, z.reshape(-1)[at])
 

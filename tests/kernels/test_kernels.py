@@ -31,3 +31,8 @@ def check(module: str) -> str:
 def test_the_tap_and_its_edit() -> None:
     """Activations in 96 cases and edits in 12 are those of the torch path."""
     assert check("check_tap").split() == ["read", "96", "edit", "12"]
+
+
+def test_all_latents_with_compaction() -> None:
+    """What fires is appended once and counted, also where the buffer is too small: 24 cases."""
+    assert check("check_wide").split() == ["wide", "24"]
