@@ -147,7 +147,8 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     verdict = event.verdict.replace("_", " ").upper()
     where = ""
     if event.verdict == "match":
-        where = f", first at token {event.first_token}. It was on at {count(event.matched_tokens, 'token')}"
+        on = count(event.matched_tokens, "token")
+        where = f", first at token {event.first_token}. It was on at {on}"
     done: str = event.acted or "nothing"
     if event.exception:
         done = f"nothing, by the exception {event.exception}"
