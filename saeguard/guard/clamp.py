@@ -51,6 +51,10 @@ class Clamp:
     """[rules] bool: on whether the policy matches or not."""
     in_request: torch.Tensor
     """[rules] bool: the tokens that hold are counted over the whole request."""
+    groups: tuple[tuple[int, int, torch.Tensor], ...]
+    """(k, n, rules with that window)."""
+    feature: torch.Tensor
+    """[aggregates] which feature."""
     owned: torch.Tensor
     """[aggregates] a rule with the aggregate's scope."""
     missing: torch.Tensor
@@ -132,6 +136,10 @@ def make_clamp(
         ),
         always=torch.tensor([c.when == "always" for c in clamps], device=device),
         in_request=torch.tensor(counts, device=device),
+        groups=tuple(
+            (k, n, move(rules.windowed.policy[which])) for k, n, which in rules.windowed.groups
+        ),
+        feature=move(over.feature),
         owned=torch.tensor(
             [scopes.index(SCOPES[a]) for a in over.scope.tolist()],
             dtype=long,
@@ -211,7 +219,7 @@ def _aggregate(
 ) -> torch.Tensor:
     """Return [rows, aggregates] float64, as `saeguard.guard.aggregate` does on the host."""
     over = clamp.rules.aggregates
-    x = torch.where(looked[:, clamp.owned], shares[:, over.feature], clamp.missing)
+    x = torch.where(looked[:, clamp.owned], shares[:, clamp.feature], clamp.missing)
     windowed = clamp.past.shape[2]
     out = torch.empty_like(x)
     if windowed:
@@ -239,12 +247,11 @@ def _matches(clamp: Clamp, e: torch.Tensor, at: scan.Here) -> torch.Tensor:
     holds = e > THRESHOLD
     match = holds
     if clamp.ring.shape[1]:
-        window = clamp.rules.windowed
-        line = scan.windows(e, clamp.ring, at, window.longest, _of(clamp.ring, -torch.inf))
+        longest = clamp.rules.windowed.longest
+        line = scan.windows(e, clamp.ring, at, longest, _of(clamp.ring, -torch.inf))
         held = (line > THRESHOLD).cumsum(1)
         match = match.clone()
-        for k, n, which in window.groups:
-            columns = window.policy[which]
+        for k, n, columns in clamp.groups:
             match[:, columns] = held[:, n - 1, columns] >= k
         scan.remember(clamp.ring, e, at)
     if clamp.held.shape[1]:
