@@ -88,7 +88,12 @@ def measure(folder: Path, engine: dict[str, Any], swaps: int, pause: float) -> d
     guard = core.scheduler.saeguard
     reports: list[tuple[float, Any]] = []
     where = guard.reloader._where  # noqa: SLF001 - the moment matters, which no event tells
-    where.report = lambda report: reports.append((time.perf_counter(), report))
+
+    def note(report: Any) -> None:
+        if report.outcome != "unchanged":  # a second message of one change
+            reports.append((time.perf_counter(), report))
+
+    where.report = note
     prompts, names = random_prompts(8, seed=1, shortest=20, longest=40), iter(range(10**9))
     params = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
     steps: list[tuple[float, float]] = []
