@@ -43,16 +43,33 @@ def keep_on(cls, vllm_config):
 CpuPlatform.check_and_update_config = classmethod(keep_on)
 """
 
+ALSO = """
+import runpy, sys
+for folder in sys.path:
+    if folder.endswith("v2_runner_on_cpu"):
+        runpy.run_path(f"{folder}/sitecustomize.py")
+import saeguard_stand_ins
+"""
+"""Python runs the first `sitecustomize` only; V2 needs its own one, too."""
+
 
 @pytest.mark.parametrize(
-    "requests", [80, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "many"]
+    ("requests", "v2"),
+    [
+        (80, False),
+        pytest.param(1000, False, marks=pytest.mark.slow),
+        pytest.param(40, True, marks=pytest.mark.slow),
+    ],
+    ids=["some", "many", "v2"],
 )
-def test_storm(tmp_path: Path, requests: int) -> None:
+def test_storm(tmp_path: Path, requests: int, v2: bool) -> None:
     """Preemption, aborts, stop policies and cached prefixes while a step is always under way."""
-    (tmp_path / "sitecustomize.py").write_text(STAND_INS)
-    environment = {"PYTHONPATH": f"{tmp_path}:{engines.ROOT}"}
+    (tmp_path / "saeguard_stand_ins.py").write_text(STAND_INS)
+    (tmp_path / "sitecustomize.py").write_text(ALSO)
+    path = engines.environment(v2=v2)["PYTHONPATH"]
     engine = {**SMALL_CACHE, "async_scheduling": True}
-    with living(tmp_path, engine, environment=environment) as live:
+    environment = {"PYTHONPATH": f"{tmp_path}:{path}"}
+    with living(tmp_path, engine, v2=v2, environment=environment) as live:
         assert live.ask("mix", mix=[])["scheduler"] == "AsyncScheduler"
         storm(live, requests)
         for what in ("preempted", "aborted", "stopped", "cached"):

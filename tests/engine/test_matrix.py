@@ -122,9 +122,13 @@ class Matrix(Live):
         return name, 1 + list(self.adapters).index(name), str(self.adapters[name])
 
 
-@pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    """Start the one engine."""
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["v1", "v2"]
+)
+def matrix(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Matrix]:
+    """Start the one engine, at night on both runners."""
     root = tmp_path_factory.mktemp("matrix")
     engine = {
         "skip_tokenizer_init": False, "block_size": 32, "max_model_len": 3072, "max_num_seqs": 12,
@@ -132,7 +136,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
         # guard or no guard; here it stays empty.
         "max_num_batched_tokens": 256, "enable_lora": True, "max_lora_rank": 8, "max_loras": 3,
     }  # fmt: skip
-    with living(root, engine, Matrix) as live:
+    with living(root, engine, Matrix, v2=request.param) as live:
         yield live
 
 

@@ -353,6 +353,13 @@ def test_speculative_decoding(drafting: Live) -> None:
     storm(drafting, MOST // 5 or 150)
 
 
+@pytest.mark.slow
+def test_speculative_decoding_on_model_runner_v2(tmp_path: Path) -> None:
+    """Its drafts are made and checked on the device, here in Triton's interpreter."""
+    with living(tmp_path, {**SMALL_CACHE, "speculative_config": NGRAM}, v2=True) as live:
+        storm(live, MOST // 50 or 20)
+
+
 def test_model_runner_v2(tmp_path: Path) -> None:
     """The runner of GPUs, through Triton's interpreter."""
     with living(tmp_path, SMALL_CACHE, v2=True) as live:
