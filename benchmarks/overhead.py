@@ -43,8 +43,10 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from saeguard.guard import tap as tapping
+from saeguard.guard.generations import clamps_digest
 from saeguard.guard.tap import TAPS, Tap, install_taps
-from saeguard.vllm.config import Settings, load_watchlist
+from saeguard.live.orders import Admitted
+from saeguard.vllm.config import Settings, start
 from saeguard.vllm.engine import EngineGuard
 from saeguard.vllm.scheduler import memory_of
 from saeguard.vllm.worker import WorkerGuard
@@ -218,7 +220,9 @@ class Bench:
             for name, request in requests.items():
                 if guards.engine is not None and guards.worker is not None:
                     guards.engine.admit(request)
-                    guards.worker.announced[name] = (request.num_prompt_tokens, ())
+                    settled = guards.engine.admitted[name]
+                    admitted = Admitted(settled.clamps, settled.enforced)
+                    guards.worker.announced[name] = (request.num_prompt_tokens, admitted)
         return list(requests)
 
     def step(self) -> float:
@@ -312,7 +316,8 @@ def build(root: Path) -> tuple[Bench, dict[str, Any]]:
     slots = len(first.free) + len(first.slots)
     guards = {IDLE: Guards({}), "idle again": Guards({})}
     for state, wanted in settings.items():
-        watchlist = load_watchlist(wanted)
+        started = start(wanted)
+        watchlist = started.watchlist
         taps = install_taps(
             watchlist, max_tokens=len(first.taps[0].f), slots=slots, device=first.device
         )
@@ -323,11 +328,12 @@ def build(root: Path) -> tuple[Bench, dict[str, Any]]:
             excluded=first.excluded,
             device=first.device,
             free=list(range(1, slots + 1))[::-1],
+            clamp_lists={clamps_digest(watchlist): watchlist},
             tested=True,
         )
         memory = memory_of(bench.core.scheduler, watchlist, wanted)
         guards[state] = Guards(
-            dict(TAPS), worker, EngineGuard(watchlist, wanted, "bench", memory=memory)
+            dict(TAPS), worker, EngineGuard(started, wanted, "bench", memory=memory)
         )
     about = {
         "parameters": parameters,

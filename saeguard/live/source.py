@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from saeguard.features.load import load_feature_set
 from saeguard.features.types import FeatureSet
 from saeguard.guard.watchlist import WatchList, build_watchlist
+from saeguard.live.watch import fingerprint
 from saeguard.policy import bundle
 from saeguard.policy.access import EVERYBODY, Access, check_against
 from saeguard.policy.bundle import Manifest
@@ -19,6 +20,10 @@ from saeguard.policy.load import Cache, load_policies
 
 class SourceError(ValueError):
     """The operator's settings name something that is not there."""
+
+
+ATTEMPTS = 50
+"""Readings of files that change all the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,9 @@ class Known:
 def load(source: Source, known: Known | None = None) -> Loaded:
     """Read everything, and compile it.
 
+    What changed while it was read is read again: names from before a link was turned, and contents
+    from after it, make a set that nobody has written.
+
     Args:
         source: where from.
         known: what was read before.
@@ -64,6 +72,26 @@ def load(source: Source, known: Known | None = None) -> Loaded:
             and reason.
     """
     known = known or Known()
+    roots = (source.policies, source.feature_sets)
+    before = fingerprint(roots)
+    for _ in range(ATTEMPTS):
+        loaded: Loaded | None = None
+        wrong: Exception | None = None
+        try:
+            loaded = _load(source, known)
+        except Exception as error:  # noqa: BLE001 - it may be wrong for having changed
+            wrong = error
+        after = fingerprint(roots)
+        if after == before:
+            if wrong is not None:
+                raise wrong
+            assert loaded is not None
+            return loaded
+        before = after
+    raise SourceError(f"{source.policies}: changes faster than it can be read")
+
+
+def _load(source: Source, known: Known) -> Loaded:
     manifest = None
     if source.public_key is not None:
         manifest = bundle.verify(source.policies, source.public_key)

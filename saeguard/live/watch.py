@@ -79,22 +79,24 @@ def fingerprint(roots: Iterable[Path]) -> tuple[Any, ...] | None:
     """Return what changes when a YAML or JSON file below does; None where a root is missing."""
     found: list[Any] = []
     for root in roots:
-        if not root.exists():
+        try:
+            status = root.stat()
+        except OSError:
             return None
-        files = [root] if root.is_file() else _below(root, frozenset())
-        for file in files:
-            try:
-                status = file.stat()
-            except OSError:
-                found.append((str(file), None))
-            else:
-                found.append((str(file), status.st_ino, status.st_size, status.st_mtime_ns))
-    return tuple(sorted(found, key=str))
+        if root.is_file():
+            found.append(_mark(str(root), status))
+        else:
+            found += _below(str(root), frozenset())
+    return tuple(sorted(found))
 
 
-def _below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+def _mark(path: str, status: os.stat_result) -> tuple[str, int, int, int]:
+    return path, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _below(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int, int, int]]:
     try:
-        status = folder.stat()
+        status = os.stat(folder)  # noqa: PTH116 - thousands of files; a Path costs more than its stat
         here = (status.st_dev, status.st_ino)
         entries = [] if here in above else list(os.scandir(folder))
     except OSError:
@@ -103,6 +105,9 @@ def _below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _below(Path(entry.path), above | {here})
+            yield from _below(entry.path, above | {here})
         elif entry.name.endswith((".yaml", ".yml", ".json")):
-            yield Path(entry.path)
+            try:
+                yield _mark(entry.path, entry.stat())
+            except OSError:  # gone in between, or a link into nothing
+                yield entry.path, 0, 0, 0

@@ -16,9 +16,11 @@ from torch import nn
 
 from saeguard.guard import clamp as clamping
 from saeguard.guard import tap as tapping
+from saeguard.guard.generations import clamps_digest
 from saeguard.guard.rows import lay_out
 from saeguard.guard.tap import TAPS, Tap, install_taps, tap_output
 from saeguard.guard.watchlist import ClampRows, WatchList
+from saeguard.live.orders import Admitted
 from saeguard.policy.types import Clamp, Name, Not, Policy, Selection, Window
 from saeguard.vllm.worker import WorkerGuard
 from tests import reference
@@ -357,9 +359,12 @@ def test_the_self_test_is_not_clamped(*, tested: bool) -> None:
     tap, watchlist = one_tap(simple())
     assert tap.clamp is not None
     excluded = torch.zeros(8, dtype=torch.bool)
+    digest = clamps_digest(watchlist)
+    admitted = Admitted(digest, frozenset((p.id, p.mode) for p in watchlist.policies))
     guard = WorkerGuard(
-        watchlist, (tap,), tap.rows, excluded, CPU, announced={"r": (1, ())}, free=[1]
-    )
+        watchlist, (tap,), tap.rows, excluded, CPU,
+        announced={"r": (1, admitted)}, free=[1], clamp_lists={digest: watchlist},
+    )  # fmt: skip
     guard.tested = tested
     hidden = torch.full((2, FEATURES), 2.0)
     guard.before(["r"], np.array([0, 2]), torch.tensor([3, 4]), torch.arange(2))
