@@ -155,7 +155,7 @@ def storm_of(live: Reloading, requests: int) -> None:
 def test_under_load(live: Reloading) -> None:
     """Random mixes, several changes a second: each verdict is the reference's for its own list."""
     before = len(live.judged)
-    storm_of(live, test_storm.MOST // 10 or 200)
+    storm_of(live, test_storm.MOST // 10 or 120)
     assert len(live.judged) >= max(before, 3)
     assert {r["outcome"] for r in live.reloads} >= {"active", "refused"}
 

@@ -1,0 +1,55 @@
+"""`saeguard policy keygen`, `sign`, `verify`, and `saeguard reload` without a server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from saeguard.cli import main
+from tests import models
+
+
+def run(*arguments: object) -> int:
+    """Return the exit code of a command."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    return int(ended.value.code or 0)
+
+
+def test_sign_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key is made once and not overwritten; each signature has the next revision."""
+    key, folder, sets = tmp_path / "key", tmp_path / "policies", tmp_path / "sets"
+    models.write_feature_set(sets / "tiny.yaml", models.make_sae(tmp_path / "sae"), latents=(0, 1))
+    detect = {"a": {"feature": "f0", "above": 0.5}}
+    models.write_policy(folder / "one.yaml", detect=detect, condition="a")
+    where = [folder, "--feature-sets", sets]
+    assert run("policy", "keygen", key) == 0
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert run("policy", "keygen", key) == 2
+    public = f"{key}.pub"
+    assert run("policy", "verify", "--key", public, *where) == 1
+    assert run("policy", "sign", "--key", key, *where) == 0
+    assert run("policy", "sign", "--key", key, *where) == 0
+    capsys.readouterr()
+    assert run("policy", "verify", "--key", public, *where) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["revision"], said["policies"]) == (2, 1)
+    models.write_policy(folder / "two.yaml", detect=detect, condition="a")
+    assert run("policy", "verify", "--key", public, *where) == 1
+    assert "two.yaml: is there, was not signed" in capsys.readouterr().err
+    assert run("policy", "verify", "--key", key, *where) == 2
+    assert run("policy", "sign", "--key", public, *where) == 2
+    (folder / "two.yaml").write_text("schema: [")
+    assert run("policy", "sign", "--key", key, *where) == 1
+    assert "two.yaml:1:" in capsys.readouterr().err
+
+
+def test_reload_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without a state, or with one of a process that is gone: nobody is signalled."""
+    assert run("reload", tmp_path) == 2
+    status = {"pid": 1, "started_at": "another", "asked": 0}
+    (tmp_path / "engine-0.json").write_text(json.dumps(status))
+    assert run("reload", tmp_path) == 2
+    assert "no running server keeps its state here" in capsys.readouterr().err
