@@ -19,7 +19,9 @@ def verb(
     out: Annotated[Path, typer.Option(help="safetensors file to write.")],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Feature set, by name; may be given again. Default: all."),
+        typer.Option(
+            "--set", help="Feature set, by name; may be given again. Default: the model's."
+        ),
     ] = None,
     feature_sets: FeatureSetsOption = FEATURE_SETS,
     with_text: Annotated[
@@ -35,9 +37,8 @@ def verb(
 
     with told():
         sets = read_feature_sets(feature_sets)
-    names = set_ or sorted(sets.known)
-    unknown = [name for name in names if name not in sets.known]
-    if unknown or not names:
+    unknown = [name for name in set_ or () if name not in sets.known]
+    if unknown or not sets.known:
         known = ", ".join(sorted(sets.known)) or "none"
         stop(f"there is no feature set {', '.join(unknown)}; there are: {known}", BAD_INPUT)
     with model_told():
@@ -47,6 +48,19 @@ def verb(
         from saeguard.hf.texts import read_texts
 
         lm = load_model(model)
+        shape = lm.hidden_size, len(lm.layers)
+        of_model = [
+            name
+            for name, known in sorted(sets.known.items())
+            if (known.model.hidden_size, known.model.num_layers) == shape
+        ]
+        names = set_ or of_model
+        if not names:
+            stop(
+                f"no feature set in {feature_sets} is made for {model}, which is {shape[0]} wide "
+                f"and has {shape[1]} layers; name one with --set",
+                BAD_INPUT,
+            )
         read = read_texts(texts, lm.tokenizer)
         if not read:
             stop(f"{texts}: there is no text in it", BAD_INPUT)

@@ -72,7 +72,7 @@ class Event(Part):
     request_id: str = Field(min_length=1, description="The engine's own id of the request.")
     model: str = Field(description="Name the model is served under.")
     tenant: str | None = Field(
-        None, description="Whose request it was by its API key; null where nobody's known."
+        description="Whose request it was by its API key; null where nobody's known."
     )
     watchlist: str = Field(
         description="sha256 over policies, feature sets and checkpoints, or its start."
@@ -123,7 +123,7 @@ class Mismatch(Part):
     request_id: str = Field(min_length=1, description="The engine's own id of the request.")
     model: str = Field(description="Name the model is served under.")
     tenant: str | None = Field(
-        None, description="Whose request it was by its API key; null where nobody's known."
+        description="Whose request it was by its API key; null where nobody's known."
     )
     watchlist: str = Field(description="sha256 over policies, feature sets and checkpoints.")
     coverage: Coverage = Field(description="The request's own ledger, which does not add up.")

@@ -10,7 +10,8 @@ import pytest
 from saeguard.cli.check import read_feature_sets
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import load_policies
-from saeguard.vllm.config import ConfigError, Settings, load_watchlist
+from saeguard.live.source import SourceError
+from saeguard.vllm.config import Settings, load_watchlist
 from tests.cli.project import BOTH, lay_out, run
 
 ROOT = Path.cwd()
@@ -93,7 +94,7 @@ class TestShipped:
 
     def test_templates_alone_are_no_guard(self) -> None:
         """A folder of nothing but templates does not start."""
-        with pytest.raises(ConfigError, match="no policies to serve in policies/bias"):
+        with pytest.raises(SourceError, match="no policies to serve in policies/bias"):
             load_watchlist(Settings(policies="policies/bias"))
 
 

@@ -42,10 +42,15 @@ def hook(seeds: list[int], layer: int = 0) -> Hook:
 
 
 def watching(seeds: list[int]) -> WatchList:
-    """Return a list whose feature `j` is the sum of all rows up to `j`."""
+    """Return a list whose feature `j` is the sum of all rows from `j` on, or the last."""
     rng = seeded(sum(seeds))
     base = make_watchlist([random_policy(rng, f"p{i}") for i in range(3)], [hook(seeds)])
-    mix = np.triu(np.ones((len(seeds), FEATURES), np.float32))
+    first = np.minimum(np.arange(FEATURES), len(seeds) - 1)
+    mix = tuple(
+        (first[which] + rank, np.ones(len(which), np.float32))
+        for rank in range(len(seeds))
+        for which in [np.flatnonzero(len(seeds) - first > rank)]
+    )
     return replace(base, mix=mix)
 
 
