@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from saeguard.cli.check import read_feature_sets
+from saeguard.live.source import SourceError
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import load_policies
-from saeguard.live.source import SourceError
 from saeguard.vllm.config import Settings, load_watchlist
 from tests.cli.project import BOTH, lay_out, run
 

@@ -130,6 +130,14 @@ def requests(prompts: Sequence[list[int]], **params: Any) -> list[dict[str, Any]
     return [{"prompt": p, "params": {**GREEDY, **params}} for p in prompts]
 
 
+def blocks(model: Any) -> torch.nn.ModuleList:
+    """Return the decoder blocks of a Transformers model, whatever it calls them."""
+    depth = model.config.get_text_config().num_hidden_layers
+    return next(
+        m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth
+    )
+
+
 class Reference:
     """Transformers computes the residual stream, SAELens encodes it."""
 
@@ -144,12 +152,20 @@ class Reference:
             model, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.sae = SAE.load_from_disk(str(sae))
+        self._last: list[torch.Tensor] = []
+        blocks(self.model)[layer].register_forward_hook(self._note)
+
+    def _note(self, _module: Any, _args: Any, output: Any) -> None:
+        self._last = [output[0] if isinstance(output, tuple) else output]
 
     @torch.no_grad()
     def latents(self, tokens: Sequence[int]) -> np.ndarray:
         """Return every latent at every token, [tokens, d_sae]."""
         out = self.model(torch.tensor([list(tokens)]), output_hidden_states=True)
-        encoded: np.ndarray = self.sae.encode(out.hidden_states[self.layer + 1][0]).numpy()
+        x = out.hidden_states[self.layer + 1]
+        if self.layer + 2 == len(out.hidden_states):  # which is behind the final norm
+            x = self._last[0]
+        encoded: np.ndarray = self.sae.encode(x[0]).numpy()
         return encoded
 
     def verdicts(self, watchlist: WatchList, prompt: list[int], output: list[int]) -> list[Verdict]:

@@ -25,7 +25,7 @@ class ClampedReference(engines.Reference):
         """Watch latent `detect`; from its first match on, set latent `clamp` to `TO`."""
         super().__init__(guarded.model, guarded.sae)
         self.detect, self.clamp, self.window, self.scope_from = detect, clamp, window, 0
-        self.model.base_model.layers[self.layer].register_forward_hook(self._edit)
+        engines.blocks(self.model)[self.layer].register_forward_hook(self._edit)
 
     def _edit(self, _module: Any, _args: Any, output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
