@@ -21,9 +21,12 @@ from saeguard.guard.columns import (
     spread,
     used,
 )
+from saeguard.guard.ranked import RankedRows
 from saeguard.guard.tap import install_taps, write_rows
 from saeguard.guard.watchlist import Hook, WatchList
 from saeguard.policy.types import Name, Selection
+from saeguard.sae import EncoderRows
+from saeguard.sae.encoder import NORMS, encoder_in_memory
 from tests.guard.watchlists import FEATURES, make_policy, make_watchlist, random_policy, seeded
 
 D = 16
@@ -157,3 +160,73 @@ def test_slim_holds_no_weights() -> None:
     assert bare.hooks[0].W.is_meta
     policy = make_policy("p", Name("a"), {"a": Selection("f0", 0.5)})
     assert slim(make_watchlist([policy])).policies == (policy,)
+
+
+def normalised(rows: Hook) -> Hook:
+    """Return the rows as those of an SAE that normalises each token."""
+    kind = NORMS.index("layer_norm")
+    return replace(rows, norm=torch.full((len(rows.W),), kind, dtype=torch.int64))
+
+
+def test_norms() -> None:
+    """Taps that compute none cannot serve one; those that do serve plain rows in any column."""
+    plain, normed = hook([1, 2]), normalised(hook([1, 2]))
+    assert not set(row_ids(plain)) & set(row_ids(normed))
+    with pytest.raises(CapacityError, match="normalises each token, which the taps"):
+        check_fits(allocate(watching([1, 2]), 4), [normed], [row_ids(normed)], {})
+    first = replace(watching([1, 2]), hooks=(normed,))
+    columns = allocate(first, 2)
+    (tap,) = install_taps(
+        spread(first, columns, [np.arange(2)]), max_tokens=4, slots=1, device=torch.device("cpu")
+    )
+    ids = [row_ids(plain)]
+    check_fits(columns, [plain], ids, {})
+    placed = place(columns, [plain], ids, {}, 1)
+    assert placed is not None
+    rows = {n: getattr(plain, n).numpy() for n in ("W", "b", "theta")}
+    write_rows([tap], Write(0, placed.at[0], rows))
+    x = torch.randn(3, D)
+    torch.ops.saeguard.tap(x, None, 0)
+    pre = x @ plain.W.t() + plain.b
+    assert torch.allclose(tap.f[:3, placed.at[0]], pre * (pre > plain.theta), atol=1e-6)
+
+
+def test_ranks() -> None:
+    """Latents that fire by rank stay where they are; a lower threshold lowers what they show."""
+    rows = EncoderRows(torch.randn(8, D), torch.zeros(8), torch.zeros(8))
+    encoder = encoder_in_memory(rows, k=3)
+
+    def ranked(latents: tuple[int, ...], bar: float) -> Hook:
+        at = list(latents)
+        bars = torch.full((len(at),), bar)
+        part = RankedRows(encoder, slice(0, len(at)), latents, bars)
+        plain = Hook(0, D, rows.W[at], rows.b[at], rows.theta[at], 0)
+        return replace(plain, ranked=(part,))
+
+    start = ranked((0, 5), 0.5)
+    first = replace(watching([1, 2]), hooks=(start,))
+    columns = allocate(first, 6)
+    at = [np.arange(2)]
+    (tap,) = install_taps(
+        spread(first, columns, at), max_tokens=4, slots=1, device=torch.device("cpu")
+    )
+    other = ranked((0, 6), 0.5)
+    with pytest.raises(CapacityError, match="fire by rank, and their rivals are not what"):
+        check_fits(columns, [other], [row_ids(other)], {})
+    unranked = replace(start, ranked=())
+    assert not set(row_ids(unranked)) & set(row_ids(start))
+    placed = place(columns, [unranked], [row_ids(unranked)], {}, 1)
+    assert placed is not None
+    assert not set(placed.at[0].tolist()) & {0, 1}, "their columns are not for others"
+
+    lower = ranked((5, 0), 0.25)
+    ids = [row_ids(lower)]
+    check_fits(columns, [lower], ids, {})
+    placed = place(columns, [lower], ids, {0: frozenset({0, 1})}, 2)
+    assert placed is not None
+    assert placed.at[0].tolist() == [1, 0]
+    assert not len(placed.missing[0])
+    # What passes before showed of them had higher bars.
+    assert oldest_readable(placed.columns, used([lower], placed.at)) == 2
+    write_rows([tap], Write(0, placed.at[0], {"bar": np.array([0.25, 0.75], np.float32)}))
+    assert tap.ranked[0].bar.tolist() == [0.5, 0.25]
