@@ -99,10 +99,10 @@ def _read(info: SaeInfo, latents: Sequence[int]) -> EncoderRows:
         W, b, shift = W * norms[:, None], b * norms, shift * norms
         if layout.decoder_norm == "after_threshold":
             theta = theta * norms
-    if not info.relu_after_topk:
-        theta = torch.full_like(theta, -torch.inf)
     # A gate is a threshold of the magnitude, since both are functions of one product.
     theta = scale * torch.maximum(theta, -shift / scale) + shift
+    if not info.relu_after_topk:
+        theta = torch.full_like(theta, -torch.inf)
     W, b = W * scale[:, None], b * scale + shift
     if info.norm == "layer_norm":  # stands for subtracting each token's mean
         W = W - W.mean(1, keepdim=True)
