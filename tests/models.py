@@ -128,7 +128,13 @@ def make_sae(
     config = getattr(sae_lens, f"{name}SAEConfig")(**common, **options)
     sae: Any = getattr(sae_lens, f"{name}SAE")(config)
     with torch.no_grad():
-        for tensor, parameter in sae.named_parameters():
+        # In one order for all kinds: what tests expect to fire hangs on the draws.
+        common_first = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+        named = dict(sae.named_parameters())
+        for tensor in sorted(
+            named, key=lambda n: (n not in common_first, (*common_first, n).index(n))
+        ):
+            parameter = named[tensor]
             if tensor == "threshold":
                 parameter.uniform_(0.05, 0.6)
             else:
