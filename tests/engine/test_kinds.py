@@ -62,7 +62,7 @@ def test_topk_gated_and_normalised_side_by_side(tmp_path: Path) -> None:
     for name in KINDS:
         reference = engines.Reference(model, tmp_path / name)
         features = [watchlist.features.index(f"{name}/f{latent}") for latent in latents]
-        columns = watchlist.mix[:, features].argmax(0).tolist()
+        columns = [watchlist.latents(feature)[0][0] for feature in features]
         for result in served.results:
             positions, f = served.activations[result["id"]]
             tokens = [*result["prompt"], *result["output"]][:-1]
