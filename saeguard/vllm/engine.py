@@ -291,9 +291,10 @@ class EngineGuard:
         admission = self.admitted.pop(request_id)
         digest = admission.pin.generation.watchlist.digest
         coverage = self.ledger.coverage(request_id, request.num_tokens)
-        aborted = reason in EARLY
-        verdicts = self.ledger.finish(request_id, request.num_tokens, forget=not aborted)
-        if aborted:
+        # Rows that are scheduled and not seen yet: others may read the KV that they leave.
+        more = reason in EARLY or self.ledger.seen(request_id) < request.num_computed_tokens
+        verdicts = self.ledger.finish(request_id, request.num_tokens, forget=not more)
+        if more:
             self.departed[request_id] = request
         if request_id.startswith(SELF_TEST):
             self.self_test[request_id] = coverage
@@ -342,7 +343,7 @@ class EngineGuard:
         return self.counts.take()
 
     def release(self, request_ids: Iterable[str]) -> None:
-        """Forget aborted requests, once no pass with them is under way."""
+        """Forget departed requests, once no pass with them is under way."""
         gone = [r for r in request_ids if r in self.departed]
         if gone:
             self.catch_up()

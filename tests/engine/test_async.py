@@ -7,12 +7,14 @@ events are stand-ins. What this cannot show is a copy that is still under way on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.engine import engines
-from tests.engine.test_storm import SMALL_CACHE, living, storm
+from tests.engine.test_storm import SMALL_CACHE, Live, living, storm
 
 pytestmark = pytest.mark.engine
 
@@ -53,6 +55,32 @@ import saeguard_stand_ins
 """Python runs the first `sitecustomize` only; V2 needs its own one, too."""
 
 
+@contextmanager
+def alive(root: Path, kind: type[Live], *, v2: bool = False) -> Iterator[Live]:
+    """Run an engine whose steps overlap."""
+    (root / "saeguard_stand_ins.py").write_text(STAND_INS)
+    (root / "sitecustomize.py").write_text(ALSO)
+    path = engines.environment(v2=v2)["PYTHONPATH"]
+    engine = {**SMALL_CACHE, "async_scheduling": True}
+    environment = {"PYTHONPATH": f"{root}:{path}"}
+    with living(root, engine, kind, v2=v2, environment=environment) as live:
+        yield live
+
+
+class Stopping(Live):
+    """An engine on which many prompts are stopped, with their next chunk under way already."""
+
+    stops_above = (5.0, 4.5)
+
+
+def test_what_a_stopped_request_computed_is_seen(tmp_path: Path) -> None:
+    """Its later chunks are read from the cache by requests that begin alike."""
+    with alive(tmp_path, Stopping) as live:
+        storm(live, 80)
+        assert live.tally.seen["stopped"] > 20
+        assert live.tally.seen["cached"] > 2
+
+
 @pytest.mark.parametrize(
     ("requests", "v2"),
     [
@@ -64,12 +92,7 @@ import saeguard_stand_ins
 )
 def test_storm(tmp_path: Path, requests: int, v2: bool) -> None:
     """Preemption, aborts, stop policies and cached prefixes while a step is always under way."""
-    (tmp_path / "saeguard_stand_ins.py").write_text(STAND_INS)
-    (tmp_path / "sitecustomize.py").write_text(ALSO)
-    path = engines.environment(v2=v2)["PYTHONPATH"]
-    engine = {**SMALL_CACHE, "async_scheduling": True}
-    environment = {"PYTHONPATH": f"{tmp_path}:{path}"}
-    with living(tmp_path, engine, v2=v2, environment=environment) as live:
+    with alive(tmp_path, Live, v2=v2) as live:
         assert live.ask("mix", mix=[])["scheduler"] == "AsyncScheduler"
         storm(live, requests)
         for what in ("preempted", "aborted", "stopped", "cached"):

@@ -64,6 +64,9 @@ class Tally:
 class Live:
     """An engine in a child process, and the reference for what it serves."""
 
+    stops_above = (7.0, 8.7)
+    """Shares at which its policies stop a request, in output and prompt."""
+
     def __init__(
         self,
         root: Path,
@@ -102,12 +105,13 @@ class Live:
     def prepare(self, root: Path) -> dict[str, Any]:
         """Make random policies, two that stop and one that clamps; return the guard's settings."""
         self.guarded = models.make_guarded(root, most=7.0)
-        detect = {"a": {"feature": "f4", "above": 7.0}}
+        output, prompt = self.stops_above
+        detect = {"a": {"feature": "f4", "above": output}}
         more = {"condition": "a", "action": "stop", "on_error": "stop"}
         models.write_policy(self.guarded.policies / "s.yaml", id="stop.output", scope="output",
                             detect=detect, **more)  # fmt: skip
         models.write_policy(self.guarded.policies / "t.yaml", id="stop.prompt", scope="prompt",
-                            detect={"a": {"feature": "f8", "above": 8.7}}, **more)  # fmt: skip
+                            detect={"a": {"feature": "f8", "above": prompt}}, **more)  # fmt: skip
         models.write_policy(
             self.guarded.policies / "c.yaml", id="test.clamp", mode="shadow", action="clamp",
             detect={"a": {"feature": "f12", "above": 0.5}}, condition="a",
