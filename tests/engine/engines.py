@@ -66,6 +66,12 @@ def environment(*, v2: bool = False, triton: bool = False) -> dict[str, str]:
     return env
 
 
+def mutation() -> str:
+    """Return what tests/mutants.py breaks, for tests whose children run code of their own first."""
+    prelude = os.environ.get("SAEGUARD_TEST_PRELUDE")
+    return (Path(prelude) / "sitecustomize.py").read_text() if prelude else ""
+
+
 def run(
     folder: Path,
     engine: dict[str, Any],

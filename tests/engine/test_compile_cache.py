@@ -59,7 +59,9 @@ class Cache:
         """Return the arguments of `engines.run` and `engines.serve`."""
         prelude = self.root / f"{name}.prelude"
         prelude.mkdir()
-        (prelude / "sitecustomize.py").write_text(LOADING + SAME_HASH * same_hash)
+        (prelude / "sitecustomize.py").write_text(
+            LOADING + SAME_HASH * same_hash + engines.mutation()
+        )
         events = str(self.root / "events.jsonl")  # one path: it is in the hash, as all settings are
         return {
             "folder": self.root / name,

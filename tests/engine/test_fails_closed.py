@@ -37,7 +37,7 @@ def start(
     if prelude:
         hooks = folder / "prelude"
         hooks.mkdir()
-        (hooks / "sitecustomize.py").write_text(prelude)
+        (hooks / "sitecustomize.py").write_text(prelude + engines.mutation())
     engine = {
         "model": str(guarded.model),
         "max_num_seqs": 4,
