@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 
 from saeguard.guard import clamp as clamping
@@ -23,6 +25,8 @@ from saeguard.guard.ranked import Ranked, make_ranked, settle
 from saeguard.guard.rows import Rows, allocate_rows
 from saeguard.guard.watchlist import WatchList
 from saeguard.sae.encoder import column_scales
+
+log = structlog.get_logger("saeguard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,9 @@ class Tap:
 TAPS: dict[int, Tap] = {}
 """The taps of this process's model, by layer. Filled once at start-up."""
 
+FAILURES: Counter[int] = Counter()
+"""Passes in which a tap of this process raised, by layer."""
+
 _library: Any = torch.library.Library("saeguard", "DEF")  # type: ignore[no-untyped-call]
 _library.define("tap(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
 
@@ -86,11 +93,30 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
         scale = read(tap, hidden, None if residual is None else as_rows(residual), f)
         for clamp in tap.clamps.values():  # a row belongs to one request, which one of them edits
             clamping.apply(clamp, hidden, f, tap.rows, scale)
-    except RuntimeError:  # out of memory among them: serving goes on, the verdict says `error`
+    except RuntimeError as error:  # out of memory among them: serving goes on, the verdict says so
         if torch.compiler.is_compiling() or _capturing():
             raise
         tap.f.fill_(torch.nan)  # all of it: which rows are this pass's may be what went wrong
+        _tell(tap, error)
     tap.ticks.add_(1)
+
+
+def _tell(tap: Tap, error: RuntimeError) -> None:
+    """Log a failure on the rank where it happened: vLLM hears only one of several.
+
+    The first, and then each time their number has doubled: a fault that stays would fill the log.
+    """
+    FAILURES[tap.layer] += 1
+    failures = FAILURES[tap.layer]
+    if failures.bit_count() == 1:
+        ranks = torch.distributed
+        log.error(
+            "saeguard tap failed: its tokens count as not read, and nothing was clamped",
+            layer=tap.layer,
+            passes=failures,
+            rank=ranks.get_rank() if ranks.is_available() and ranks.is_initialized() else 0,
+            error=str(error),
+        )
 
 
 def _read_plainly(

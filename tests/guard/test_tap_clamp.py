@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from saeguard.guard import clamp as clamping
 from saeguard.guard import tap as tapping
 from saeguard.guard.generations import clamps_digest
 from saeguard.guard.rows import lay_out
-from saeguard.guard.tap import TAPS, Tap, install_taps, tap_output
+from saeguard.guard.tap import FAILURES, TAPS, Tap, install_taps, tap_output
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.live.orders import Admitted
 from saeguard.policy.types import Clamp, Name, Not, Policy, Selection, Window
@@ -507,3 +508,19 @@ def test_passes_of_other_lengths_do_not_disturb() -> None:
     torch.ops.saeguard.tap(torch.ones(3, FEATURES), None, 0)
 
     assert (tap.f[3:] == 7).all()
+
+
+def test_a_tap_that_raises_is_told_where_it_happens() -> None:
+    """Its values are NaN, and the log of its own rank says why: first, and each doubling."""
+    watchlist = make_watchlist([simple()], [make_hook()])
+    (tap,) = install_taps(watchlist, max_tokens=8, slots=1, device=CPU)
+    FAILURES.clear()
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(5):
+            tap.f.zero_()
+            torch.ops.saeguard.tap(torch.ones(3, FEATURES + 1), None, 0)
+            assert tap.f.isnan().all()
+
+    assert [line["passes"] for line in lines] == [1, 2, 4]
+    assert all(line["log_level"] == "error" and line["layer"] == 0 for line in lines)
+    assert str(FEATURES + 1) in lines[0]["error"]
