@@ -62,18 +62,32 @@ class Coverage(Part):
     skipped: Skipped = Field(description="All other tokens, by reason.")
 
 
-class Event(Part):
-    """One policy's verdict on one request. Never holds prompt, output or token text."""
+class Line(Part):
+    """What every line of the event log holds, besides `event`, which says its kind."""
 
-    event: Literal["verdict"] = Field(description="Kind of the line.")
     schema_: Literal["saeguard.event/v1"] = Field(
         alias="schema", description="Version of this schema."
     )
-    request_id: str = Field(min_length=1, description="The engine's own id of the request.")
     model: str = Field(description="Name the model is served under.")
-    tenant: str | None = Field(
-        description="Whose request it was by its API key; null where nobody's known."
+    time: AwareDatetime | None = Field(
+        None, description="When the event was written, UTC; added by the sink."
     )
+
+
+class Ended(Line):
+    """A line about a request that ended."""
+
+    request_id: str = Field(min_length=1, description="The engine's own id of the request.")
+    tenant: str | None = Field(
+        description="Whose request it was by its API key; null where nobody is known."
+    )
+    finished: str | None = Field(description="Why the request ended, in the engine's words.")
+
+
+class Event(Ended):
+    """One policy's verdict on one request. Never holds prompt, output or token text."""
+
+    event: Literal["verdict"] = Field(description="Kind of the line.")
     watchlist: str = Field(
         description="sha256 over policies, feature sets and checkpoints, or its start."
     )
@@ -107,40 +121,20 @@ class Event(Part):
     coverage: Coverage = Field(description="How much of its scope the policy looked at.")
     exception: str | None = Field(description="Id of the exception that waived the action.")
     error: str | None = Field(description="Kind of error; null where every token was read.")
-    finished: str | None = Field(description="Why the request ended, in the engine's words.")
-    time: AwareDatetime | None = Field(
-        None, description="When the event was written, UTC; added by the sink."
-    )
 
 
-class Mismatch(Part):
+class Mismatch(Ended):
     """A request whose tokens are not all accounted for: a fault of the guard, never silent."""
 
     event: Literal["ledger_mismatch"] = Field(description="Kind of the line.")
-    schema_: Literal["saeguard.event/v1"] = Field(
-        alias="schema", description="Version of this schema."
-    )
-    request_id: str = Field(min_length=1, description="The engine's own id of the request.")
-    model: str = Field(description="Name the model is served under.")
-    tenant: str | None = Field(
-        description="Whose request it was by its API key; null where nobody's known."
-    )
     watchlist: str = Field(description="sha256 over policies, feature sets and checkpoints.")
     coverage: Coverage = Field(description="The request's own ledger, which does not add up.")
-    finished: str | None = Field(description="Why the request ended, in the engine's words.")
-    time: AwareDatetime | None = Field(
-        None, description="When the event was written, UTC; added by the sink."
-    )
 
 
-class Reload(Part):
+class Reload(Line):
     """The policy files were read while serving; a refused list leaves the one before in use."""
 
     event: Literal["policy.reload"] = Field(description="Kind of the line.")
-    schema_: Literal["saeguard.event/v1"] = Field(
-        alias="schema", description="Version of this schema."
-    )
-    model: str = Field(description="Name the model is served under.")
     outcome: Literal["active", "unchanged", "refused", "failed"] = Field(
         description="active: the new list is in use. unchanged: it was already. refused: the files "
         "are wrong, or this server cannot serve them. failed: they could not be read at all."
@@ -154,24 +148,14 @@ class Reload(Part):
     read_ms: float = Field(ge=0, description="Reading and compiling, in a process of its own.")
     swap_ms: float = Field(ge=0, description="From then until new requests were judged by it.")
     rows: int = Field(ge=0, description="Encoder rows written into the taps.")
-    time: AwareDatetime | None = Field(
-        None, description="When the event was written, UTC; added by the sink."
-    )
 
 
-class Refusal(Part):
+class Refusal(Line):
     """A request asked the guard for what it may not have, and got a 400."""
 
     event: Literal["request.refused"] = Field(description="Kind of the line.")
-    schema_: Literal["saeguard.event/v1"] = Field(
-        alias="schema", description="Version of this schema."
-    )
-    model: str = Field(description="Name the model is served under.")
-    tenant: str | None = Field(description="Whose request it was; null where nobody's known.")
+    tenant: str | None = Field(description="Whose request it was; null where nobody is known.")
     reason: str = Field(description="What it was told.")
-    time: AwareDatetime | None = Field(
-        None, description="When the event was written, UTC; added by the sink."
-    )
 
 
 LINE: TypeAdapter[Event | Mismatch | Reload | Refusal] = TypeAdapter(
