@@ -32,6 +32,10 @@ def feature_set(folder: Path, width: int) -> FeatureSet:
     save_file(tensors, sae / "sae_weights.safetensors")
     cfg = {
         "architecture": "jumprelu",
+        "d_in": width,
+        "d_sae": LATENTS,
+        "dtype": "float32",
+        "device": "cpu",
         "apply_b_dec_to_input": False,
         "metadata": {"hook_name": f"blocks.{LAYER}.hook_resid_post"},
     }

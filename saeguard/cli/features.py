@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from saeguard.cli import fired
 from saeguard.cli.files import mistakes_told, write_atomically
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ _ModelOption = Annotated[
     Path, typer.Option("--model", help="Folder of a Hugging Face model.", exists=True)
 ]
 _SEED = typer.Option(help="Of resampling and controls; the same seed gives the same file.")
+
+verb.command("fired")(fired.verb)
 
 
 @verb.command()

@@ -6,10 +6,15 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+from sae_lens import SAE
 from typer.testing import CliRunner
 
 from saeguard.cli.features import verb
 from saeguard.features.load import load_feature_set
+from saeguard.hf.model import load_model
+from saeguard.hf.record import record
+from saeguard.hf.texts import make_text
 from tests.guarded import LATENTS, feature_set
 from tests.tiny import D, save_model
 
@@ -36,7 +41,7 @@ def _texts(file: Path, split: str, count: int = 60, *, ordinary: bool = False) -
 def _run(*arguments: object) -> str:
     result = CliRunner().invoke(verb, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def test_search_then_calibrate(tmp_path: Path) -> None:
@@ -90,3 +95,28 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "share 10 templates" in result.output
     assert not (tmp_path / "o.json").exists()
+
+
+def test_what_else_fired(tmp_path: Path) -> None:
+    """Each token's strongest latents are SAELens's own, and those of features carry their names."""
+    model = save_model(tmp_path / "model")
+    features = feature_set(tmp_path / "sets", D)
+    lm = load_model(model)
+    text = make_text("text", lm.tokenizer, [("user", "Say: ")], "abc")
+    ((_, residuals),) = record(lm, [text.tokens], [features.sae.layer])
+    sae = SAE.load_from_disk(features.sae.path)
+    values, latents = sae.encode(residuals[features.sae.layer]).topk(3)
+
+    common = ("--set", features.path, "--model", model, "--prompt", "Say: ", "--completion", "abc")
+    found = json.loads(_run("fired", *common, "--most", 3, "--json"))
+    assert [token["at"] for token in found] == list(range(len(text.tokens)))
+    for token, value, latent in zip(found, values, latents, strict=True):
+        assert [at["latent"] for at in token["latents"]] == latent.tolist()
+        assert [at["activation"] for at in token["latents"]] == pytest.approx(value.tolist())
+    watched = {t.latent: f.id for f in features.features.values() for t in f.detect}
+    for at in (at for token in found for at in token["latents"]):
+        assert at["features"] == ([watched[at["latent"]]] if at["latent"] in watched else [])
+    assert _run("fired", *common, "--token", 1).count("\n") == 5
+    refused = CliRunner().invoke(verb, [str(a) for a in ("fired", *common, "--token", 99)])
+    assert refused.exit_code == 1
+    assert "tokens 0 to" in refused.output

@@ -42,11 +42,15 @@ class Server:
         given = {"messages": CHAT, "max_tokens": 20, "temperature": 0, **more}
         return self.client.chat.completions.create(model="tiny", **given)
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Return every line of the event log, whatever its kind."""
+        lines = self.events.read_text().splitlines() if self.events.exists() else []
+        return list(map(json.loads, lines))
+
     def told(self, request_id: str | None = None) -> list[dict[str, Any]]:
-        """Return the events, those of one request once they have all been written."""
+        """Return the verdicts, those of one request once they have all been written."""
         for _ in range(200):
-            lines = self.events.read_text().splitlines() if self.events.exists() else []
-            found = [e for e in map(json.loads, lines) if e["event"] == "verdict"]
+            found = [e for e in self.lines() if e["event"] == "verdict"]
             if request_id is None:
                 return found
             found = [e for e in found if request_id in e.get("request_id", "")]

@@ -60,7 +60,7 @@ class Live:
     def until(self, what: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Wait for an event."""
         for _ in range(600):
-            for event in self.server.told():
+            for event in self.server.lines():
                 if what(event):
                     return event
             time.sleep(0.1)
@@ -180,7 +180,7 @@ def test_a_tenant_cannot_be_forged_on_any_route(live: Live) -> None:
     ):
         httpx.post(base + route, json={"model": "tiny", **body, **xargs}, timeout=60)
     live.ask()
-    forged = [e for e in live.server.told() if e.get("tenant") == "red-team"]
+    forged = [e for e in live.server.lines() if e.get("tenant") == "red-team"]
     assert {e["event"] for e in forged} <= {"verdict", "request.refused"}
     assert all(e["exception"] == "drill" for e in forged if e.get("policy") == "drilled")
     since = [e for e in live.server.told() if e["event"] == "verdict"][-8:]
@@ -220,10 +220,10 @@ def test_a_broken_file_is_told_with_its_place(live: Live) -> None:
 
 def test_sighup_reaches_the_engine(live: Live) -> None:
     """An operator signals the one process he knows; it reads the policies and goes on."""
-    before = sum(e.get("trigger") == "signal" for e in live.server.told())
+    before = sum(e.get("trigger") == "signal" for e in live.server.lines())
     live.server.process.send_signal(signal.SIGHUP)
     for _ in range(600):
-        told = [e for e in live.server.told() if e.get("trigger") == "signal"]
+        told = [e for e in live.server.lines() if e.get("trigger") == "signal"]
         if len(told) > before:
             break
         time.sleep(0.1)
