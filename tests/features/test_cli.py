@@ -116,7 +116,9 @@ def test_what_else_fired(tmp_path: Path) -> None:
     watched = {t.latent: f.id for f in features.features.values() for t in f.detect}
     for at in (at for token in found for at in token["latents"]):
         assert at["features"] == ([watched[at["latent"]]] if at["latent"] in watched else [])
-    assert _run("fired", *common, "--token", 1).count("\n") == 5
+    (alone,) = json.loads(_run("fired", *common, "--token", 1, "--most", 3, "--json"))
+    assert alone == found[1]
+    assert "loud" in _run("fired", *common)
     refused = CliRunner().invoke(verb, [str(a) for a in ("fired", *common, "--token", 99)])
     assert refused.exit_code == 1
     assert "tokens 0 to" in refused.output
