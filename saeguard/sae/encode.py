@@ -27,6 +27,8 @@ ROWS = 512
 """Tokens per block."""
 ELEMENTS = 1 << 22
 """Pre-activations per block: 16 MiB."""
+COPIED = 256
+"""Tokens from which on the faster product is worth a copy of a block of transposed weights."""
 FILE_BLOCK = 8192
 """Most latents that are read from a file at once."""
 
@@ -74,7 +76,10 @@ def products(
     scales = [token_scale(encoder.norm, chunk) for chunk in chunks]
     for start in range(0, encoder.d_sae, block):
         part = encoder.block(start, min(start + block, encoder.d_sae))
-        part = EncoderRows(part.W.float(), part.b, part.theta)
+        W = part.W.float()
+        if len(x) >= COPIED and not W.is_contiguous():  # part of a wider `W_enc.t()`
+            W = W.t().contiguous().t()
+        part = EncoderRows(W, part.b, part.theta)
         for i, (chunk, scale) in enumerate(zip(chunks, scales, strict=True)):
             yield Block(i * rows, start, product(part, chunk, scale), part)
 

@@ -168,11 +168,11 @@ def _affine(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.T
     """Return `x @ W.T + b`, in float32 throughout, by the faster of torch's two libraries.
 
     `torch.mm` is MKL's on a CPU. oneDNN's product, which torch.compile uses, takes 0.5 to 0.9 of
-    its time on AMD (benchmarks/encode.py); only of one token under a transposed `W` is it slower.
-    It knows no gradients.
+    its time on AMD (benchmarks/encode.py), but more for one token under a transposed `W`, and
+    hundreds of times more where `W` is part of a wider transposed one. It knows no gradients.
     """
-    slower = len(x) == 1 and not W.is_contiguous()
-    if _ONEDNN is None or slower or x.device.type != "cpu" or torch.is_grad_enabled():
+    fit = W.is_contiguous() or (len(x) > 1 and W.t().is_contiguous())
+    if _ONEDNN is None or not fit or x.device.type != "cpu" or torch.is_grad_enabled():
         return torch.mm(x, W.t()) if b is None else torch.addmm(b, x, W.t())
     return _ONEDNN(x, W, b, "none", [], "")
 
