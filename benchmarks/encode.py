@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import os
 import platform
 import random
 import subprocess
@@ -29,6 +30,7 @@ from benchmarks.encode_cases import WIDTHS, Call, Weights
 from benchmarks.encode_report import FLOOR, document, line
 
 ROOT = Path(__file__).parents[1]
+NAMES = {"16k": 16_384, "65k": 65_536, "262k": 262_144, "1M": 1_048_576}
 TOKENS = (1, 32, 512, 4096)
 WATCHED = (1, 32, 256, 1024)
 ROUNDS = 31
@@ -146,11 +148,11 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((row.split(":")[1].strip() for row in info if row.startswith("model name")), None)
     git = ["git", "rev-parse", "--short", "HEAD"]
-    revision = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607
+    revision = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
     packages = ("torch", "numpy", "sae-lens", "eai-sparsify")
     return {
         "cpu": cpu or platform.processor(),
-        "cores": len(_cores()),
+        "cores": len(os.sched_getaffinity(0)),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in packages},
@@ -159,21 +161,17 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _cores() -> set[int]:
-    import os  # noqa: PLC0415
-
-    return os.sched_getaffinity(0)
-
-
 def arguments() -> argparse.Namespace:
     """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
 
     def numbers(text: str) -> list[int]:
-        units = {"k": 1 << 10, "M": 1 << 20}
-        return [int(part.rstrip("kM")) * units.get(part[-1], 1) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
 
-    parser.add_argument("--widths", type=numbers, default=list(WIDTHS), help="as 16k,65k,262k,1M")
+    def widths(text: str) -> list[int]:
+        return [NAMES[part] if part in NAMES else int(part) for part in text.split(",")]
+
+    parser.add_argument("--widths", type=widths, default=list(WIDTHS), help="as " + ",".join(NAMES))
     parser.add_argument("--tokens", type=numbers, default=list(TOKENS))
     parser.add_argument("--watched", type=numbers, default=list(WATCHED))
     parser.add_argument("--threads", type=int, default=1, help="default 1: the surest to compare")
@@ -185,12 +183,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="tables and plot go there")
     parser.add_argument("--report-only", action="store_true", help="measure nothing, write docs")
     args = parser.parse_args()
-    known = {width // 1000 if width < 1 << 20 else width: width for width in WIDTHS}
-    # 65k and 262k are 64 and 256 times 1,024.
-    args.widths = [known.get(w >> 10, w) if w not in WIDTHS else w for w in args.widths]
     for width in args.widths:
         if width not in WIDTHS:
-            parser.error(f"--widths: {width} is none of 16k, 65k, 262k, 1M")
+            parser.error(f"--widths: {width} is none of {', '.join(NAMES)}")
     return args
 
 

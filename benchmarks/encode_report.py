@@ -42,15 +42,15 @@ def line(case: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     if value is None:
-        return "–"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"  # noqa: PLR2004
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def _spread(case: dict[str, Any], name: str) -> str:
     found = case["ratios"][clock(case)].get(name)
     if found is None:
-        return "–"
-    return f"{_number(found[0])} ({_number(found[1])}–{_number(found[2])})"
+        return "-"
+    return f"{_number(found[0])} ({_number(found[1])}-{_number(found[2])})"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -60,7 +60,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def full_table(cases: list[dict[str, Any]]) -> list[str]:
     """Return time and memory of encoding all latents."""
     head = (
-        "latents × d_in", "tokens", "product, ms", "saeguard", "SAELens", "SAELens / saeguard",
+        "latents x d_in", "tokens", "product, ms", "saeguard", "SAELens", "SAELens / saeguard",
         "product of rows, ms", "saeguard TopK", "sparsify TopK", "MiB: saeguard, TopK, SAELens, sparsify",
     )  # fmt: skip
     rows = []
@@ -69,7 +69,7 @@ def full_table(cases: list[dict[str, Any]]) -> list[str]:
         many = "" if case["library_calls"] == 1 else f" in {case['library_calls']} calls"
         names = ("saeguard", "saeguard topk", "saelens", "sparsify topk")
         rows.append([
-            f"{case['width']:,} × {case['d_in']:,}",
+            f"{case['width']:,} x {case['d_in']:,}",
             f"{case['tokens']:,}",
             f"{1e3 * took['product']:,.1f}",
             _spread(case, "saeguard / product"),
@@ -78,7 +78,7 @@ def full_table(cases: list[dict[str, Any]]) -> list[str]:
             f"{1e3 * took['product rows']:,.1f}",
             _spread(case, "saeguard topk / product rows"),
             _spread(case, "sparsify topk / product rows"),
-            ", ".join("–" if peak[name] is None else f"{peak[name]:,.0f}" for name in names) + many,
+            ", ".join("-" if peak[name] is None else f"{peak[name]:,.0f}" for name in names) + many,
         ])  # fmt: skip
     return _table(head, rows)
 
@@ -86,12 +86,12 @@ def full_table(cases: list[dict[str, Any]]) -> list[str]:
 def watched_table(cases: list[dict[str, Any]]) -> list[str]:
     """Return what watched rows save, and what screening adds to them."""
     head = (
-        "latents × d_in", "tokens", "watched", "µs", "SAELens full / watched",
+        "latents x d_in", "tokens", "watched", "µs", "SAELens full / watched",
         "screened, none passes", "screened, 1 in 1,000 passes",
     )  # fmt: skip
     rows = [
         [
-            f"{case['width']:,} × {case['d_in']:,}",
+            f"{case['width']:,} x {case['d_in']:,}",
             f"{case['tokens']:,}",
             f"{n:,}",
             f"{1e6 * case['seconds'][clock(case)][f'watched {n}']:,.0f}",
@@ -112,8 +112,8 @@ def watched(case: dict[str, Any]) -> list[int]:
 
 def aims(cases: list[dict[str, Any]]) -> list[str]:
     """Return each aim, at how many sizes it is met, and where it is not."""
-    full = [(f"{c['width']:,} × {c['tokens']:,}", c) for c in cases]
-    many = [(name, c) for name, c in full if c["tokens"] >= 512]  # noqa: PLR2004
+    full = [(f"{c['width']:,} x {c['tokens']:,}", c) for c in cases]
+    many = [(name, c) for name, c in full if c["tokens"] >= 512]
     some = [(f"{name}, {n:,} watched", c, n) for name, c in full for n in watched(c)]
     found = [
         ("JumpReLU within 1.15 of the product", 1.15, False,
@@ -136,8 +136,9 @@ def aims(cases: list[dict[str, Any]]) -> list[str]:
         worst = sorted(missed, key=lambda pair: pair[1], reverse=not above)[:3]
         told = "; ".join(f"{name}: {_number(value)}" for name, value in worst)
         met = len(known) - len(missed)
-        rows.append([aim, f"{met} of {len(known)}", told + (" …" if len(missed) > len(worst) else "")])  # fmt: skip
-    return _table(("aim", "met at", "furthest off (latents × tokens)"), rows)
+        more = " …" if len(missed) > len(worst) else ""
+        rows.append([aim, f"{met} of {len(known)}", told + more])
+    return _table(("aim", "met at", "furthest off (latents x tokens)"), rows)
 
 
 def document(result: dict[str, Any], docs: Path) -> None:
