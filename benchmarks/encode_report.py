@@ -35,8 +35,8 @@ def line(case: dict[str, Any]) -> str:
     )
     return (
         f"{case['width']:,} latents, {case['tokens']:,} tokens, {case['rounds']} rounds, load "
-        f"{case['load'][0]:.1f} to {case['load'][1]:.1f}: product {1e3 * seconds['product']:.1f} ms; "
-        f"of the product: {full}"
+        f"{case['load'][0]:.1f} to {case['load'][1]:.1f}: product {1e3 * seconds['product']:.1f} ms; of the "
+        f"product: {full}"
     )
 
 
@@ -61,7 +61,8 @@ def full_table(cases: list[dict[str, Any]]) -> list[str]:
     """Return time and memory of encoding all latents."""
     head = (
         "latents x d_in", "tokens", "product, ms", "saeguard", "SAELens", "SAELens / saeguard",
-        "product of rows, ms", "saeguard TopK", "sparsify TopK", "MiB: saeguard, TopK, SAELens, sparsify",
+        "product of rows, ms", "saeguard TopK", "sparsify TopK",
+        "MiB: saeguard, TopK, SAELens, sparsify",
     )  # fmt: skip
     rows = []
     for case in cases:
