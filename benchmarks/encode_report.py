@@ -35,8 +35,8 @@ def line(case: dict[str, Any]) -> str:
     )
     return (
         f"{case['width']:,} latents, {case['tokens']:,} tokens, {case['rounds']} rounds, load "
-        f"{case['load'][0]:.1f} to {case['load'][1]:.1f}: product {1e3 * seconds['product']:.1f} ms; of the "
-        f"product: {full}"
+        f"{case['load'][0]:.1f} to {case['load'][1]:.1f}: product "
+        f"{1e3 * seconds['product']:.1f} ms; of the product: {full}"
     )
 
 
