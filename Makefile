@@ -14,7 +14,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak reload-storm fuzz lsp check format bench build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak reload-storm fuzz lsp check format bench bench-encode build doctor clean
 
 setup: $(READY)
 
@@ -105,6 +105,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead
+
+# Encoders side by side, every size: half an hour. ARGS="--widths 16k,65k --resume" for a part of it.
+bench-encode: setup
+	$(BIN)/python -m benchmarks.encode $(ARGS)
 
 build: setup
 	$(BIN)/python -m build

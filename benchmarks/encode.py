@@ -1,7 +1,9 @@
 """Encoders side by side in one process: ours, SAELens', sparsify's, and the bare matrix product.
 
-`python benchmarks/encode.py` prints tables, writes `results/encode-<cpu>.json` and plots into
-`docs/img`. Every ratio compares medians of calls that took turns in this process.
+`make bench-encode` measures every size, prints ratios, keeps each case in `results/encode.json` as
+soon as it is measured, and writes the tables and the plot of docs/encoding.md. Contestants take
+turns in random order, round by round, and what is compared are the ratios within a round, so that
+what else runs on the machine meets all of them. `--resume` keeps the cases that are there.
 """
 
 from __future__ import annotations
@@ -9,282 +11,215 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import os
 import platform
 import random
-import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from saeguard.guard.ranked import RankedRows, make_ranked, settle
-from saeguard.sae import EncoderRows, encode_full, encoder_in_memory
+from benchmarks import encode_cases as cases
+from benchmarks.encode_cases import WIDTHS, Call, Weights
+from benchmarks.encode_report import FLOOR, document, line
 
 ROOT = Path(__file__).parents[1]
-WIDTHS = {16_384: 1024, 65_536: 1024, 262_144: 512, 1_048_576: 128}
-"""Latents, and the residual's width: narrower for the widest, so that it fits this memory."""
+NAMES = {"16k": 16_384, "65k": 65_536, "262k": 262_144, "1M": 1_048_576}
 TOKENS = (1, 32, 512, 4096)
 WATCHED = (1, 32, 256, 1024)
-ACTIVE = 64
-"""Latents that fire on a token, about; `k` of TopK."""
-AIMS = {"product": 1.15, "saelens": 1.4, "watched": 50.0, "screened": 1.1}
+ROUNDS = 31
+"""At most."""
 
 
-def medians(
-    calls: dict[str, Callable[[], Any]], args: argparse.Namespace, *, most: int = 31
-) -> dict[str, float]:
-    """Return each call's median time in seconds; the calls take turns in random order."""
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    order, began = list(calls), clock()
-    rng = random.Random(0)
-    for round_ in range(most):
-        if round_ >= 2 and clock() - began > args.seconds:
+def settled(device: str) -> float:
+    """Return the time, once the device has nothing left to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def turns(calls: dict[str, Call], device: str, seconds: float, least: int) -> dict[str, Any]:
+    """Return each call's `wall` and `cpu` seconds, [rounds] each; the calls take turns."""
+    spent: dict[str, Any] = {name: {"wall": [], "cpu": []} for name in calls}
+    order, began, rng = list(calls), settled(device), random.Random(0)
+    for round_ in range(ROUNDS):
+        if round_ >= least and settled(device) - began > seconds:
             break
         rng.shuffle(order)
         for name in order:
-            start = clock()
+            wall, cpu = settled(device), time.process_time()
             calls[name]()
-            spent[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in spent.items()}
+            spent[name]["wall"].append(settled(device) - wall)
+            spent[name]["cpu"].append(time.process_time() - cpu)
+    return spent
 
 
-def peak_mib(call: Callable[[], Any]) -> float | None:
-    """Return by how much a call raises the process's resident memory at most (Linux)."""
+def summary(spent: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Return median seconds, and ratios with intervals, by both clocks.
+
+    The cost of screening where one token in a thousand passes is that of the calls in which none
+    does and in which some do, weighted.
+    """
+    out: dict[str, Any] = {"rounds": len(spent["product"]["wall"]), "seconds": {}, "ratios": {}}
+    for clock in ("wall", "cpu"):
+        took = {name: np.array(times[clock]) for name, times in spent.items()}
+        share = min(1.0, tokens / cases.ONE_IN / max(1, tokens // cases.ONE_IN))
+        for name in [name for name in took if name.startswith("passed ")]:
+            watched = name.split()[1]
+            took[f"thousandth {watched}"] = (
+                share * took[name] + (1 - share) * took[f"screened {watched}"]
+            )
+        pairs = {name: FLOOR[name] for name in took if name in FLOOR}
+        ratios = {f"{name} / {floor}": took[name] / took[floor] for name, floor in pairs.items()}
+        ratios["saelens / saeguard"] = took["saelens"] / took["saeguard"]
+        for name, times in took.items():
+            kind, _, watched = name.partition(" ")
+            if kind == "watched":
+                ratios[f"saelens / {name}"] = took["saelens"] / times
+            if kind in {"screened", "passed", "thousandth"}:
+                ratios[f"{name} / watched {watched}"] = times / took[f"watched {watched}"]
+        out["seconds"][clock] = {n: float(f"{np.median(t):.4g}") for n, t in took.items()}
+        out["ratios"][clock] = {name: interval(values) for name, values in ratios.items()}
+    return out
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Return the median and the ends of its 95 % bootstrap interval."""
+    drawn = np.random.default_rng(0).choice(values, (1000, len(values)))
+    ends = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return [float(f"{value:.4g}") for value in (np.median(values), *ends)]
+
+
+def peak_mib(call: Call, device: str) -> float | None:
+    """Return by how much a call raises memory at most: resident memory on Linux, or the GPU's."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     except OSError:
         return None
-    before = _status("VmRSS")
+    resident = _status("VmRSS")
     call()
-    return (_status("VmHWM") - before) / 1024
+    return round((_status("VmHWM") - resident) / 1024, 1)
 
 
 def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1])
+    for row in Path("/proc/self/status").read_text().splitlines():
+        if row.startswith(key):
+            return int(row.split()[1])
     raise KeyError(key)
 
 
-def saelens_sae(width: int, d_in: int) -> Any:
-    """Return SAELens' JumpReLU SAE of which about `ACTIVE` latents fire on a random token."""
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig  # noqa: PLC0415 - seconds
-
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=width, apply_b_dec_to_input=False))
-    share = torch.tensor(1 - ACTIVE / width, dtype=torch.float64)
-    with torch.no_grad():
-        sae.W_enc.normal_(0, d_in**-0.5)
-        sae.b_enc.zero_()
-        sae.threshold.fill_(float(torch.special.ndtri(share)))
-        sae.W_dec = torch.nn.Parameter(torch.empty(0), requires_grad=False)  # not needed, large
-    return sae.eval()
-
-
-def sparsify_coder(W: torch.Tensor) -> Any:
-    """Return sparsify's TopK coder over the same rows."""
-    from sparsify import SparseCoder, SparseCoderConfig  # noqa: PLC0415 - seconds
-
-    coder = SparseCoder(
-        W.shape[1], SparseCoderConfig(num_latents=8, k=ACTIVE, transcode=True), device="cpu"
-    )
-    coder.encoder = torch.nn.Linear(1, 1)
-    coder.encoder.weight = torch.nn.Parameter(W, requires_grad=False)
-    coder.encoder.bias = torch.nn.Parameter(torch.zeros(len(W)), requires_grad=False)
-    return coder.eval()
-
-
-def full_width(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure encodes of all latents."""
-    out = []
-    for width in args.widths:
-        d_in = WIDTHS[width]
-        sae = saelens_sae(width, d_in)
-        rows = EncoderRows(sae.W_enc.data.t(), sae.b_enc.data, sae.threshold.data)
-        ours = encoder_in_memory(rows)
-        W = sae.W_enc.data.t().contiguous()  # sparsify stores it so
-        coder = sparsify_coder(W)
-        topk = encoder_in_memory(EncoderRows(W, sae.b_enc.data, torch.zeros(width)), k=ACTIVE)
-        for tokens in args.tokens:
-            case: dict[str, Any] = {"width": width, "d_in": d_in, "tokens": tokens}
-            gflop, gib = 2e-9 * width * d_in * tokens, 4 * width * tokens / 2**30
-            if gflop > args.most_gflop or gib > args.most_gib:
-                out.append(case | {"skipped": f"{gflop:.0f} GFLOP, {gib:.1f} GiB of output"})
-                continue
-            x = torch.randn(tokens, d_in)
-            z = torch.empty(tokens, width)
-            calls: dict[str, Callable[[], Any]] = {
-                "product": partial(torch.mm, x, sae.W_enc.data, out=z),
-                "saeguard": partial(encode_full, ours, x),
-                "saelens": partial(sae.encode, x),
-                "saeguard topk": partial(encode_full, topk, x),
-                "sparsify topk": partial(coder.encode, x),
-            }
-            with torch.no_grad():
-                case |= {"seconds": medians(calls, args)}
-                case |= {"peak_mib": {name: peak_mib(call) for name, call in calls.items()}}
-            out.append(case)
-            print(_line(case), flush=True)
-    return out
-
-
-def _line(case: dict[str, Any]) -> str:
-    s = case["seconds"]
-    return f"{case['width']:>8} {case['tokens']:>5} " + "  ".join(
-        f"{name} {1e3 * t:.2f} ms ({t / s['product']:.2f})" for name, t in s.items()
-    )
-
-
 @torch.no_grad()
-def watched_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure watched rows, with and without screening for TopK, beside the full encode."""
-    width, d_in = args.watch_width, WIDTHS[args.watch_width]
-    sae = saelens_sae(width, d_in)
-    W = sae.W_enc.data.t().contiguous()
-    topk = encoder_in_memory(EncoderRows(W, sae.b_enc.data, torch.zeros(width)), k=ACTIVE)
-    out = []
-    for tokens in args.tokens:
-        if 2e-9 * width * d_in * tokens > args.most_gflop:
-            continue
-        x = torch.randn(tokens, d_in)
-        for watched in args.watched:
-            picked = torch.randperm(width)[:watched]
-            Wt, b, theta = W[picked].t(), torch.zeros(watched), torch.zeros(watched)
-            f = torch.empty(tokens, watched)
-
-            def read(x=x, Wt=Wt, b=b, theta=theta, f=f) -> torch.Tensor:  # type: ignore[no-untyped-def] # noqa: ANN001
-                pre = torch.addmm(b, x, Wt)
-                return torch.mul(pre, pre > theta, out=f)
-
-            # A bar that one token in a thousand clears, at least one of each batch of 1,000.
-            peak = read().amax(1).sort(descending=True).values
-            passing = tokens // 1000
-            bar = float(peak[passing - 1 : passing + 1].mean()) if passing else float(peak[0]) + 1
-            rows = RankedRows(
-                topk, slice(0, watched), tuple(picked.tolist()), torch.full((watched,), bar)
-            )
-            ranked = make_ranked(rows, torch.device("cpu"))
-
-            def screened(read=read, ranked=ranked, x=x) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
-                settle(ranked, x, read())
-
-            calls = {"watched": read, "screened": screened, "full": partial(sae.encode, x)}
-            case = {
-                "width": width, "d_in": d_in, "tokens": tokens, "watched": watched,
-                "passing": passing, "seconds": medians(calls, args),
-            }  # fmt: skip
-            out.append(case)
-            s = case["seconds"]
-            print(
-                f"{tokens:>5} tokens {watched:>5} watched: {1e3 * s['watched']:.3f} ms, full "
-                f"{s['full'] / s['watched']:.0f} times, "
-                f"screened {s['screened'] / s['watched']:.2f} "
-                f"({passing} pass)",
-                flush=True,
-            )
-    return out
+def measure(args: argparse.Namespace, weights: Weights, width: int, tokens: int) -> dict[str, Any]:
+    """Measure one size, watched rows included."""
+    case: dict[str, Any] = {"width": width, "d_in": WIDTHS[width], "tokens": tokens}
+    case |= {"when": dt.datetime.now(dt.UTC).isoformat(timespec="minutes"), "load": [load()]}
+    x = torch.randn(tokens, WIDTHS[width], device=args.device)
+    calls = cases.full_width(weights, x)
+    for watched in args.watched:
+        calls |= cases.watched_rows(weights, x, watched)
+    library = cases.pieces(x, width, cases.LIBRARY_GIB / cases.TEMPORARIES)
+    case["library_calls"] = len(library)
+    # The first call of each is not timed: it allocates, compiles and finds cold caches.
+    case["peak_mib"] = {name: peak_mib(call, args.device) for name, call in calls.items()}
+    spent = turns(calls, args.device, args.seconds, args.least)
+    case |= summary(spent, tokens)
+    case["load"].append(load())
+    return case
 
 
-def plot(result: dict[str, Any], folder: Path) -> None:
-    """Draw time and memory against width, and watched rows against the full encode."""
-    import matplotlib as mpl  # noqa: PLC0415 - an extra
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    cases = [c for c in result["full"] if "seconds" in c]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    names = ("saeguard", "saelens", "saeguard topk", "sparsify topk")
-    for axis, key, label in (
-        (axes[0], "seconds", "time / bare product"), (axes[1], "peak_mib", "peak memory, MiB"),
-    ):  # fmt: skip
-        for name, marker in zip(names, "osDx", strict=True):
-            mine = [c for c in cases if c["tokens"] == 512 and c[key][name] is not None]
-            values = [c[key][name] / (c[key]["product"] if key == "seconds" else 1) for c in mine]
-            axis.plot([c["width"] for c in mine], values, marker=marker, label=name)
-        axis.set(xscale="log", xlabel="latents (512 tokens)", ylabel=label)
-        axis.legend(fontsize=8)
-    axes[0].axhline(AIMS["product"], linestyle=":", color="grey")
-    axes[1].set_yscale("symlog")
-    for tokens in sorted({c["tokens"] for c in result["watched"]}):
-        mine = [c for c in result["watched"] if c["tokens"] == tokens]
-        ratio = [c["seconds"]["full"] / c["seconds"]["watched"] for c in mine]
-        axes[2].plot([c["watched"] for c in mine], ratio, marker="o", label=f"{tokens} tokens")
-    axes[2].axhline(AIMS["watched"], linestyle=":", color="grey")
-    axes[2].set(
-        xscale="log", yscale="log", xlabel="watched latents", ylabel="full encode / watched rows"
-    )
-    axes[2].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(folder / "encode.png", dpi=110)
+def load() -> float:
+    """Return how many processes wanted a core in the last minute."""
+    return float(Path("/proc/loadavg").read_text().split()[0])
 
 
-def about(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the figures depend on, beside the load, which each case tells."""
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((row.split(":")[1].strip() for row in info if row.startswith("model name")), None)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    revision = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
+    packages = ("torch", "numpy", "sae-lens", "eai-sparsify")
     return {
-        "cpu": cpu,
+        "cpu": cpu or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load": Path("/proc/loadavg").read_text().split()[:3],
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "versions": {name: version(name) for name in packages},
         "revision": revision.stdout.strip(),
-        "arguments": {k: v for k, v in vars(args).items() if k != "out"},
+        "arguments": {k: v for k, v in vars(args).items() if k not in {"out", "docs"}},
     }
 
 
-def main() -> None:
-    """Run it."""
+def arguments() -> argparse.Namespace:
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
 
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    parser.add_argument("--widths", type=numbers, default=list(WIDTHS))
+    def widths(text: str) -> list[int]:
+        return [NAMES[part] if part in NAMES else int(part) for part in text.split(",")]
+
+    parser.add_argument("--widths", type=widths, default=list(WIDTHS), help="as " + ",".join(NAMES))
     parser.add_argument("--tokens", type=numbers, default=list(TOKENS))
     parser.add_argument("--watched", type=numbers, default=list(WATCHED))
-    parser.add_argument("--watch-width", type=int, default=65_536)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=6.0, help="a case, at least 2 rounds")
-    parser.add_argument("--most-gflop", type=float, default=1200.0, help="a product, else skipped")
-    parser.add_argument("--most-gib", type=float, default=2.1, help="[tokens, latents], likewise")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: the process's own time, for a machine that others use; take --threads 1",
-    )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--plots", type=Path, default=ROOT / "docs" / "img")
+    parser.add_argument("--threads", type=int, default=1, help="default 1: the surest to compare")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of rounds, for a size")
+    parser.add_argument("--least", type=int, default=3, help="rounds, for a size")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--resume", action="store_true", help="keep the sizes that are in --out")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/encode.json")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="tables and plot go there")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing, write docs")
     args = parser.parse_args()
+    for width in args.widths:
+        if width not in WIDTHS:
+            parser.error(f"--widths: {width} is none of {', '.join(NAMES)}")
+    return args
+
+
+def main() -> None:
+    """Measure what is asked for, one case after the other, and write it down."""
+    args = arguments()
+    console = Console()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    args.plots, plots = str(args.plots.name), args.plots
-    result = {"about": about(args), "full": full_width(args), "watched": watched_rows(args)}
-    slug = "-".join(result["about"]["cpu"].lower().split()[:3])
-    out = args.out or ROOT / "benchmarks" / "results" / f"encode-{slug}.json"
-    out.write_text(json.dumps(result, indent=1))
-    plot(result, plots)
+    done = json.loads(args.out.read_text())["cases"] if args.out.exists() else []
+    found = {(case["width"], case["tokens"]): case for case in done}
+    wanted = [(width, tokens) for width in args.widths for tokens in args.tokens]
+    if args.report_only:
+        document(json.loads(args.out.read_text()), args.docs)
+        return
+    if args.resume:
+        wanted = [size for size in wanted if size not in found]
+    about = conditions(args)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task, weights, held = progress.add_task("", total=len(wanted)), None, 0
+        for width, tokens in wanted:
+            progress.update(task, description=f"{width:,} latents, {tokens:,} tokens")
+            if width != held:
+                weights = None  # before the next are made
+                weights, held = cases.make_weights(width, max(args.watched), args.device), width
+            assert weights is not None
+            case = measure(args, weights, width, tokens)
+            found[width, tokens] = case | {"about": about}
+            result = {"cases": [found[size] for size in sorted(found)]}
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            console.print(line(case), soft_wrap=True)
+            progress.advance(task)
+    document({"cases": [found[size] for size in sorted(found)]}, args.docs)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,11 @@ def settle(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
         f: `z * (z > theta)` on entry, NaN where it cannot be known, which it stays.
     """
     mine = f[:, ranked.columns]
-    passed = (mine > ranked.bar).any(1)
+    over = mine > ranked.bar
+    if not over.any():  # nearly always, so this comes first and launches little
+        mine.mul_(ranked.shown)
+        return
+    passed = over.any(1)
     mine.mul_((passed | ranked.shown)[:, None])
     rows = (passed & ~ranked.shown).nonzero()[:, 0]
     if len(rows):

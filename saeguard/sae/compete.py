@@ -34,9 +34,7 @@ class Contest:
         self.best = torch.full((len(x), encoder.k), -torch.inf, device=x.device)
         """[tokens, k] the largest so far, in order."""
 
-    def enter(
-        self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows, mask: torch.Tensor
-    ) -> None:
+    def enter(self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows) -> None:
         """Take in the pre-activations `z` of the tokens and latents that begin here."""
         at = slice(token, token + len(z))
         if token == 0:
@@ -49,8 +47,7 @@ class Contest:
             floor = z[:, : max(k, SEED)].topk(k, dim=1).values[:, -1]
         # TopK has one threshold for all latents: 0, or none where it keeps what is below.
         floor = torch.maximum(floor - margin, rows.theta[0])
-        torch.gt(z, floor[:, None], out=mask)
-        part = nonzero(mask, z, 0, latent)
+        part = nonzero(z > floor[:, None], z, 0, latent)
         if len(part):
             self.best[at] = torch.cat([best, _padded(part, len(z))], 1).topk(k, dim=1).values
             keep = part.value > rows.theta[part.latent - latent]
@@ -86,9 +83,7 @@ class GroupContest:
         self.best = torch.full((len(x), encoder.k), -torch.inf, device=x.device)
         """[tokens, groups] the largest of each group."""
 
-    def enter(
-        self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows, mask: torch.Tensor
-    ) -> None:
+    def enter(self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows) -> None:
         """Take in the pre-activations `z` of the tokens and whole groups that begin here."""
         if token == 0:
             self.reach.widen(rows)
@@ -97,8 +92,7 @@ class GroupContest:
         best, group = grouped.amax(2), latent // self.encoder.group
         self.best[token : token + len(z), group : group + best.shape[1]] = best
         floor = torch.maximum(best - margin, rows.theta[0])
-        torch.ge(grouped, floor[..., None], out=mask.view(grouped.shape))
-        part = nonzero(mask, z, token, latent)
+        part = nonzero((grouped >= floor[..., None]).view(z.shape), z, token, latent)
         self.found.append(part.pick(part.value > rows.theta[0]))
 
     def decide(self) -> Sparse:

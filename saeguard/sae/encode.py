@@ -10,6 +10,7 @@ TopK keeps does not depend on that at all: see `saeguard.sae.compete`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,13 +27,15 @@ ROWS = 512
 """Tokens per block."""
 ELEMENTS = 1 << 22
 """Pre-activations per block: 16 MiB."""
+COPIED = 256
+"""Tokens from which on the faster product is worth a copy of a block of transposed weights."""
 FILE_BLOCK = 8192
 """Most latents that are read from a file at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The pre-activations of some tokens and latents; `z` is overwritten by the next block."""
+    """The pre-activations of some tokens and latents."""
 
     token: int
     """The first token."""
@@ -41,8 +44,6 @@ class Block:
     z: torch.Tensor
     """[tokens, latents] float32."""
     rows: EncoderRows
-    mask: torch.Tensor
-    """[tokens, latents] bool, room for a comparison."""
 
 
 def activate(rows: EncoderRows, x: torch.Tensor, norm: Norm = "none") -> torch.Tensor:
@@ -71,23 +72,16 @@ def products(
     block = min(block, encoder.d_sae)
     if encoder.groups:  # whole groups
         block = max(1, block // encoder.group) * encoder.group
-    z = torch.empty(rows * block, device=x.device)
-    mask = torch.empty(rows * block, dtype=torch.bool, device=x.device)
     chunks = [x[first : first + rows].float() for first in range(0, len(x), rows)]
     scales = [token_scale(encoder.norm, chunk) for chunk in chunks]
     for start in range(0, encoder.d_sae, block):
         part = encoder.block(start, min(start + block, encoder.d_sae))
-        part = EncoderRows(part.W.float(), part.b, part.theta)
-        width = len(part.b)
+        W = part.W.float()
+        if len(x) >= COPIED and not W.is_contiguous():  # part of a wider `W_enc.t()`
+            W = W.t().contiguous().t()
+        part = EncoderRows(W, part.b, part.theta)
         for i, (chunk, scale) in enumerate(zip(chunks, scales, strict=True)):
-            size, shape = len(chunk) * width, (len(chunk), width)
-            yield Block(
-                token=i * rows,
-                latent=start,
-                z=product(part, chunk, scale, z[:size].view(shape)),
-                rows=part,
-                mask=mask[:size].view(shape),
-            )
+            yield Block(i * rows, start, product(part, chunk, scale), part)
 
 
 def encode_blocks(
@@ -95,7 +89,7 @@ def encode_blocks(
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yield `(first token, first latent, f)` for all of `x` [tokens, d_in].
 
-    Each block of latents is read once; `f` [tokens, latents] float32 is overwritten by the next.
+    Each block of latents is read once; `f` is [tokens, latents] float32.
 
     Raises:
         SaeError: the weights are damaged.
@@ -105,8 +99,7 @@ def encode_blocks(
     if encoder.k is not None:
         raise ValueError("latents of TopK and groupmax compete across blocks; use encode_full")
     for part in products(encoder, x, block=block, rows=rows):
-        torch.gt(part.z, part.rows.theta, out=part.mask)
-        yield part.token, part.latent, part.z.mul_(part.mask)
+        yield part.token, part.latent, part.z.mul_(part.z > part.rows.theta)
 
 
 def encode_full(
@@ -119,18 +112,20 @@ def encode_full(
         ValueError: a token is not finite: what fires on it cannot be told.
     """
     encoder = open_encoder(source)
-    bad = ~torch.isfinite(x).all(1)
-    if bad.any():
-        raise ValueError(f"token {int(bad.nonzero()[0])} is not finite (NaN or infinite)")
+    # A sum is one pass, and finite unless a token is not, or unless it overflows itself.
+    if not math.isfinite(x.sum()):
+        bad = ~torch.isfinite(x).all(1)
+        if bad.any():
+            raise ValueError(f"token {int(bad.nonzero()[0])} is not finite (NaN or infinite)")
     if encoder.k is not None:
         contest = GroupContest(encoder, x) if encoder.groups else Contest(encoder, x)
         for part in products(encoder, x, block=block, rows=rows):
-            contest.enter(part.token, part.latent, part.z, part.rows, part.mask)
+            contest.enter(part.token, part.latent, part.z, part.rows)
         return contest.decide()
     found = []
     for part in products(encoder, x, block=block, rows=rows):
-        torch.gt(part.z, part.rows.theta, out=part.mask)
-        found.append(nonzero(part.mask, part.z, part.token, part.latent))
+        fires = part.z > part.rows.theta
+        found.append(nonzero(fires, part.z, part.token, part.latent))
     return concatenate(found, x.device)
 
 

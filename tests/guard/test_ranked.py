@@ -65,6 +65,22 @@ def test_what_cannot_be_known_stays_visible() -> None:
     assert f[1:].tolist() == [[3.0, 0.0], [0.0, 0.0]]
 
 
+def test_where_no_token_passes() -> None:
+    """The short way: silent, but for what cannot be known, and for the self-test."""
+    rows = EncoderRows(torch.eye(4), torch.zeros(4), torch.zeros(4))
+    latents = RankedRows(encoder_in_memory(rows, k=1), slice(1, 3), (0, 1), torch.ones(2))
+    ranked, x = make_ranked(latents, CPU), torch.zeros(2, 4)
+    before = torch.tensor([[7.0, torch.nan, 0.5, 7.0], [7.0, 0.9, 0.0, 7.0]])
+    f = before.clone()
+    settle(ranked, x, f)
+    expected = torch.tensor([[7.0, torch.nan, 0.0, 7.0], [7.0, 0.0, 0.0, 7.0]])
+    torch.testing.assert_close(f, expected, equal_nan=True)
+    ranked.shown.fill_(value=True)
+    f = before.clone()
+    settle(ranked, x, f)
+    torch.testing.assert_close(f, before, equal_nan=True)
+
+
 def test_the_self_test_sees_what_ranks_hide() -> None:
     """While it runs, activations show whatever their rank."""
     rows = EncoderRows(torch.eye(3), torch.zeros(3), torch.zeros(3))

@@ -127,6 +127,30 @@ def test_a_token_that_is_not_finite_is_told() -> None:
         encode_full(encoder, torch.tensor([[1.0, 0.0], [torch.nan, 0.0]]))
 
 
+def test_tokens_whose_sum_overflows_are_finite() -> None:
+    """Only what is not finite itself is refused."""
+    encoder = encoder_in_memory(EncoderRows(torch.eye(2) / 1e38, torch.zeros(2), torch.zeros(2)))
+    found = encode_full(encoder, torch.full((1, 2), 3e38))
+    torch.testing.assert_close(found.value, torch.tensor([3.0, 3.0]))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 300])
+@pytest.mark.parametrize("block", [None, 70])
+def test_weights_in_either_layout(tokens: int, block: int | None) -> None:
+    """Rows, or SAELens' columns and parts of them, by whichever product is faster: one result."""
+    torch.manual_seed(2)
+    W, b, theta = torch.randn(500, 24), torch.randn(500), torch.rand(500)
+    x = torch.randn(tokens, 24)
+    z = x.double() @ W.double().t() + b.double()
+    slack = (24 + 4) * 2.0**-24 * x.norm(dim=1, keepdim=True) * W.norm(dim=1) + 1e-6 * z.abs()
+    for rows in (W, W.t().contiguous().t()):
+        found = encode_full(encoder_in_memory(EncoderRows(rows, b, theta)), x, block=block)
+        f = dense(found, tokens, 500).double()
+        sure = (z - theta).abs() > slack
+        assert torch.equal((f != 0) & sure, (z > theta) & sure)
+        assert ((f - z).abs() <= slack)[f != 0].all()
+
+
 def test_maxima_of_a_topk_encoder() -> None:
     """Each text's maxima are those of its own dense activations."""
     encoder = random_encoder(5)

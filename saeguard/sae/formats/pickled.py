@@ -7,26 +7,14 @@ crosscoder among them is refused as what it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from saeguard.sae.errors import SaeError
-from saeguard.sae.formats.source import (
-    Sizes,
-    Source,
-    check_config_sizes,
-    hooked_layer,
-    kept,
-    make_info,
-    sizes,
-    stated_layer,
-    wrong,
-)
+from saeguard.sae.formats import dictionary_learning
+from saeguard.sae.formats.source import Source, kept, make_info, sizes, stated_layer
 from saeguard.sae.info import Layout, Part, SaeInfo
 
-_LINEAR = {"encoder.weight": "Nd", "decoder.weight": "dN"}
-_PLAIN = {"W_enc": "dN", "b_enc": "N", "W_dec": "Nd", "b_dec": "d"}
 _GOODFIRE_LAYER = re.compile(r"-SAE-l(\d{1,3})\.pth?$")
 _QWEN_LAYER = re.compile(r"^layer(\d{1,3})\.sae\.pt$")
 _QWEN_K = re.compile(r"-L0_(\d{1,6})(?:$|/)")
@@ -45,7 +33,7 @@ def describe(source: Source, name: str, values: Mapping[str, Any]) -> SaeInfo:
     """
     names = set(source.weights.tensors)
     if isinstance(source.config.get("trainer"), dict):
-        return _dictionary_learning(source, values)
+        return dictionary_learning.describe(source, values)
     if {"encoder_linear.weight", "decoder_linear.weight"} <= names:
         return _goodfire(source, name)
     if {"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"} <= names:
@@ -99,7 +87,10 @@ def _goodfire(source: Source, name: str) -> SaeInfo:
 
 def _openai(source: Source, values: Mapping[str, Any]) -> SaeInfo:
     """Describe OpenAI's SAEs of GPT-2 (https://github.com/openai/sparse_autoencoder, model.py)."""
-    found = sizes(source, {**_LINEAR, "latent_bias": "N", "pre_bias": "d"})
+    found = sizes(
+        source,
+        {"encoder.weight": "Nd", "decoder.weight": "dN", "latent_bias": "N", "pre_bias": "d"},
+    )
     activation = values.get("activation", "TopK")
     normed = activation in {"TopK", "TopKActivation"}
     if not normed and activation != "ReLU":
@@ -155,187 +146,3 @@ def _qwen_scope(source: Source, name: str) -> SaeInfo:
         relu_after_topk=False,
         layout=Layout(W_enc=Part("W_enc", 0), W_dec=Part("W_dec", 1), b_enc="b_enc", b_dec="b_dec"),
     )
-
-
-def _dictionary_learning(source: Source, values: Mapping[str, Any]) -> SaeInfo:
-    """Describe a class of https://github.com/saprmarks/dictionary_learning, dictionary.py."""
-    trainer = source.config["trainer"]
-    class_ = trainer.get("dict_class")
-    if class_ not in _CLASSES:
-        raise wrong(
-            source,
-            f"trainer.dict_class is {class_!r}; known: {', '.join(_CLASSES)}. Crosscoders read "
-            "several layers or models, and an IdentityDict has no latents",
-        )
-    inner = replace(source, config={**trainer})
-    info = _CLASSES[class_](inner, values)
-    check_config_sizes(
-        inner, Sizes(info.d_in, info.d_sae, info.dtype), "activation_dim", "dict_size"
-    )
-    return info
-
-
-def _trained(source: Source, wanted: Mapping[str, str], architecture: str, **rest: Any) -> SaeInfo:
-    model = source.config.get("lm_name")
-    name = source.config.get("submodule_name")
-    layer = source.config.get("layer")
-    hook = f"resid_post_layer_{layer}"
-    if name is not None and name not in {hook, f"blocks.{layer}.hook_resid_post"}:
-        raise wrong(
-            source, f"trainer.submodule_name is {name!r}; the residual stream's is {hook!r}"
-        )
-    return make_info(
-        source,
-        sizes(source, wanted),
-        format_="dictionary_learning",
-        architecture=architecture,
-        layer=hooked_layer(source, f"blocks.{layer}.hook_resid_post", "trainer.layer"),
-        model=model if isinstance(model, str) else None,
-        **rest,
-    )
-
-
-def _auto_encoder(source: Source, values: Mapping[str, Any]) -> SaeInfo:
-    del values
-    return _trained(
-        source,
-        {**_LINEAR, "encoder.bias": "N", "bias": "d"},
-        "AutoEncoder",
-        activation="relu",
-        folded=("bias is subtracted from the input",),
-        layout=Layout(
-            W_enc=Part("encoder.weight", 0),
-            W_dec=Part("decoder.weight", 1),
-            b_enc="encoder.bias",
-            subtract="bias",
-            b_dec="bias",
-        ),
-    )
-
-
-def _auto_encoder_new(source: Source, values: Mapping[str, Any]) -> SaeInfo:
-    del values
-    return _trained(
-        source,
-        {**_LINEAR, "encoder.bias": "N", "decoder.bias": "d"},
-        "AutoEncoderNew",
-        activation="relu",
-        layout=Layout(
-            W_enc=Part("encoder.weight", 0),
-            W_dec=Part("decoder.weight", 1),
-            b_enc="encoder.bias",
-            b_dec="decoder.bias",
-        ),
-    )
-
-
-def _gated(source: Source, values: Mapping[str, Any]) -> SaeInfo:
-    del values
-    vectors = {"r_mag": "N", "gate_bias": "N", "mag_bias": "N", "decoder_bias": "d"}
-    return _trained(
-        source,
-        {**_LINEAR, **vectors},
-        "GatedAutoEncoder",
-        activation="gated",
-        folded=(
-            "decoder_bias is subtracted from the input",
-            "activations are in units of the decoder rows' norms",
-        ),
-        layout=Layout(
-            W_enc=Part("encoder.weight", 0),
-            W_dec=Part("decoder.weight", 1),
-            b_enc="gate_bias",
-            r_mag="r_mag",
-            b_mag="mag_bias",
-            subtract="decoder_bias",
-            b_dec="decoder_bias",
-            decoder_norm="after_threshold",
-        ),
-    )
-
-
-def _jump_relu(source: Source, values: Mapping[str, Any]) -> SaeInfo:
-    del values
-    return _trained(
-        source,
-        {**_PLAIN, "threshold": "N"},
-        "JumpReluAutoEncoder",
-        activation="jumprelu",
-        folded=("activations are in units of the decoder rows' norms",),
-        layout=Layout(
-            W_enc=Part("W_enc", 1),
-            W_dec=Part("W_dec", 0),
-            b_enc="b_enc",
-            b_dec="b_dec",
-            threshold="threshold",
-            decoder_norm="after_threshold",
-        ),
-    )
-
-
-def _top_k(source: Source, values: Mapping[str, Any]) -> SaeInfo:
-    wanted = {**_LINEAR, "encoder.bias": "N", "b_dec": "d"}
-    claimed = source.config.get("k", values.get("k"))
-    if values.get("k", claimed) != claimed:
-        raise wrong(source, f"trainer.k is {claimed!r}, but the weights say {values['k']!r}")
-    return _trained(
-        source,
-        wanted,
-        "AutoEncoderTopK",
-        activation="topk",
-        k=kept(source, claimed, sizes(source, wanted).d_sae),
-        folded=("b_dec is subtracted from the input",),
-        layout=Layout(
-            W_enc=Part("encoder.weight", 0),
-            W_dec=Part("decoder.weight", 1),
-            b_enc="encoder.bias",
-            subtract="b_dec",
-            b_dec="b_dec",
-        ),
-    )
-
-
-def _batch_top_k(source: Source, values: Mapping[str, Any]) -> SaeInfo:
-    linear = "encoder.weight" in source.weights.tensors
-    wanted = {**_LINEAR, "encoder.bias": "N", "b_dec": "d"} if linear else _PLAIN
-    # In Matryoshka SAEs, latents beyond the active groups do not exist; all that are saved do.
-    return _trained(
-        source,
-        wanted,
-        str(source.config["dict_class"]),
-        activation="jumprelu",
-        folded=(
-            "b_dec is subtracted from the input",
-            "the batch's TopK is replaced by the saved threshold, as the library does",
-        ),
-        layout=Layout(
-            W_enc=Part("encoder.weight", 0) if linear else Part("W_enc", 1),
-            W_dec=Part("decoder.weight", 1) if linear else Part("W_dec", 0),
-            b_enc="encoder.bias" if linear else "b_enc",
-            subtract="b_dec",
-            b_dec="b_dec",
-            threshold=_calibrated(source, values),
-        ),
-    )
-
-
-def _calibrated(source: Source, values: Mapping[str, Any]) -> float:
-    """Return the running threshold; -1 is what it starts at, never having been set."""
-    theta = values.get("threshold")
-    if type(theta) not in {int, float} or theta < 0:  # type: ignore[operator]
-        raise SaeError(
-            f"{source.folder}: threshold is {theta!r}: never calibrated, so that which latents "
-            "fire depends on the batch; take a checkpoint from the end of training"
-        )
-    return float(theta)  # type: ignore[arg-type]
-
-
-_CLASSES: Mapping[str, Callable[[Source, Mapping[str, Any]], SaeInfo]] = {
-    "AutoEncoder": _auto_encoder,
-    "AutoEncoderNew": _auto_encoder_new,
-    "GatedAutoEncoder": _gated,
-    "JumpReluAutoEncoder": _jump_relu,
-    "AutoEncoderTopK": _top_k,
-    "BatchTopKSAE": _batch_top_k,
-    "MatryoshkaBatchTopKSAE": _batch_top_k,
-}

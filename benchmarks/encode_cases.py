@@ -1,0 +1,168 @@
+"""What `benchmarks/encode.py` times: SAELens, sparsify, saeguard, and the bare matrix product.
+
+All of them encode the same tokens with the same random weights. SAELens keeps `W_enc`
+[d_in, d_sae], sparsify its transpose; the floor of each is the product over weights that lie as
+they do. Where `[tokens, latents]` would not fit, the libraries and the floor take the tokens in
+pieces, one call each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from saeguard.guard.ranked import Ranked, settle
+from saeguard.sae import EncoderRows, encode_full, encoder_in_memory
+from saeguard.sae.rank import Rivals, read_rivals
+
+WIDTHS = {16_384: 1024, 65_536: 1024, 262_144: 512, 1_048_576: 128}
+"""Latents, and the residual's width: the wider SAEs get a narrower one, so that two copies of the
+weights and the libraries' own results stay below 6 GiB, and a product of 4,096 tokens below 12 s.
+Less of it makes the comparison harder for everything that is not the product."""
+ACTIVE = 64
+"""Latents that fire on a token, about; `k` of TopK."""
+LIBRARY_GIB, FLOOR_GIB = 4.0, 0.5
+"""What results and temporaries of a library, and the floor's result, may take."""
+TEMPORARIES = 4
+"""How many [tokens, latents] SAELens holds at its peak (measured)."""
+ONE_IN = 1000
+"""Of so many tokens one passes the screen."""
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One SAE in both layouts."""
+
+    sae: Any
+    """SAELens' JumpReLU SAE."""
+    coder: Any
+    """sparsify's TopK coder."""
+    rivals: Rivals
+    """Of the watched latents, which are the first."""
+
+
+@torch.no_grad()
+def make_weights(width: int, most_watched: int, device: str) -> Weights:
+    """Return random encoders of `width` latents; the first `most_watched` may be watched."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig  # noqa: PLC0415 - seconds
+    from sparsify import SparseCoder, SparseCoderConfig  # noqa: PLC0415 - seconds
+
+    d_in = WIDTHS[width]
+    config = JumpReLUSAEConfig(d_in=d_in, d_sae=8, apply_b_dec_to_input=False, device=device)
+    sae = JumpReLUSAE(config)
+    share = torch.tensor(1 - ACTIVE / width, dtype=torch.float64)
+    theta = float(torch.special.ndtri(share))  # of N(0, 1), about ACTIVE latents lie above
+    sae.W_enc = _fixed(torch.randn(d_in, width, device=device).mul_(d_in**-0.5))
+    sae.b_enc = _fixed(torch.zeros(width, device=device))
+    sae.threshold = _fixed(torch.full((width,), theta, device=device))
+    zero = torch.zeros(width, device=device)
+    topk = encoder_in_memory(EncoderRows(sae.W_enc.data.t(), zero, zero), k=ACTIVE)
+    rivals = read_rivals(topk, range(most_watched), torch.device(device))
+    coder = SparseCoder(
+        d_in, SparseCoderConfig(num_latents=8, k=ACTIVE, transcode=True), device=device
+    )
+    coder.encoder = torch.nn.Linear(1, 1)
+    coder.encoder.weight, coder.encoder.bias = _fixed(rivals.rows.W), _fixed(zero)
+    return Weights(sae.eval(), coder.eval(), rivals)
+
+
+def _fixed(values: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(values, requires_grad=False)
+
+
+def pieces(x: torch.Tensor, width: int, gib: float) -> tuple[torch.Tensor, ...]:
+    """Split tokens so that `[tokens, latents]` float32 takes at most so many GiB."""
+    return x.split(max(1, int(gib * 2**30 / (4 * width))))
+
+
+def _each(call: Callable[[torch.Tensor], Any], parts: tuple[torch.Tensor, ...]) -> None:
+    for part in parts:
+        call(part)
+
+
+def full_width(weights: Weights, x: torch.Tensor) -> dict[str, Call]:
+    """Return what encodes all latents of `x` [tokens, d_in]."""
+    sae, rows = weights.sae, weights.rivals.rows
+    width = len(rows.b)
+    parts = pieces(x, width, FLOOR_GIB)
+    z = torch.empty(len(parts[0]), width, device=x.device)
+
+    def floor(W: torch.Tensor) -> None:
+        for part in parts:
+            torch.mm(part, W, out=z[: len(part)])
+
+    ours = encoder_in_memory(EncoderRows(sae.W_enc.data.t(), sae.b_enc.data, sae.threshold.data))
+    library = pieces(x, width, LIBRARY_GIB / TEMPORARIES)
+    return {
+        "product": partial(floor, sae.W_enc.data),
+        "saeguard": _on_gpu(ours, x) if x.is_cuda else partial(encode_full, ours, x),
+        "saelens": partial(_each, sae.encode, library),
+        "product rows": partial(floor, rows.W.t()),
+        "saeguard topk": partial(encode_full, weights.rivals.encoder, x),
+        "sparsify topk": partial(_each, weights.coder.encode, library),
+    }
+
+
+def _on_gpu(encoder: Any, x: torch.Tensor) -> Call:
+    """Return the Triton kernel's launch. Not run on a GPU so far."""
+    from saeguard.sae.wide import encode_into  # noqa: PLC0415 - needs Triton
+
+    rows = encoder.block(0, encoder.d_sae)
+    W = rows.W.contiguous()
+    room = 4 * ACTIVE * len(x)
+    token, latent = (torch.empty(room, dtype=torch.int32, device=x.device) for _ in range(2))
+    value = torch.empty(room, device=x.device)
+    count = torch.zeros((), dtype=torch.int32, device=x.device)
+
+    def run() -> None:
+        count.zero_()
+        encode_into(x, W, rows.b, rows.theta, token, latent, value, count)
+
+    return run
+
+
+def watched_rows(weights: Weights, x: torch.Tensor, watched: int) -> dict[str, Call]:
+    """Return what reads some latents of `x` as the tap does on a CPU.
+
+    `screened` adds the screen of a TopK SAE where no token passes it, `passed` where one in a
+    thousand does, at least one. On a GPU there is no such screen.
+    """
+    W = weights.rivals.rows.W[:watched].clone().t()
+    b = torch.full((watched,), 3.0, device=x.device)  # so that each token has something to rank
+    f, theta = torch.empty(len(x), watched, device=x.device), torch.zeros_like(b)
+
+    def read() -> torch.Tensor:
+        pre = torch.addmm(b, x, W)
+        return torch.mul(pre, pre > theta, out=f)
+
+    calls: dict[str, Call] = {f"watched {watched}": read}
+    if not x.is_cuda:
+        peak = torch.cat([read().amax(1), torch.tensor([-1.0])]).sort(descending=True).values
+        last = max(1, len(x) // ONE_IN)
+        for name, bar in (
+            ("screened", torch.inf),
+            ("passed", float(peak[last - 1 : last + 1].mean())),
+        ):
+            calls[f"{name} {watched}"] = partial(_screened, read, _ranked(weights, watched, bar), x)
+    return calls
+
+
+def _ranked(weights: Weights, watched: int, bar: float) -> Ranked:
+    rivals = weights.rivals
+    own = {key: getattr(rivals, key)[:watched] for key in ("start", "stop", "own")}
+    return Ranked(
+        rivals=replace(rivals, **own),
+        columns=slice(0, watched),
+        bar=torch.full((watched,), bar),
+        shown=torch.zeros((), dtype=torch.bool),
+    )
+
+
+def _screened(read: Callable[[], torch.Tensor], ranked: Ranked, x: torch.Tensor) -> None:
+    settle(ranked, x, read())
