@@ -16,11 +16,12 @@ from weakref import WeakSet
 
 import numpy as np
 
+from saeguard.guard.conclude import Verdicts
 from saeguard.guard.ledger import Hit, Ledger
 from saeguard.guard.memory import Memory, View
 from saeguard.guard.packet import Packet
 from saeguard.guard.state import State
-from saeguard.guard.verdict import Coverage, Verdict
+from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
 
 
@@ -206,7 +207,7 @@ class Generations:
             [(_as_seen_by(only, packet), valid, entering) for packet, valid, entering in passes]
         )
 
-    def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> list[Verdict]:
+    def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> Verdicts:
         """Return one verdict per policy; see `Ledger.finish`."""
         generation = self._of[request_id]
         verdicts = generation.ledger.finish(request_id, tokens, forget=forget)

@@ -51,5 +51,5 @@ def rehearse(watchlist: WatchList) -> None:
         )
         ledger.ingest(packet, np.array([len(f)]))
     verdicts = ledger.finish("rehearsal", TOKENS + 1)
-    if len(verdicts) != len(watchlist.policies) or not all(balanced(v.coverage) for v in verdicts):
+    if len(verdicts) != len(watchlist.policies) or not all(map(balanced, verdicts.coverages)):
         raise RehearsalError("a made-up text was not accounted for")
