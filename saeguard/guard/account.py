@@ -41,7 +41,7 @@ def judge_recorded(
     feature_sets: Mapping[str, Document],
     recording: Recording,
     texts: Sequence[int],
-) -> Iterator[list[Verdict]]:
+) -> Iterator[Sequence[Verdict]]:
     """Yield one verdict per policy for each of the recorded `texts`.
 
     Args:

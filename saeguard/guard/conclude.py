@@ -12,7 +12,7 @@ import numpy as np
 from saeguard.guard.advance import CACHED, ERROR, EVALUATED, OUTPUT, PROMPT, SPECIAL, UNTRACKED
 from saeguard.guard.state import State
 from saeguard.guard.tables import SCOPES, Rules
-from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict
+from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict, balanced
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _REASONS: dict[int, Reason] = {
@@ -117,6 +117,16 @@ class Verdicts(Sequence[Verdict]):
         """Return how many of them are errors."""
         return int((self.outcome[self.which] == OUTCOMES.index("error")).sum())
 
+    def balanced(self) -> bool:
+        """Return whether every token of every policy is accounted for."""
+        return all(map(balanced, self.coverages))
+
+    def tally(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return which policies there are verdicts of, and of which `events.counts.KINDS`."""
+        enforced = self.enforced.copy()
+        enforced[list(self.waived)] = True
+        return self.which, (len(OUTCOMES) * enforced + self.outcome)[self.which]
+
     def decided(self, applies: Sequence[bool], waived: Mapping[int, str]) -> Verdicts:
         """Return those of the policies that hold for the request; waived ones say by what."""
         return replace(self, which=np.flatnonzero(applies), waived=waived)
@@ -146,7 +156,7 @@ class Verdicts(Sequence[Verdict]):
         )
 
     def _features(self, i: int) -> dict[str, Fired]:
-        """Return each feature's activity; of several selections of it, that of the one held most."""
+        """Return each feature's activity; of several selections, that of the one held most."""
         fired: dict[str, Fired] = {}
         selections = self.rules.policies[i].detect.values()
         for selection, q in zip(selections, self.rules.terms.of_policy(i), strict=True):

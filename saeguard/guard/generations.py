@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
@@ -197,15 +197,39 @@ class Generations:
                 hits += generation.ledger.ingest(own, mine, entering)
         return hits
 
-    def ingest_all(self, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]) -> list[Hit]:
+    def ingest_all(self, passes: Sequence[tuple[Packet, np.ndarray, Collection[str]]]) -> list[Hit]:
         """Advance every request by several passes, in order; see `Ledger.ingest_all`."""
-        if len(self.live) > 1:
-            return [hit for one in passes for hit in self.ingest(*one)]
-        only = self.live[0]
-        self.unwatched_passes += sum(not packet.ran for packet, _, _ in passes)
-        return only.ledger.ingest_all(
-            [(_as_seen_by(only, packet), valid, entering) for packet, valid, entering in passes]
-        )
+        hits: list[Hit] = []
+        at = 0
+        while at < len(passes):
+            if len(self.live) > 1 and passes[at][2]:
+                hits += self.ingest(*passes[at])
+                at += 1
+                continue
+            # Nobody reads what another one computes in passes into which nobody comes: so each
+            # list can take them in one go.
+            end = at + 1
+            while end < len(passes) and (len(self.live) == 1 or not passes[end][2]):
+                end += 1
+            self.unwatched_passes += sum(not packet.ran for packet, _, _ in passes[at:end])
+            for generation in self.live:
+                hits += generation.ledger.ingest_all(self._mine(generation, passes[at:end]))
+            at = end
+        return hits
+
+    def _mine(
+        self, generation: Generation, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]
+    ) -> list[tuple[Packet, np.ndarray, Container[str]]]:
+        """Return what passes hold of the requests of one list."""
+        if len(self.live) == 1:
+            return [(_as_seen_by(generation, p), valid, entering) for p, valid, entering in passes]
+        mine = []
+        for packet, valid, entering in passes:
+            which = [i for i, r in enumerate(packet.request_ids) if self._of.get(r) is generation]
+            if which:
+                part = _as_seen_by(generation, packet.of_requests(which))
+                mine.append((part, valid[which], entering))
+        return mine
 
     def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> Verdicts:
         """Return one verdict per policy; see `Ledger.finish`."""
