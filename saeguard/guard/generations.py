@@ -36,7 +36,7 @@ class Pin:
         generation.pins.add(self)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Generation:
     """One watch list, and the account of the requests that it judges."""
 
