@@ -110,7 +110,7 @@ def open_corpus(
 
 def judge_corpus(
     policies: Sequence[Policy], sets: FeatureSets, recording: Recording
-) -> list[list[Verdict]]:
+) -> list[Sequence[Verdict]]:
     """Return one verdict per policy for every text of a recording."""
     from saeguard.guard.account import judge_recorded
 

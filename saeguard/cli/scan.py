@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +59,7 @@ def verb(
             check_model(lm, features)
         inputs = read_texts(texts, lm.tokenizer)
         judged = tqdm(scan(lm, watchlist, inputs), desc="scan", total=len(inputs), unit="text")
-        verdicts: dict[int, list[Verdict]] = dict(judged)
+        verdicts: dict[int, Sequence[Verdict]] = dict(judged)
         lines = [
             json.dumps({"id": text.id} | record(verdict))
             for i, text in enumerate(inputs)

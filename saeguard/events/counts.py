@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "requests": ("Requests that ended under guard.", ()),
     "tokens": ("Tokens of ended requests, evaluated or by the reason why not.", ("state",)),
@@ -28,6 +30,12 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "memory_dropped": ("Cached blocks whose activations were let go for want of room.", ()),
 }
 """Prometheus counters `saeguard_<name>_total`: help text and labels."""
+KINDS = tuple(
+    (mode, outcome)
+    for mode in ("shadow", "enforce")
+    for outcome in ("match", "no_match", "error", "not_evaluated")
+)
+"""Of verdicts, in the order in which `Verdicts.tally` numbers them."""
 GAUGES: dict[str, str] = {
     "policies_current": "1 while what the policy files hold is in use, 0 from a refused reload on.",
 }
@@ -40,20 +48,27 @@ class Counts:
     def __init__(self) -> None:
         """Start at nothing."""
         self._new: Counter[tuple[str, ...]] = Counter()
+        self._verdicts: dict[int, tuple[Any, np.ndarray]] = {}
+        """By list of policies: the list, and how many verdicts of each [policies, kinds]."""
         self._seen: Counter[tuple[str, ...]] = Counter()
         self._stands: dict[str, int] = {}
         self._changed: dict[str, int] = {}
 
-    def request(self, verdicts: Iterable[Any], coverage: Any) -> None:
-        """Count a request that ended, by its `Verdict`s and its own `Coverage`."""
+    def request(self, verdicts: Any, coverage: Any) -> None:
+        """Count a request that ended, by its `Verdicts` and its own `Coverage`."""
         self.add("requests")
         self.add("tokens", "evaluated", n=coverage.evaluated)
         for reason, n in coverage.skipped.items():
             self.add("tokens", reason, n=n)
-        for v in verdicts:
-            self.add("verdicts", v.policy, v.mode, v.outcome)
-            if v.acted is not None:
-                self.add("actions", v.policy, v.mode, v.acted)
+        policies = verdicts.rules.policies
+        which, kind = verdicts.tally()
+        found = self._verdicts.get(id(policies))
+        if found is None:
+            empty = np.zeros((len(policies), len(KINDS)), np.int64)
+            found = self._verdicts[id(policies)] = policies, empty
+        found[1][which, kind] += 1
+        for v in verdicts.acting():
+            self.add("actions", v.policy, v.mode, v.acted)
 
     def add(self, name: str, *labels: str, n: int = 1) -> None:
         """Count `n` more."""
@@ -73,6 +88,10 @@ class Counts:
 
     def take(self) -> list[list[Any]]:
         """Return `[name, *labels, n]` of what moved, and start anew."""
+        for policies, numbers in self._verdicts.values():
+            for i, kind in np.argwhere(numbers).tolist():
+                self.add("verdicts", policies[i].id, *KINDS[kind], n=int(numbers[i, kind]))
+        self._verdicts.clear()
         taken = [[*key, n] for key, n in self._new.items()]
         taken += [[name, value] for name, value in self._changed.items()]
         self._new.clear()
@@ -90,6 +109,12 @@ def _counter(name: str) -> Any:
 
 
 @cache
+def _child(name: str, *labels: str) -> Any:
+    metric = _counter(name)
+    return metric.labels(*labels) if labels else metric
+
+
+@cache
 def _gauge(name: str) -> Any:
     from prometheus_client import Gauge  # noqa: PLC0415 - as above
 
@@ -102,5 +127,4 @@ def show(counts: Iterable[Sequence[Any]]) -> None:
         if name in GAUGES:
             _gauge(name).set(n)
             continue
-        metric = _counter(name)
-        (metric.labels(*labels) if labels else metric).inc(n)
+        _child(name, *labels).inc(n)

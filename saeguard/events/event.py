@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 SCHEMA = "saeguard.event/v1"
@@ -49,6 +49,11 @@ def verdict_event(
         "error": verdict.error,
         "finished": finished,
     }
+
+
+def verdict_events(verdicts: Iterable[Any], **known: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the event of each of a request's verdicts; see `verdict_event`."""
+    return (verdict_event(verdict, **known) for verdict in verdicts)
 
 
 def mismatch_event(

@@ -9,13 +9,17 @@ import io
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 _END = object()
+BREATH, PAUSE_S = 16, 0.001
+"""After so many events the writer rests, as long as there is room: it shares Python's lock with the
+engine's steps, and a request leaves as many events as there are policies."""
 
 
 class _Lines(io.FileIO):
@@ -60,10 +64,15 @@ class Sink:
             ],
             wrapper_class=structlog.BoundLogger,
         )
-        self._queue: queue.Queue[Any] = queue.Queue(capacity)
+        self._capacity = capacity
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.produced = 0
         self.written = 0
         self.dropped = 0
+        self._queued = self._begun = 0
+        """Events that were taken, and those that the writer has begun with: the others wait."""
+        self._lock = threading.Lock()
+        """Of the counters, held for as long as it takes to add to them."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="saeguard-events", daemon=True)
         self._thread.start()
@@ -71,22 +80,28 @@ class Sink:
 
     def put(self, build: Callable[[], Mapping[str, Any]]) -> None:
         """Queue one event; `build` makes it on the writer's thread. Never blocks or raises."""
-        self.produced += 1
-        if self._closed:
-            self.dropped += 1
-            return
-        try:
-            self._queue.put_nowait(build)
-        except queue.Full:
-            self.dropped += 1
+        self.put_all(lambda: (build() for _ in range(1)), 1)
+
+    def put_all(self, build: Callable[[], Iterable[Mapping[str, Any]]], n: int) -> None:
+        """Queue `n` events, which `build` makes on the writer's thread. Never blocks or raises.
+
+        Of those for which there is no room, the last are dropped.
+        """
+        with self._lock:
+            room = 0 if self._closed else self._capacity - (self._queued - self._begun)
+            taken = max(0, min(n, room))
+            self.produced += n
+            self.dropped += n - taken
+            self._queued += taken
+        if taken:
+            self._queue.put((build, taken))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Write what is queued, for at most `timeout_s`, and close the file."""
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(queue.Full):
-            self._queue.put(_END, timeout=timeout_s)
+        self._queue.put(_END)
         self._thread.join(timeout_s)
         self.dropped = self.produced - self.written
         if not self._thread.is_alive():
@@ -94,9 +109,30 @@ class Sink:
                 self._file.close()
 
     def _run(self) -> None:
-        while (build := self._queue.get()) is not _END:
+        while (queued := self._queue.get()) is not _END:
+            build, n = queued
             try:
-                self._log.msg(**build())
-                self.written += 1
-            except Exception:  # noqa: BLE001 - disk full, closed pipe: counted, serving goes on
-                self.dropped += 1
+                events = iter(build())
+            except Exception:  # noqa: BLE001 - counted below, serving goes on
+                events = iter(())
+            for at in range(n):
+                self._write(events)
+                if at % BREATH == BREATH - 1 and not self._hurried():
+                    time.sleep(PAUSE_S)
+
+    def _hurried(self) -> bool:
+        """Return whether events come faster than the writer may take its time."""
+        return self._closed or self._queued - self._begun > self._capacity // 4
+
+    def _write(self, events: Iterator[Mapping[str, Any]]) -> None:
+        with self._lock:
+            self._begun += 1
+        written = False
+        with contextlib.suppress(Exception):  # disk full, closed pipe: counted, serving goes on
+            event = next(events, None)
+            if event is not None:
+                self._log.msg(**event)
+                written = True
+        with self._lock:
+            self.written += written
+            self.dropped += not written

@@ -41,7 +41,7 @@ def judge_recorded(
     feature_sets: Mapping[str, Document],
     recording: Recording,
     texts: Sequence[int],
-) -> Iterator[list[Verdict]]:
+) -> Iterator[Sequence[Verdict]]:
     """Yield one verdict per policy for each of the recorded `texts`.
 
     Args:
@@ -73,7 +73,7 @@ def account(
     here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
     given = (rules, shares[here], recording.evaluable[here], prompt_tokens)
     scored = score_text(*given)
-    terms = dict(zip(policy.detect, rules.terms.of_policy[0], strict=True))
+    terms = dict(zip(policy.detect, rules.terms.of_policy(0), strict=True))
     match = scored.score[0, :, 0] > THRESHOLD
     return Account(
         policy=policy,
@@ -82,7 +82,7 @@ def account(
         looked=scored.looked[0, :, rules.scope[0]],
         values={
             name: scored.values[0, :, rules.terms.trace[term]].astype(np.float64)
-            for name, (_, term) in terms.items()
+            for name, term in terms.items()
         },
         evidence=scored.evidence[0, :, 0],
         score=scored.score[0, :, 0],

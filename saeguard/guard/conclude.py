@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import get_args, overload
 
 import numpy as np
 
 from saeguard.guard.advance import CACHED, ERROR, EVALUATED, OUTPUT, PROMPT, SPECIAL, UNTRACKED
 from saeguard.guard.state import State
 from saeguard.guard.tables import SCOPES, Rules
-from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict
+from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict, balanced
 
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _REASONS: dict[int, Reason] = {
     SPECIAL: "special_token",
     CACHED: "prefix_cached",
@@ -47,7 +51,123 @@ def add(parts: Sequence[Coverage]) -> Coverage:
     return Coverage(sum(p.tokens for p in parts), sum(p.evaluated for p in parts), skipped)
 
 
-def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> list[Verdict]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdicts(Sequence[Verdict]):
+    """What each policy concludes of one request: arrays, of which a verdict is built when read.
+
+    A thousand policies end with every request, and nobody looks at most of what they say before
+    the event log does.
+    """
+
+    rules: Rules
+    which: np.ndarray
+    """[n] the policies that hold for the request, in the order of the verdicts."""
+    outcome: np.ndarray
+    """[P] index into `OUTCOMES`."""
+    acts: np.ndarray
+    """[P] bool: the policy's action was taken."""
+    enforced: np.ndarray
+    """[P] bool."""
+    sampled: np.ndarray
+    """[P] bool."""
+    score: np.ndarray
+    """[P] highest score, not finite where nothing was evaluated."""
+    first: np.ndarray
+    """[P] position of the first match, -1 without one."""
+    matched: np.ndarray
+    """[P] tokens on which the policy was on."""
+    fired: np.ndarray
+    """[Q] tokens above the selection's threshold; so are the next two, of the terms."""
+    peak: np.ndarray
+    peak_at: np.ndarray
+    coverages: tuple[Coverage, ...]
+    """By scope, then the same where the policy does not look at the request."""
+    waived: Mapping[int, str] = field(default_factory=dict)
+    """By policy: id of the exception that waived its action."""
+
+    def __len__(self) -> int:
+        """Return the number of verdicts."""
+        return len(self.which)
+
+    @overload
+    def __getitem__(self, at: int) -> Verdict: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Verdict]: ...
+    def __getitem__(self, at: int | slice) -> Verdict | list[Verdict]:
+        """Build a verdict, or some."""
+        if isinstance(at, slice):
+            return [self._build(i) for i in self.which[at].tolist()]
+        return self._build(int(self.which[at]))
+
+    def __iter__(self) -> Iterator[Verdict]:
+        """Build all, one after the other."""
+        return map(self._build, self.which.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with any sequence of verdicts."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def acting(self) -> list[Verdict]:
+        """Return the verdicts whose action was taken."""
+        return [self._build(i) for i in self.which[self.acts[self.which]].tolist()]
+
+    def errors(self) -> int:
+        """Return how many of them are errors."""
+        return int((self.outcome[self.which] == OUTCOMES.index("error")).sum())
+
+    def balanced(self) -> bool:
+        """Return whether every token of every policy is accounted for."""
+        return all(map(balanced, self.coverages))
+
+    def tally(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return which policies there are verdicts of, and of which `events.counts.KINDS`."""
+        enforced = self.enforced.copy()
+        enforced[list(self.waived)] = True
+        return self.which, (len(OUTCOMES) * enforced + self.outcome)[self.which]
+
+    def decided(self, applies: Sequence[bool], waived: Mapping[int, str]) -> Verdicts:
+        """Return those of the policies that hold for the request; waived ones say by what."""
+        return replace(self, which=np.flatnonzero(applies), waived=waived)
+
+    def _build(self, i: int) -> Verdict:
+        policy = self.rules.policies[i]
+        matched = bool(self.first[i] >= 0)
+        acts, sampled = bool(self.acts[i]), bool(self.sampled[i])
+        coverage = self.coverages[self.rules.scope[i] + (0 if sampled else len(SCOPES))]
+        enforced = bool(self.enforced[i]) or i in self.waived
+        return Verdict(
+            policy=policy.id,
+            digest=policy.digest,
+            mode="enforce" if enforced else "shadow",
+            action=policy.action,
+            severity=policy.severity,
+            outcome=OUTCOMES[self.outcome[i]],
+            score=float(self.score[i]) if isfinite(self.score[i]) else None,
+            first_token=int(self.first[i]) if matched else None,
+            matched_tokens=int(self.matched[i]),
+            acted=policy.action if acts else None,
+            features=self._features(i) if sampled else {},
+            coverage=coverage,
+            exception=self.waived.get(i),
+            error="not_read" if coverage.skipped.get("error") else None,
+            message=policy.message if acts and policy.action == "stop" else None,
+        )
+
+    def _features(self, i: int) -> dict[str, Fired]:
+        """Return each feature's activity; of several selections, that of the one held most."""
+        fired: dict[str, Fired] = {}
+        selections = self.rules.policies[i].detect.values()
+        for selection, q in zip(selections, self.rules.terms.of_policy(i), strict=True):
+            count, at = int(self.fired[q]), int(self.peak_at[q])
+            before = fired.get(selection.feature)
+            if at >= 0 and (before is None or before.count < count):
+                fired[selection.feature] = Fired(count, float(self.peak[q]), at)
+        return fired
+
+
+def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
     """Return what each policy concludes of the request in `slot`.
 
     Args:
@@ -58,60 +178,39 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> list[Verdict]
     """
     prompt, output = (coverage_of(s, slot, scope, tokens) for scope in (PROMPT, OUTPUT))
     of_scope = {"prompt": prompt, "output": output, "both": add([prompt, output])}
-    covered = [of_scope[scope] for scope in SCOPES]
-    scores, firsts = s.score[slot].tolist(), s.first[slot].tolist()
-    on, enforced = s.matched[slot].tolist(), s.enforced[slot].tolist()
-    acted, sampled = s.acted[slot].tolist(), s.sampled[slot].tolist()
-    fired = list(zip(*(a[slot].tolist() for a in (s.fired, s.peak, s.peak_at)), strict=True))
-    verdicts = []
-    for i, policy in enumerate(rules.policies):
-        coverage = covered[rules.scope[i]]
-        if not sampled[i]:
-            coverage = Coverage(coverage.tokens, 0, _all(coverage.tokens))
-        matched = firsts[i] >= 0
-        error = coverage.skipped.get("error", 0) > 0
-        acts = matched and enforced[i] and (acted[i] or policy.action != "clamp")
-        verdicts.append(
-            Verdict(
-                policy=policy.id,
-                digest=policy.digest,
-                mode="enforce" if enforced[i] else "shadow",
-                action=policy.action,
-                severity=policy.severity,
-                outcome=outcome(matched=matched, error=error, evaluated=coverage.evaluated),
-                score=scores[i] if np.isfinite(scores[i]) else None,
-                first_token=firsts[i] if matched else None,
-                matched_tokens=on[i],
-                acted=policy.action if acts else None,
-                features=_fired(rules.terms.of_policy[i], fired) if sampled[i] else {},
-                coverage=coverage,
-                error="not_read" if error else None,
-                message=policy.message if acts and policy.action == "stop" else None,
+    looked = [of_scope[scope] for scope in SCOPES]
+    coverages = (*looked, *(Coverage(c.tokens, 0, _all(c.tokens)) for c in looked))
+    sampled, enforced, first = s.sampled[slot].copy(), s.enforced[slot].copy(), s.first[slot].copy()
+    which = rules.scope + np.where(sampled, 0, len(SCOPES))
+    matched = first >= 0
+    without = np.array(
+        [
+            OUTCOMES.index(
+                "error"
+                if c.skipped.get("error")
+                else "no_match"
+                if c.evaluated
+                else "not_evaluated"
             )
-        )
-    return verdicts
+            for c in coverages
+        ]
+    )
+    return Verdicts(
+        rules=rules,
+        which=np.arange(len(rules.policies)),
+        outcome=np.where(matched, OUTCOMES.index("match"), without[which]),
+        acts=matched & enforced & (s.acted[slot] | ~rules.clamps),
+        enforced=enforced,
+        sampled=sampled,
+        score=s.score[slot].copy(),
+        first=first,
+        matched=s.matched[slot].copy(),
+        fired=s.fired[slot].copy(),
+        peak=s.peak[slot].copy(),
+        peak_at=s.peak_at[slot].copy(),
+        coverages=coverages,
+    )
 
 
 def _all(tokens: int) -> dict[Reason, int]:
     return {"not_sampled": tokens} if tokens else {}
-
-
-def outcome(*, matched: bool, error: bool, evaluated: int) -> Outcome:
-    """Fold nothing into `no_match`: a match stands, else an error, else whether it looked."""
-    if matched:
-        return "match"
-    if error:
-        return "error"
-    return "no_match" if evaluated else "not_evaluated"
-
-
-def _fired(
-    terms: Sequence[tuple[str, int]], all_fired: Sequence[tuple[int, float, int]]
-) -> dict[str, Fired]:
-    """Return each feature's activity; of several selections of it, that of the one held most."""
-    fired: dict[str, Fired] = {}
-    for name, q in terms:
-        count, peak, at = all_fired[q]
-        if at >= 0 and (name not in fired or fired[name].count < count):
-            fired[name] = Fired(count, peak, at)
-    return fired

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 
+from saeguard.guard.conclude import Verdicts
 from saeguard.guard.ledger import Hit, Ledger
 from saeguard.guard.memory import Memory, View
 from saeguard.guard.packet import Packet
 from saeguard.guard.state import State
-from saeguard.guard.verdict import Coverage, Verdict
+from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
 
 
@@ -35,7 +36,7 @@ class Pin:
         generation.pins.add(self)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Generation:
     """One watch list, and the account of the requests that it judges."""
 
@@ -196,17 +197,41 @@ class Generations:
                 hits += generation.ledger.ingest(own, mine, entering)
         return hits
 
-    def ingest_all(self, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]) -> list[Hit]:
+    def ingest_all(self, passes: Sequence[tuple[Packet, np.ndarray, Collection[str]]]) -> list[Hit]:
         """Advance every request by several passes, in order; see `Ledger.ingest_all`."""
-        if len(self.live) > 1:
-            return [hit for one in passes for hit in self.ingest(*one)]
-        only = self.live[0]
-        self.unwatched_passes += sum(not packet.ran for packet, _, _ in passes)
-        return only.ledger.ingest_all(
-            [(_as_seen_by(only, packet), valid, entering) for packet, valid, entering in passes]
-        )
+        hits: list[Hit] = []
+        at = 0
+        while at < len(passes):
+            if len(self.live) > 1 and passes[at][2]:
+                hits += self.ingest(*passes[at])
+                at += 1
+                continue
+            # Nobody reads what another one computes in passes into which nobody comes: so each
+            # list can take them in one go.
+            end = at + 1
+            while end < len(passes) and (len(self.live) == 1 or not passes[end][2]):
+                end += 1
+            self.unwatched_passes += sum(not packet.ran for packet, _, _ in passes[at:end])
+            for generation in self.live:
+                hits += generation.ledger.ingest_all(self._mine(generation, passes[at:end]))
+            at = end
+        return hits
 
-    def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> list[Verdict]:
+    def _mine(
+        self, generation: Generation, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]
+    ) -> list[tuple[Packet, np.ndarray, Container[str]]]:
+        """Return what passes hold of the requests of one list."""
+        if len(self.live) == 1:
+            return [(_as_seen_by(generation, p), valid, entering) for p, valid, entering in passes]
+        mine = []
+        for packet, valid, entering in passes:
+            which = [i for i, r in enumerate(packet.request_ids) if self._of.get(r) is generation]
+            if which:
+                part = _as_seen_by(generation, packet.of_requests(which))
+                mine.append((part, valid[which], entering))
+        return mine
+
+    def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> Verdicts:
         """Return one verdict per policy; see `Ledger.finish`."""
         generation = self._of[request_id]
         verdicts = generation.ledger.finish(request_id, tokens, forget=forget)

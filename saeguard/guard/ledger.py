@@ -18,13 +18,13 @@ from saeguard.guard.advance import (
     in_scopes,
     skip,
 )
-from saeguard.guard.conclude import add, coverage_of, verdicts_of
+from saeguard.guard.conclude import Verdicts, add, coverage_of, verdicts_of
 from saeguard.guard.memory import Memory, View
 from saeguard.guard.packet import Packet, in_step
 from saeguard.guard.prefix import Prefixes
 from saeguard.guard.sampling import is_sampled
-from saeguard.guard.state import State, copy_slot, grown, make_state, write_slot
-from saeguard.guard.verdict import Coverage, Verdict
+from saeguard.guard.state import State, blank, copy_slot, grown, make_state, write_slot
+from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
 
 CELLS = 2**15
@@ -45,7 +45,7 @@ class Ledger:
     """The requests in flight: `admit`, `ingest` what each pass saw, `finish` into verdicts."""
 
     def __init__(
-        self, watchlist: WatchList, slots: int = 64, *, memory: Memory | View | None = None
+        self, watchlist: WatchList, slots: int = 256, *, memory: Memory | View | None = None
     ) -> None:
         """Start empty.
 
@@ -68,7 +68,10 @@ class Ledger:
         self._together = sys.maxsize if memory is None else memory.block
         self._slot: dict[str, int] = {}
         self._free = list(range(slots))[::-1]
-        self._state = self._make_state(slots)
+        block = 0 if memory is None else memory.block
+        columns = watchlist.columns if block else 0
+        self._empty = make_state(self._rules, 1, block=block, columns=columns)
+        self._state = blank(self._empty, slots)
 
     def __contains__(self, request_id: str) -> bool:
         """Return whether the request is in flight."""
@@ -97,7 +100,7 @@ class Ledger:
         """
         if not self._free:
             slots = len(self._state.next)
-            self._state = grown(self._state, self._make_state(slots))
+            self._state = grown(self._state, blank(self._empty, slots))
             self._free = list(range(slots, 2 * slots))[::-1]
         slot = self._free.pop()
         self._slot[request_id] = slot
@@ -230,7 +233,7 @@ class Ledger:
         self._edited(at, packet.acted, rows[None])
         return hits
 
-    def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> list[Verdict]:
+    def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> Verdicts:
         """Return one verdict per policy for a request of `tokens` tokens.
 
         Args:
@@ -276,12 +279,6 @@ class Ledger:
         write_slot(self._state, slot, saved)
         if self._prefixes is not None:
             self._prefixes.take_back(slot, int(saved.next[0]))
-
-    def _make_state(self, slots: int) -> State:
-        block = 0 if self.memory is None else self.memory.block
-        columns = self.watchlist.columns if block else 0
-        self._empty = make_state(self._rules, 1, block=block, columns=columns)
-        return make_state(self._rules, slots, block=block, columns=columns)
 
     def _slots(self, packet: Packet) -> np.ndarray:
         return np.array([self._slot.get(r, -1) for r in packet.request_ids], np.int64)

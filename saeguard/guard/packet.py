@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -36,6 +36,21 @@ class Packet:
     watchlist: str
     orders: int = 0
     acted_by: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def of_requests(self, which: Sequence[int]) -> Packet:
+        """Return what the pass holds of some of its requests."""
+        start, end = self.query_start[:-1][which], self.query_start[1:][which]
+        rows = np.concatenate([np.arange(a, b) for a, b in zip(start, end, strict=True)])
+        return replace(
+            self,
+            request_ids=[self.request_ids[i] for i in which],
+            query_start=np.concatenate([[0], np.cumsum(end - start)]),
+            positions=self.positions[rows],
+            watched=self.watched[rows],
+            f=self.f[rows],
+            acted=None if self.acted is None else self.acted[rows],
+            acted_by={digest: acted[rows] for digest, acted in self.acted_by.items()},
+        )
 
 
 def in_step(passes: Sequence[tuple[Packet, np.ndarray, object]]) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from saeguard.guard.advance import Scored, Tokens, advance, score_tokens
-from saeguard.guard.conclude import verdicts_of
+from saeguard.guard.conclude import Verdicts, verdicts_of
 from saeguard.guard.state import State, make_state
 from saeguard.guard.tables import Rules, compile_rules
 from saeguard.guard.verdict import THRESHOLD, Verdict
@@ -37,7 +37,7 @@ def judge(policy: Policy, shares: Mapping[str, np.ndarray], prompt_tokens: int) 
 
 def judge_all(
     watchlist: WatchList, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
-) -> list[Verdict]:
+) -> Verdicts:
     """Judge every policy of the watch list on one text.
 
     Args:
@@ -110,7 +110,7 @@ def strongest(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 def judge_text(
     rules: Rules, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
-) -> list[Verdict]:
+) -> Verdicts:
     """Judge one text by every policy of the rules; arguments as for `judge_all`."""
     state, block = _block(rules, shares, evaluable, prompt_tokens)
     if len(shares):

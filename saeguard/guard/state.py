@@ -107,6 +107,15 @@ def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) ->
     return state
 
 
+def blank(like: State, slots: int) -> State:
+    """Return room for `slots` requests, each to be written before it is read.
+
+    Memory that nobody has written costs nothing, however many slots there are.
+    """
+    arrays = (getattr(like, f.name) for f in fields(State))
+    return State(*(np.empty((slots, *a.shape[1:]), a.dtype) for a in arrays))
+
+
 def write_slot(state: State, slot: int, other: State, at: int = 0) -> None:
     """Overwrite one slot with slot `at` of another state."""
     for field in fields(State):

@@ -65,8 +65,15 @@ class Terms(NamedTuple):
     trace: np.ndarray
     above: np.ndarray
     scope: np.ndarray
-    of_policy: tuple[tuple[tuple[str, int], ...], ...]
-    """Per policy, in the order of its `detect`: (feature, term)."""
+    of: np.ndarray
+    """[selections of all policies] term of each, policy by policy, in the order of `detect`."""
+    start: np.ndarray
+    """[P + 1] where each policy's selections start."""
+
+    def of_policy(self, i: int) -> list[int]:
+        """Return the term of each of a policy's selections, in the order of its `detect`."""
+        found: list[int] = self.of[self.start[i] : self.start[i + 1]].tolist()
+        return found
 
 
 class Rules(NamedTuple):
@@ -89,6 +96,8 @@ class Rules(NamedTuple):
     terms: Terms
     sampled: bool
     """Whether a policy looks at some requests only."""
+    clamps: np.ndarray
+    """[P] bool: the policy's action is a clamp, which the device takes."""
 
 
 def compile_rules(policies: Sequence[Policy], column: Mapping[str, int]) -> Rules:
@@ -105,17 +114,17 @@ def compile_rules(policies: Sequence[Policy], column: Mapping[str, int]) -> Rule
     place = {key: len(column) + i for i, key in enumerate(over)}
     selections: dict[tuple[int, float], int] = {}
     terms: dict[tuple[int, float, int], int] = {}
-    conditions, of_policy = [], []
+    conditions, of_terms, start = [], [], [0]
     for policy in policies:
-        names, mine = {}, []
+        names = {}
         for name, selection in policy.detect.items():
             feature = column[f"{policy.feature_set}/{selection.feature}"]
             trace = place.get((selection.over, feature, policy.scope), feature)
             names[name] = selections.setdefault((trace, selection.above), len(selections))
             term = (trace, selection.above, SCOPES.index(policy.scope))
-            mine.append((selection.feature, terms.setdefault(term, len(terms))))
+            of_terms.append(terms.setdefault(term, len(terms)))
         conditions.append((policy.condition, names))
-        of_policy.append(tuple(mine))
+        start.append(len(of_terms))
     program = compile_program(conditions)
     if program.size > MAX_NODES:
         raise RulesError(
@@ -137,9 +146,11 @@ def compile_rules(policies: Sequence[Policy], column: Mapping[str, int]) -> Rule
             np.array([trace for trace, _, _ in terms], np.intp),
             np.array([above for _, above, _ in terms], np.float64),
             np.array([scope for _, _, scope in terms], np.intp),
-            tuple(of_policy),
+            np.array(of_terms, np.intp),
+            np.array(start, np.intp),
         ),
         sampled=any(p.sample < 1 for p in policies),
+        clamps=np.array([p.action == "clamp" for p in policies], bool),
     )
 
 

@@ -20,7 +20,7 @@ from saeguard.sae.encoder import column_scales, product
 
 def scan(
     lm: LanguageModel, watchlist: WatchList, texts: Sequence[Text]
-) -> Iterator[tuple[int, list[Verdict]]]:
+) -> Iterator[tuple[int, Sequence[Verdict]]]:
     """Yield `(index of the text, one verdict per policy)`, shortest text first."""
     excluded = np.array(watchlist.exclude_tokens, np.int64)
     layers = [hook.layer for hook in watchlist.hooks]

@@ -11,6 +11,7 @@ between them as vLLM's own does between its processes. No file is ever unpickled
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -88,6 +89,8 @@ class Compiler:
         theirs.close()
         self._pipe = ours
         self._changed = False
+        self._policies: tuple[Policy, ...] = ()
+        """Of the list that was heard of last."""
         _send(ours, source)
 
     @property
@@ -117,13 +120,11 @@ class Compiler:
         reading: Reading = self._answer()
         if reading.watchlist is None:
             return reading
-        policies, terms = [], []
-        for _ in range(self._answer()):
-            some = self._answer()
-            policies += some[0]
-            terms += some[1]
-        whole = _with_policies(reading.watchlist, tuple(policies), tuple(terms))
-        return replace(reading, watchlist=whole)
+        order, pieces = self._answer()
+        new = iter([policy for _ in range(pieces) for policy in self._answer()])
+        known = self._policies
+        self._policies = tuple(known[i] if i >= 0 else next(new) for i in order.tolist())
+        return replace(reading, watchlist=_with_policies(reading.watchlist, self._policies))
 
     def rows(self, which: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Return rows of the list that was heard of last.
@@ -187,6 +188,8 @@ def serve(pipe: Connection) -> None:
     """Read whenever asked, and tell of changes, until the other end hangs up."""
     source: Source = _receive(pipe)
     known, last = Known(), None
+    sent: tuple[Policy, ...] = ()
+    gc.disable()  # a look at everything that is known would come in the middle of a reading
     one_at_a_time = threading.Lock()
     threading.Thread(target=_notice, args=(source, pipe, one_at_a_time), daemon=True).start()
     while True:
@@ -202,7 +205,10 @@ def serve(pipe: Connection) -> None:
                 reading = replace(reading, watchlist=None, ids=())  # it was sent already
             last = loaded
         with one_at_a_time:
-            _send_reading(pipe, reading)
+            _send_reading(pipe, reading, sent)
+        if reading.watchlist is not None:
+            sent = reading.watchlist.policies
+        gc.collect()
 
 
 def _notice(source: Source, pipe: Connection, one_at_a_time: threading.Lock) -> None:
@@ -211,26 +217,30 @@ def _notice(source: Source, pipe: Connection, one_at_a_time: threading.Lock) -> 
             _send(pipe, CHANGED)
 
 
-def _send_reading(pipe: Connection, reading: Reading) -> None:
-    """Send the policies in pieces, none of which takes long to take in."""
+def _send_reading(pipe: Connection, reading: Reading, sent: Sequence[Policy]) -> None:
+    """Send what the other end does not have, in pieces none of which takes long to take in.
+
+    Args:
+        pipe: to the other end.
+        reading: what to send.
+        sent: the policies sent last; those that a file gave again are the same objects.
+    """
     watchlist = reading.watchlist
     if watchlist is None:
         _send(pipe, reading)
         return
-    bare = _with_policies(watchlist, (), ())
-    _send(pipe, replace(reading, watchlist=bare))
-    starts = range(0, len(watchlist.policies), CHUNK)
-    _send(pipe, len(starts))
+    _send(pipe, replace(reading, watchlist=_with_policies(watchlist, ())))
+    where = {id(policy): i for i, policy in enumerate(sent)}
+    order = [where.get(id(policy), -1) for policy in watchlist.policies]
+    new = [policy for i, policy in zip(order, watchlist.policies, strict=True) if i < 0]
+    starts = range(0, len(new), CHUNK)
+    _send(pipe, (np.array(order, np.int64), len(starts)))
     for i in starts:
-        some = slice(i, i + CHUNK)
-        _send(pipe, (watchlist.policies[some], watchlist.rules.terms.of_policy[some]))
+        _send(pipe, new[i : i + CHUNK])
 
 
-def _with_policies(
-    watchlist: WatchList, policies: tuple[Policy, ...], terms: tuple[Any, ...]
-) -> WatchList:
-    rules = watchlist.rules
-    rules = rules._replace(policies=policies, terms=rules.terms._replace(of_policy=terms))
+def _with_policies(watchlist: WatchList, policies: tuple[Policy, ...]) -> WatchList:
+    rules = watchlist.rules._replace(policies=policies)
     return replace(watchlist, policies=policies, rules=rules)
 
 

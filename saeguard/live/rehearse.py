@@ -6,7 +6,6 @@ import numpy as np
 
 from saeguard.guard.ledger import Ledger
 from saeguard.guard.packet import Packet
-from saeguard.guard.verdict import balanced
 from saeguard.guard.watchlist import WatchList
 
 TOKENS, PROMPT = 12, 4
@@ -51,5 +50,5 @@ def rehearse(watchlist: WatchList) -> None:
         )
         ledger.ingest(packet, np.array([len(f)]))
     verdicts = ledger.finish("rehearsal", TOKENS + 1)
-    if len(verdicts) != len(watchlist.policies) or not all(balanced(v.coverage) for v in verdicts):
+    if len(verdicts) != len(watchlist.policies) or not verdicts.balanced():
         raise RehearsalError("a made-up text was not accounted for")

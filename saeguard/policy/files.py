@@ -25,30 +25,30 @@ def find_files(path: Path) -> tuple[list[Path], list[PolicyError]]:
     Args:
         path: a file or a folder.
     """
-    files: list[Path] = []
+    files: list[str] = []
     errors: list[PolicyError] = []
-    waiting: list[tuple[Path, frozenset[_Inode]]] = [(path, frozenset())]
+    root = os.fspath(path)
+    waiting: list[tuple[str, frozenset[_Inode]]] = [(root, frozenset())]
     while waiting:
         here, above = waiting.pop()
         try:
-            if here.is_dir():
-                waiting += _entries(here, above)
-            elif here is path or _is_yaml(here):
-                here.stat()
+            # Text instead of Path, here and below: a Path costs more than what is asked of it.
+            if stat.S_ISDIR(os.stat(here).st_mode):  # noqa: PTH116
+                waiting += _entries(here, above, files)
+            elif here == root or _is_yaml(here):
                 files.append(here)
-            else:
-                here.stat()  # a link into nothing may have been a folder of policies
         except FileNotFoundError:
-            errors.append(_whole(here, "not-found", "there is no such file or folder"))
+            errors.append(_whole(Path(here), "not-found", "there is no such file or folder"))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", error)
-            errors.append(_whole(here, "unreadable", f"cannot be read: {reason}"))
+            errors.append(_whole(Path(here), "unreadable", f"cannot be read: {reason}"))
         except _PlaceError as error:
-            errors.append(_whole(here, error.code, str(error)))
+            errors.append(_whole(Path(here), error.code, str(error)))
         if len(files) > MAX_FILES:
             message = f"there are more than {MAX_FILES:,} files here; load fewer"
             return [], [_whole(path, "too-many-files", message)]
-    return sorted(files), errors
+    in_order = sorted(files, key=lambda file: file.split(os.sep))  # noqa: PTH206
+    return [Path(file) for file in in_order], errors
 
 
 def is_test(path: Path) -> bool:
@@ -60,9 +60,15 @@ def read_bytes(path: Path) -> bytes | PolicyError:
     """Return the content, cut off just above the size limit."""
     try:
         # Opening a named pipe would wait for a writer.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return file.read(MAX_BYTES + 1)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(file).st_mode):
+                content = os.read(file, MAX_BYTES + 1)
+                while len(content) <= MAX_BYTES and (more := os.read(file, MAX_BYTES + 1)):
+                    content += more
+                return content[: MAX_BYTES + 1]
+        finally:
+            os.close(file)
     except OSError as error:
         return _whole(path, "unreadable", f"cannot be read: {error.strerror}")
     return _whole(path, "unreadable", "this is not a regular file")
@@ -74,21 +80,33 @@ class _PlaceError(Exception):
         self.code: Code = code
 
 
-def _entries(folder: Path, above: frozenset[_Inode]) -> list[tuple[Path, frozenset[_Inode]]]:
-    status = folder.stat()
+def _entries(
+    folder: str, above: frozenset[_Inode], files: list[str]
+) -> list[tuple[str, frozenset[_Inode]]]:
+    """Add a folder's plain policy files to `files`, and return what must be looked at."""
+    status = os.stat(folder)  # noqa: PTH116
     here = (status.st_dev, status.st_ino)
     if here in above:
         message = "this link leads back to a folder above it; remove it"
         raise _PlaceError("link-loop", message)
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return [(entry, above | {here}) for entry in entries]
+    others = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.endswith(".yaml") and entry.is_file(follow_symlinks=False):
+                files.append(entry.path)
+            else:  # a link into nothing may have been a folder of policies
+                others.append((entry.path, above | {here}))
+    return others
 
 
-def _is_yaml(path: Path) -> bool:
-    if path.suffix == ".yml":
-        message = f'policy files end in .yaml; rename it to "{path.stem}.yaml"'
+def _is_yaml(path: str) -> bool:
+    if path.endswith(".yml"):
+        name = os.path.basename(path).removesuffix(".yml")  # noqa: PTH119
+        message = f'policy files end in .yaml; rename it to "{name}.yaml"'
         raise _PlaceError("file-name", message)
-    return path.suffix == ".yaml"
+    return path.endswith(".yaml")
 
 
 def _whole(path: Path, code: Code, message: str) -> PolicyError:

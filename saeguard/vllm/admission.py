@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 
 from saeguard.guard.generations import Pin
-from saeguard.guard.verdict import Verdict
 from saeguard.policy.access import Access, Decision, decide
 
 ATTRIBUTE = "saeguard"
@@ -76,12 +74,3 @@ def admission_of(
         settled = decision, clamps, any(p.uncached == "recompute" for p in acting)
         known[key] = settled
     return Admission(pin, tenant, *settled)
-
-
-def as_decided(verdicts: Sequence[Verdict], decision: Decision) -> list[Verdict]:
-    """Return the verdicts of the policies that hold for a request; waived ones say by what."""
-    return [
-        replace(v, mode="enforce", exception=decision.waived[i]) if i in decision.waived else v
-        for i, v in enumerate(verdicts)
-        if decision.applies[i]
-    ]

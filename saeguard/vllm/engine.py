@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -13,18 +14,19 @@ import numpy as np
 import structlog
 
 from saeguard.events.counts import Counts
-from saeguard.events.event import mismatch_event, reload_event, verdict_event
+from saeguard.events.event import mismatch_event, reload_event, verdict_events
 from saeguard.events.sink import Sink
+from saeguard.guard.conclude import Verdicts
 from saeguard.guard.generations import Generations, make_generation
 from saeguard.guard.ledger import Hit
 from saeguard.guard.memory import Memory
 from saeguard.guard.packet import Packet
 from saeguard.guard.state import State
-from saeguard.guard.verdict import Coverage, Verdict, as_dict, balanced
+from saeguard.guard.verdict import Coverage, as_dict, balanced
 from saeguard.guard.watchlist import WatchList
 from saeguard.live.orders import Admitted, Orders, Outbox
 from saeguard.live.reload import Reloader, Report
-from saeguard.vllm.admission import ATTRIBUTE, ENFORCE, TENANT, Admission, admission_of, as_decided
+from saeguard.vllm.admission import ATTRIBUTE, ENFORCE, TENANT, Admission, admission_of
 from saeguard.vllm.config import Settings, Started, access_of
 from saeguard.vllm.selftest import PREFIX as SELF_TEST
 
@@ -38,6 +40,9 @@ EARLY = frozenset({"abort", "error"})
 
 MESSAGE = "message"
 """Key of what the client reads in place of the text of a request that was stopped."""
+
+TELL_S = 1.0
+"""How long running totals wait, at most, while requests are under way."""
 
 PASSES = 16
 """Passes judged together, unless a request ends before."""
@@ -98,6 +103,8 @@ class EngineGuard:
         self.self_test: dict[str, Coverage] = {}
         self._waiting: list[tuple[Packet, np.ndarray, frozenset[str]]] = []
         self._saved: list[tuple[int, State]] = []
+        self._told = -TELL_S
+        """When running totals were told last."""
         self._at_once = False
         """Whether the pass now must be judged before the scheduler looks at it."""
 
@@ -299,20 +306,20 @@ class EngineGuard:
         if request_id.startswith(SELF_TEST):
             self.self_test[request_id] = coverage
             return None
-        verdicts = as_decided(verdicts, admission.decision)
+        verdicts = verdicts.decided(admission.decision.applies, admission.decision.waived)
         known = {"request_id": request_id, "model": self.model, "watchlist": digest}
         self._report(verdicts, coverage, reason, {**known, "tenant": admission.tenant})
         return response(verdicts, as_dict(coverage), digest)
 
     def _report(
         self,
-        verdicts: Sequence[Verdict],
+        verdicts: Verdicts,
         coverage: Coverage,
         reason: str,
         known: Mapping[str, Any],
     ) -> None:
         self.counts.request(verdicts, coverage)
-        if not all(map(balanced, (coverage, *(v.coverage for v in verdicts)))):
+        if not (balanced(coverage) and verdicts.balanced()):
             self.counts.add("ledger_mismatches")
             log.error(
                 "saeguard ledger does not balance",
@@ -320,15 +327,24 @@ class EngineGuard:
                 **as_dict(coverage),
             )
             self._put(partial(mismatch_event, as_dict(coverage), **known, finished=reason))
-        for verdict in verdicts:
-            self._put(partial(verdict_event, verdict, **known, finished=reason))
+        if self.sink is not None:
+            events = partial(verdict_events, verdicts, **known, finished=reason)
+            self.sink.put_all(events, len(verdicts))
 
     def _put(self, build: Callable[[], Mapping[str, Any]]) -> None:
         if self.sink is not None:
             self.sink.put(build)
 
     def counted(self) -> list[list[Any]]:
-        """Return what moved since the last call, for the API server's metrics."""
+        """Return what moved since the last call, for the API server's metrics.
+
+        With many policies much moves with every request, so while others are under way it is told
+        once in `TELL_S`; the last of them tells all.
+        """
+        now = time.monotonic()
+        if self.requests and now - self._told < TELL_S:
+            return []
+        self._told = now
         if self.sink is not None:
             for state in ("produced", "written", "dropped"):
                 self.counts.total("events", state, n=getattr(self.sink, state))
@@ -360,7 +376,7 @@ class EngineGuard:
         verdicts = self.ledger.finish(request_id, request.num_tokens, forget=False)
         coverage = self.ledger.coverage(request_id, request.num_tokens)
         admission = self.admitted[request_id]
-        verdicts = as_decided(verdicts, admission.decision)
+        verdicts = verdicts.decided(admission.decision.applies, admission.decision.waived)
         digest = admission.pin.generation.watchlist.digest
         return response(verdicts, as_dict(coverage), digest)
 
@@ -384,14 +400,11 @@ def _stale(request: Any) -> bool:
     return bool(request.num_stale_output_tokens > 0 and request.drop_stale_output)
 
 
-def response(
-    verdicts: Sequence[Verdict], coverage: Mapping[str, Any], watchlist: str
-) -> Mapping[str, Any]:
+def response(verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str) -> Mapping[str, Any]:
     """Return the `saeguard` object of a response: acting verdicts that the client may see."""
-    shown = [v for v in verdicts if v.acted in VISIBLE]
+    shown = [v for v in verdicts.acting() if v.acted in VISIBLE]
     order = ["log", "flag", "clamp", "stop"]
     strongest = max((order.index(v.acted) for v in shown if v.acted), default=-1)
-    errors = sum(v.outcome == "error" for v in verdicts)
     stops = sorted((v.first_token or 0, v.message) for v in shown if v.message is not None)
     return {
         **({MESSAGE: stops[0][1]} if stops else {}),
@@ -416,6 +429,6 @@ def response(
         ],
         "coverage": coverage,
         "policies": len(verdicts),
-        "errors": errors,
+        "errors": verdicts.errors(),
         "watchlist": watchlist[:12],
     }

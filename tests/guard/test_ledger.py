@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -463,11 +464,41 @@ def test_shadow_beside_enforced_of_one_id() -> None:
         ("enforce", "match", "flag"),
     ]
     counted = [c for c in counts.take() if c[0] in ("verdicts", "actions")]
-    assert counted == [
-        ["verdicts", "p", "shadow", "match", 1],
-        ["verdicts", "p", "enforce", "match", 1],
+    assert sorted(counted) == [
         ["actions", "p", "enforce", "flag", 1],
+        ["verdicts", "p", "enforce", "match", 1],
+        ["verdicts", "p", "shadow", "match", 1],
     ]
+
+
+def test_what_is_counted_is_what_the_verdicts_say() -> None:
+    """Of every kind, whatever the order in which kinds are numbered; waived ones count as acted."""
+    policies = [
+        replace(simple(mode=mode), id=name, sample=sample, scope=scope)
+        for name, mode, sample, scope in (
+            ("match", "enforce", 1.0, "both"),
+            ("waived", "enforce", 1.0, "both"),
+            ("absent", "enforce", 1.0, "both"),
+            ("quiet", "shadow", 1.0, "prompt"),
+            ("left-out", "shadow", 1e-9, "both"),
+        )
+    ]
+    watchlist = make_watchlist(policies)
+    counts, expected = Counts(), Counter[tuple[str, ...]]()
+    for values in ([0, 9], [0, np.nan], [0, 0]):
+        ledger = Ledger(watchlist)
+        text = text_of(values)
+        ledger.admit("r", 1, enforced=[p.mode == "enforce" and p.id != "waived" for p in policies])
+        ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+        said = ledger.finish("r", 3).decided([p.id != "absent" for p in policies], {1: "why"})
+        assert said.errors() == sum(v.outcome == "error" for v in said)
+        assert said.acting() == [v for v in said if v.acted]
+        assert {v.policy: v.exception for v in said}["waived"] == "why"
+        expected.update((v.policy, v.mode, v.outcome) for v in said)
+        counts.request(said, said[0].coverage)
+    counted = {tuple(c[1:4]): c[4] for c in counts.take() if c[0] == "verdicts"}
+    assert counted == expected
+    assert {outcome for *_, outcome in expected} == {"match", "no_match", "error", "not_evaluated"}
 
 
 def test_only_a_stop_that_acts_has_a_message() -> None:

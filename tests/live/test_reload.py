@@ -129,7 +129,15 @@ def waits(settings: Settings, server: Server) -> tuple[Pin, str]:
         time.sleep(0.01)
     waiting = server.reloader.standing.waiting
     assert waiting is not None
+    while waiting not in [s["waiting"] for s in state.read_statuses(state_of(settings)).values()]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # it is written right after
     return pin, waiting
+
+
+def state_of(settings: Settings) -> Path:
+    """Return the state folder."""
+    return Path(str(settings.state))
 
 
 def test_a_list_waits_for_columns(settings: Settings, server: Server) -> None:
