@@ -107,6 +107,11 @@ class Event(Part):
     coverage: Coverage = Field(description="How much of its scope the policy looked at.")
     exception: str | None = Field(description="Id of the exception that waived the action.")
     error: str | None = Field(description="Kind of error; null where every token was read.")
+    approximate: bool = Field(
+        default=False,
+        description="Whether measured thresholds stood for the ranks of a TopK SAE's latents; the "
+        "feature set says how well they agree.",
+    )
     finished: str | None = Field(description="Why the request ended, in the engine's words.")
     time: AwareDatetime | None = Field(
         None, description="When the event was written, UTC; added by the sink."

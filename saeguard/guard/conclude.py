@@ -86,6 +86,7 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> list[Verdict]
                 features=_fired(rules.terms.of_policy[i], fired) if sampled[i] else {},
                 coverage=coverage,
                 error="not_read" if error else None,
+                approximate=rules.approximate[i],
                 message=policy.message if acts and policy.action == "stop" else None,
             )
         )

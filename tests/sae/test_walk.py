@@ -137,6 +137,11 @@ def test_every_command(  # noqa: PLR0915 - the page is one story
         code, output = _startup(steps[4], tmp_path)
         assert code == 1
         assert "published ids that were never measured here" in output
+        code, checked = run(tmp_path, running, *steps[3][1:])
+        assert code == 1
+        assert "policies/refusal.yaml:7:7: error[not-calibrated]: mode: enforce" in checked
+        said = output.partition(" error[")[2].splitlines()[0]
+        assert said in checked, "serving and checking say the same"
 
         code, output = run(tmp_path, running, *steps[5][1:])
         assert code == 0, output
