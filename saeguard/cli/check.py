@@ -47,13 +47,16 @@ def verb(
     """
     from saeguard.policy.cases import cases_path, missing_tests
     from saeguard.policy.errors import PolicyErrors
-    from saeguard.policy.lint import resolve
+    from saeguard.policy.lint import of_feature_set, resolve
     from saeguard.policy.load import read_policies
 
     policies, errors = read_policies(*(paths or [Path("policies")]))
     sets = read_feature_sets(feature_sets)
     referring = [policy for policy in policies if policy.feature_set not in sets.broken]
     found = [*errors, *sets.mistakes, *resolve(referring, sets.known, templates=sets.templates)]
+    for policy in referring:
+        if policy.feature_set in sets.known:
+            found += of_feature_set(policy, sets.known[policy.feature_set])
     if model is not None:
         found += of_other_model(referring, sets, model)
     if require_tests:

@@ -105,9 +105,17 @@ def calibrate(
     ] = None,
     fpr: Annotated[float, typer.Option(help="Wished rate on ordinary texts.", min=0, max=1)] = 0.01,
     for_: Annotated[str, typer.Option("--for", help="Window, as in policies.")] = "1 of 1 tokens",
+    topk: Annotated[
+        Literal["exact", "approximate"] | None,
+        typer.Option(
+            help="Of an SAE whose latents fire by rank: rank them exactly, or by thresholds that "
+            "are measured here. Default: as --set says.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write. Default: --set.")] = None,
 ) -> None:
     """Set each feature's range and threshold, and write the measured rates as its evidence."""
+    from saeguard.features.approximate import approximate
     from saeguard.features.calibrate import Texts
     from saeguard.features.calibrate import calibrate as set_thresholds
     from saeguard.features.load import load_feature_set, pin, save_feature_set
@@ -128,27 +136,33 @@ def calibrate(
 
         ordinary, checked = read(benign), read(check) if check else None
         splits: dict[str, tuple[Corpus | None, Corpus | None]] = {}
+        for behaviour in dict.fromkeys(f.behaviour for f in features.features.values()):
+            splits[behaviour] = (None, None)
+            if labelled is not None:
+                splits[behaviour] = (
+                    read(labelled / f"{behaviour}.search.jsonl"),
+                    read(labelled / f"{behaviour}.holdout.jsonl"),
+                )
+        ranks = replace(features.sae, approximation=None)
+        stand_ins = None
+        if topk == "approximate" or (topk is None and features.sae.approximation is not None):
+            fit = [ordinary, *(split for split, _ in splits.values() if split is not None)]
+            held = [held for _, held in splits.values() if held is not None]
+            held += [] if checked is None else [checked]
+            stand_ins = approximate(features, ranks.inspect(), fit, held)
+        features = replace(features, sae=replace(pin(ranks), approximation=stand_ins))
         done: dict[str, Feature] = {}
         for name, feature in features.features.items():
-            behaviour = feature.behaviour
-            if behaviour not in splits:
-                splits[behaviour] = (None, None)
-                if labelled is not None:
-                    splits[behaviour] = (
-                        read(labelled / f"{behaviour}.search.jsonl"),
-                        read(labelled / f"{behaviour}.holdout.jsonl"),
-                    )
             done[name] = set_thresholds(
                 features,
                 feature,
-                Texts(ordinary, checked, *splits[behaviour]),
+                Texts(ordinary, checked, *splits[feature.behaviour]),
                 fpr=fpr,
                 window=(span.k, span.n),
                 decode=lm.tokenizer.decode,
             )
         target = out or set_
-        here = replace(features, features=done, status="calibrated", sae=pin(features.sae))
-        save_feature_set(here, target)
+        save_feature_set(replace(features, features=done, status="calibrated"), target)
     for name, feature in done.items():
         measured = feature.evidence.get("fpr_holdout", feature.evidence["fpr_calibration"])
         low, high = measured["interval"]
@@ -156,6 +170,8 @@ def calibrate(
             f"{name}: threshold {feature.threshold:g}, ordinary texts above it "
             f"{measured['rate']:.2%} ({low:.2%} to {high:.2%} of {measured['texts']})"
         )
+    if stand_ins is not None:
+        typer.echo(f"TopK latents are {stand_ins.told}.")
     typer.echo(f"Written to {target}.")
 
 

@@ -31,11 +31,14 @@ _Convention = Annotated[
 ]
 MIB = 1 << 20
 TOKENS_A_PIECE = 256
+EXACT_RANKS = "exact, unless a feature set says `topk: approximate`: inspect that file"
 
 
 @verb.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    path: Annotated[
+        Path, typer.Argument(help="Folder of the checkpoint, or a feature set that names one.")
+    ],
     text: Annotated[
         Path | None, typer.Option(help="Text to measure how many latents fire.", exists=True)
     ] = None,
@@ -60,9 +63,15 @@ def inspect(
     with mistakes_told():
         if (text is None) != (model is None):
             raise SaeError("--text and --model belong together")
-        info = read(path, _stated(layer, k, norm_factor, convention))
+        stated = _stated(layer, k, norm_factor, convention)
+        ranks = None
+        if path.suffix == ".yaml":
+            path, stated, ranks = _named_by(path, stated)
+        info = read(path, stated)
         found = _measure(info, text, model, l0) if text and model else None
         facts = _facts(info, latents)
+        if info.k is not None:
+            facts["ranks"] = ranks or EXACT_RANKS
     if as_json:
         typer.echo(json.dumps(facts | ({"l0": _l0_json(found)} if found else {}), indent=2))
     else:
@@ -183,6 +192,18 @@ def _measure(info: SaeInfo, text: Path, model: Path, published: float | None) ->
     return measure_l0(info, x, published)
 
 
+def _named_by(file: Path, stated: Stated) -> tuple[Path, Stated, str]:
+    """Return the checkpoint that a feature set names, what is stated of it, and how it ranks."""
+    from saeguard.features.load import load_feature_set
+    from saeguard.sae import SaeError, Stated
+
+    if stated != Stated():
+        raise SaeError(f"{file}: a feature set states layer, k, factor and convention itself")
+    sae = load_feature_set(file).sae
+    how = "exact" if sae.approximation is None else sae.approximation.told
+    return sae.path, replace(sae.stated, layer=sae.layer), how
+
+
 def _facts(info: SaeInfo, latents: int) -> dict[str, Any]:
     from saeguard.sae.l0 import published_l0
 
@@ -236,6 +257,7 @@ def _print(facts: dict[str, Any], found: L0 | None) -> None:
         "reads": facts["hook_point"] + (f" of {facts['model']}" if facts["model"] else ""),
         "size": f"d_in {facts['d_in']}, {facts['d_sae']} latents, {facts['dtype']}",
         "activation": f"{facts['activation']}{kept}",
+        **({"ranks": facts["ranks"]} if "ranks" in facts else {}),
         "per token": facts["per_token_norm"],
         "folded": "\n".join(facts["folded"]) or "nothing",
         "clamps": "no: a transcoder writes elsewhere" if facts["transcoder"] else "yes",

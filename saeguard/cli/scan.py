@@ -81,6 +81,7 @@ def record(verdict: Verdict) -> dict[str, Any]:
         "score": verdict.score,
         "threshold": THRESHOLD,
         "first_token": verdict.first_token,
+        **({"approximate": True} if verdict.approximate else {}),
         "coverage": {
             "tokens": verdict.coverage.tokens,
             "evaluated": verdict.coverage.evaluated,

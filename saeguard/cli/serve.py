@@ -143,6 +143,10 @@ def startup_report(settings: dict[str, Any]) -> list[str]:
         f"layer {hook.layer}: {hook.W.shape[0]} encoder rows of width {hook.d_in}"
         for hook in watchlist.hooks
     ]
+    lines += [
+        f"feature set {name}: TopK latents are {found.told}"
+        for name, found in sorted(watchlist.approximations.items())
+    ]
     lines += [f"{p.mode:8} {p.action:6} {p.severity:9} {p.id}" for p in watchlist.policies]
     return lines
 

@@ -47,6 +47,7 @@ def verdict_event(
         },
         "exception": verdict.exception,
         "error": verdict.error,
+        "approximate": verdict.approximate,
         "finished": finished,
     }
 

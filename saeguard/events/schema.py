@@ -121,6 +121,11 @@ class Event(Ended):
     coverage: Coverage = Field(description="How much of its scope the policy looked at.")
     exception: str | None = Field(description="Id of the exception that waived the action.")
     error: str | None = Field(description="Kind of error; null where every token was read.")
+    approximate: bool = Field(
+        default=False,
+        description="Whether measured thresholds stood for the ranks of a TopK SAE's latents; the "
+        "feature set says how well they agree.",
+    )
 
 
 class Mismatch(Ended):

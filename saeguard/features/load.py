@@ -20,6 +20,7 @@ from saeguard.features.schema import (
     SaePart,
     read_document,
 )
+from saeguard.features.stand_ins import approximation, as_plain
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef, SaeRef, Term
 from saeguard.sae import SaeError, Stated
 from saeguard.sae.hub import HubRef, commit_of, fetch, named
@@ -106,6 +107,7 @@ def _sae(file: Path, document: Document, *, reach: bool) -> SaeRef:
         stated=Stated(k=part.k, norm_factor=part.norm_factor, convention=part.convention),
         config_sha256=part.config_sha256,
         name=name,
+        approximation=None if part.topk_measured is None else approximation(part.topk_measured),
     )
 
 
@@ -155,7 +157,10 @@ def _feature(file: Path, name: str, part: FeaturePart) -> Feature:
 
 
 def _digest(document: Document) -> str:
-    canonical = json.dumps(document.model_dump(mode="json", by_alias=True), sort_keys=True)
+    content = document.model_dump(mode="json", by_alias=True)
+    if document.sae.topk == "exact":  # what a file says that does not know these keys
+        del content["sae"]["topk"], content["sae"]["topk_measured"]
+    canonical = json.dumps(content, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -215,6 +220,7 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
         }
 
     model, sae = features.model, features.sae
+    measured = sae.approximation
     return {
         "schema": SCHEMA,
         "id": features.id,
@@ -238,6 +244,7 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
                 for key in ("k", "norm_factor", "convention")
                 if (value := getattr(sae.stated, key)) is not None
             },
+            **({"topk": "approximate", "topk_measured": as_plain(measured)} if measured else {}),
         },
         "exclude_tokens": list(features.exclude_tokens),
         "features": {name: feature(f) for name, f in features.features.items()},

@@ -106,6 +106,11 @@ def definition(document: Document, feature: str) -> str:
         made_of["probe"] = [part.probe.sha256, part.probe.name]
     else:
         made_of["detect"] = sorted((part.detect or {}).items())
+        measured = document.sae.topk_measured
+        if measured is not None:  # thresholds in place of ranks make other values
+            made_of["topk"] = [
+                [n, measured.latents[n].threshold] for n in sorted(part.detect or {})
+            ]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 

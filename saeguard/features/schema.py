@@ -38,6 +38,34 @@ class ModelPart(_Strict):
     sha256: Digest | None = None
 
 
+class RatePart(_Strict):
+    """A measured rate of tokens, with its exact 95 % interval."""
+
+    rate: float = Field(ge=0, le=1)
+    interval: list[float] = Field(min_length=2, max_length=2)
+    hits: int = Field(ge=0)
+    tokens: int = Field(gt=0)
+
+
+class StandInPart(_Strict):
+    """A threshold that stands for one latent's rank."""
+
+    threshold: float
+    precision: RatePart = Field(description="Of the tokens above it, those in the top k.")
+    recall: RatePart = Field(description="Of the tokens in the top k, those above it.")
+
+
+class MeasuredPart(_Strict):
+    """What `saeguard features calibrate --topk approximate` measured; not to be written by hand."""
+
+    k: int = Field(gt=0)
+    sha256: Digest = Field(description="Of the weight file it was measured with.")
+    texts_sha256: Digest = Field(description="Of the token ids it was measured on.")
+    texts: int = Field(gt=0)
+    tokens: int = Field(gt=0)
+    latents: dict[Latent, StandInPart] = Field(min_length=1)
+
+
 class SaePart(_Strict):
     """The checkpoint the latents are numbered in: a path, a release and id, or a repository."""
 
@@ -74,6 +102,13 @@ class SaePart(_Strict):
     convention: Literal["openmoss", "saelens"] | None = Field(
         default=None, description="Reading of Llama Scope."
     )
+    topk: Literal["exact", "approximate"] = Field(
+        default="exact",
+        description="approximate: measured thresholds stand for the ranks of a TopK SAE's latents.",
+    )
+    topk_measured: MeasuredPart | None = Field(
+        default=None, description="Those thresholds, and how well they agree with ranks."
+    )
 
     @model_validator(mode="after")
     def _one_name(self) -> SaePart:
@@ -92,7 +127,23 @@ class SaePart(_Strict):
             raise ValueError("folder and files lie within the repository, without `..`")
         if self.path is not None and self.revision is not None:
             raise ValueError("revision is a repository's, path needs none")
+        self._measured()
         return self
+
+    def _measured(self) -> None:
+        """Refuse an approximation that nobody has measured, or not with this checkpoint."""
+        how = "`saeguard features calibrate --topk approximate`"
+        if (self.topk == "approximate") != (self.topk_measured is not None):
+            raise ValueError(
+                "topk: approximate and topk_measured belong together, and the latter is measured, "
+                f"not written: leave both out and run {how} on your own texts"
+            )
+        found = self.sha256 if self.topk_measured is None else self.topk_measured.sha256
+        if found != self.sha256:
+            raise ValueError(
+                f"topk_measured.sha256 is {found}, but sha256 is {self.sha256}, another "
+                f"checkpoint; leave topk and topk_measured out and run {how}"
+            )
 
 
 class ProbePart(_Strict):
@@ -163,15 +214,21 @@ class Document(_Strict):
                     raise ValueError(
                         f"features.{name} names latent {latent}, sae.d_sae is {self.sae.d_sae}"
                     )
+                measured = self.sae.topk_measured
+                if measured is not None and latent not in measured.latents:
+                    raise ValueError(
+                        f"features.{name} names latent {latent}, whose threshold is not among "
+                        "sae.topk_measured; run `saeguard features calibrate --topk approximate` "
+                        "again"
+                    )
         return self
 
 
+_PARTS: tuple[type[BaseModel], ...] = (
+    Document, ModelPart, SaePart, MeasuredPart, StandInPart, RatePart, ProbePart, FeaturePart,
+)  # fmt: skip
 _KEYS = sorted(
-    {
-        field.alias or name
-        for part in (Document, ModelPart, SaePart, ProbePart, FeaturePart)
-        for name, field in part.model_fields.items()
-    }
+    {field.alias or name for part in _PARTS for name, field in part.model_fields.items()}
 )
 
 

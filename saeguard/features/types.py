@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from saeguard.features.stand_ins import Approximation
 from saeguard.sae import SaeInfo, Stated, inspect
+from saeguard.sae.info import thresholds_for_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class SaeRef:
     """Digest of the configuration, where it is pinned."""
     name: Mapping[str, Any] | None = None
     """Release and id, or repository and files, as the file has them; None where it has a path."""
+    approximation: Approximation | None = None
+    """What stands for the ranks of a TopK SAE's latents; None: they are ranked exactly."""
 
     def inspect(self) -> SaeInfo:
         """Read the checkpoint's headers.
@@ -46,7 +50,11 @@ class SaeRef:
         Raises:
             SaeError: it is not there, or cannot be read rightly.
         """
-        return inspect(self.path, replace(self.stated, layer=self.layer))
+        info = inspect(self.path, replace(self.stated, layer=self.layer))
+        if self.approximation is None:
+            return info
+        stand_ins = {n: x.threshold for n, x in self.approximation.latents.items()}
+        return thresholds_for_ranks(info, self.approximation.k, stand_ins)
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,7 @@ class Verdicts(Sequence[Verdict]):
             coverage=coverage,
             exception=self.waived.get(i),
             error="not_read" if coverage.skipped.get("error") else None,
+            approximate=self.rules.approximate[i],
             message=policy.message if acts and policy.action == "stop" else None,
         )
 

@@ -64,7 +64,9 @@ def make_ranked(rows: RankedRows, device: torch.device) -> Ranked:
     if device.type == "cuda":
         raise SaeError(
             "latents of TopK and groupmax SAEs are not ranked on a GPU yet by this version: serve "
-            "on a CPU, scan with Transformers, or use an SAE with thresholds"
+            "on a CPU, scan with Transformers, use an SAE with thresholds, or let measured "
+            "thresholds stand for ranks, an approximation: `saeguard features calibrate --topk "
+            "approximate`"
         )
     rivals = rivals_of(rows.source, rows.latents, device)
     return Ranked(

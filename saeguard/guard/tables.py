@@ -6,7 +6,7 @@ over policies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -98,14 +98,19 @@ class Rules(NamedTuple):
     """Whether a policy looks at some requests only."""
     clamps: np.ndarray
     """[P] bool: the policy's action is a clamp, which the device takes."""
+    approximate: tuple[bool, ...]
+    """[P] whether it reads a latent by a threshold that stands for its rank."""
 
 
-def compile_rules(policies: Sequence[Policy], column: Mapping[str, int]) -> Rules:
+def compile_rules(
+    policies: Sequence[Policy], column: Mapping[str, int], approximate: Collection[str] = ()
+) -> Rules:
     """Return policies as columns.
 
     Args:
         policies: in the order of the columns.
         column: `feature_set/feature` -> its column among the shares.
+        approximate: those of them in which thresholds stand for ranks.
 
     Raises:
         RulesError: they are too many.
@@ -151,7 +156,15 @@ def compile_rules(policies: Sequence[Policy], column: Mapping[str, int]) -> Rule
         ),
         sampled=any(p.sample < 1 for p in policies),
         clamps=np.array([p.action == "clamp" for p in policies], bool),
+        approximate=tuple(
+            any(f"{p.feature_set}/{name}" in approximate for name in _read_by(p)) for p in policies
+        ),
     )
+
+
+def _read_by(policy: Policy) -> list[str]:
+    clamped = policy.clamp.features if policy.clamp else ()
+    return [*(s.feature for s in policy.detect.values()), *clamped]
 
 
 AggregateKey = tuple[Over, int, Scope]

@@ -72,6 +72,9 @@ class Verdict:
     exception: str | None = None
     """Id of the exception that waived the action."""
     error: str | None = None
+    approximate: bool = False
+    """Whether thresholds stood for the ranks of a TopK SAE's latents: a latent may have been taken
+    to fire that does not, and the other way round, as often as the feature set says."""
     message: str | None = None
     """What the client reads in place of the text, where the policy stopped the request."""
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from saeguard.features.probe import ProbeError, read_probe
+from saeguard.features.stand_ins import Approximation
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
 from saeguard.guard.ranked import ROUNDING, RankedRows, bars
 from saeguard.guard.tables import Rules, RulesError, compile_rules
+from saeguard.policy.lint import unmeasured
 from saeguard.policy.types import Clamp, Policy
 from saeguard.sae import SaeError, read_decoder_rows, read_rows
 from saeguard.sae.encoder import NORMS
@@ -130,6 +132,8 @@ class WatchList:
     """The models that the feature sets hold for."""
     digest: str
     """sha256 over policies, feature sets and checkpoints: what the verdicts depend on."""
+    approximations: Mapping[str, Approximation] = field(default_factory=dict)
+    """By feature set: thresholds that stand for ranks."""
 
     @property
     def columns(self) -> int:
@@ -198,11 +202,19 @@ def build_watchlist(
     low = np.array([f.low for _, f in used.values()], np.float32)
     high = np.array([f.high for _, f in used.values()], np.float32)
 
+    sets = {policy.feature_set: feature_sets[policy.feature_set] for policy in policies}
+    approximations = {
+        name: s.sae.approximation for name, s in sets.items() if s.sae.approximation is not None
+    }
+    approximate = {
+        name
+        for name, (_, feature) in used.items()
+        if _set_of(name) in approximations and (feature.detect or feature.clamp)
+    }
     try:
-        rules = compile_rules(policies, {name: i for i, name in enumerate(used)})
+        rules = compile_rules(policies, {name: i for i, name in enumerate(used)}, approximate)
     except RulesError as error:
         raise WatchListError(str(error)) from error
-    sets = {policy.feature_set: feature_sets[policy.feature_set] for policy in policies}
     return WatchList(
         policies=policies,
         hooks=tuple(hooks),
@@ -218,6 +230,7 @@ def build_watchlist(
             [*(f"{p.id} {p.mode} {p.digest}" for p in policies)]
             + [f"{s.id} {s.digest} {s.sae.sha256}" for s in sets.values()]
         ),
+        approximations=approximations,
     )
 
 
@@ -234,12 +247,7 @@ def _refuse_uncalibrated(
         features = feature_sets.get(policy.feature_set)
         acts = policy.action != "log" and (policy.mode == "enforce" or policy.id in may_enforce)
         if features is not None and features.status == "published" and acts:
-            raise WatchListError(
-                f"{policy.path}: mode: enforce with action {policy.action}, but {features.path} "
-                "holds published ids that were never measured here; `mode: shadow` or "
-                "`action: log` work at once, and `saeguard features calibrate` on your own "
-                "traffic makes the set one that may act"
-            )
+            raise WatchListError(unmeasured(policy).render())
 
 
 def _mix(used: Mapping[str, tuple[FeatureSet, Feature]], column: Mapping[RowKey, int]) -> Mix:

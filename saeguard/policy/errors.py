@@ -73,6 +73,7 @@ Code: TypeAlias = Literal[
     "no-clamp-latents",
     "bad-feature-set",
     "not-calibrated",
+    "approximate-topk",
     "other-model",
     "to-do",
     # its tests

@@ -7,6 +7,8 @@ from dataclasses import replace
 from datetime import UTC, date, datetime
 from typing import Protocol
 
+from saeguard.features.schema import Document
+from saeguard.features.stand_ins import approximation
 from saeguard.policy.errors import Code, Level, PolicyError, did_you_mean, show
 from saeguard.policy.load import locate
 from saeguard.policy.types import Policy
@@ -74,6 +76,38 @@ def uncalibrated(policy: Policy) -> PolicyError:
         return _at(policy, "not-calibrated", message, ("feature_set",))
     message += "; until then the policy is tested but not served"
     return _at(policy, "not-calibrated", message, ("feature_set",), level="note")
+
+
+def of_feature_set(policy: Policy, document: Document) -> Iterator[PolicyError]:
+    """Tell what a feature set is not good for, though it can be read.
+
+    Args:
+        policy: over the set.
+        document: the set as its file says it.
+    """
+    if document.status == "published" and policy.mode == "enforce" and policy.action != "log":
+        yield unmeasured(policy)
+    measured = document.sae.topk_measured
+    clamped = policy.clamp.features if policy.clamp else ()
+    names = [*(s.feature for s in policy.detect.values()), *clamped]
+    read = [document.features[name] for name in names if name in document.features]
+    if measured is not None and any(part.detect or part.clamp for part in read):
+        message = (
+            f"TopK latents of {show(policy.feature_set)} are {approximation(measured).told}; "
+            "`saeguard features calibrate --topk exact` ranks them exactly"
+        )
+        yield _at(policy, "approximate-topk", message, ("feature_set",), level="warning")
+
+
+def unmeasured(policy: Policy) -> PolicyError:
+    """Return that a policy would act on published latents, which nobody has measured here."""
+    message = (
+        f"mode: {policy.mode} with action {policy.action}, but the feature set "
+        f"{show(policy.feature_set)} holds published ids that were never measured here; "
+        "`mode: shadow` or `action: log` work at once, and `saeguard features calibrate` on your "
+        "own traffic makes the set one that may act"
+    )
+    return _at(policy, "not-calibrated", message, ("mode",))
 
 
 def _to_do(policy: Policy) -> Iterator[PolicyError]:

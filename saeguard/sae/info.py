@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias
+
+from saeguard.sae.errors import SaeError
 
 LARGE = 256 << 20
 """Bytes from which a file's digest is remembered across processes."""
@@ -128,6 +131,9 @@ class SaeInfo:
     folded: tuple[str, ...]
     """What is folded into the rows, in words."""
     layout: Layout
+    stand_ins: tuple[tuple[int, float], ...] = ()
+    """By latent, a measured threshold that stands for its rank (`thresholds_for_ranks`): an
+    approximation. Empty: the SAE as its authors meant it."""
 
     @property
     def sha256(self) -> str:
@@ -138,6 +144,34 @@ class SaeInfo:
     def config_sha256(self) -> str | None:
         """Digest of the configuration, where there is one."""
         return None if self.config is None else file_sha256(self.config)
+
+
+def thresholds_for_ranks(info: SaeInfo, k: int, stand_ins: Mapping[int, float]) -> SaeInfo:
+    """Return a TopK or groupmax SAE of which some latents fire by a threshold, not by rank.
+
+    What is returned is an approximation: `f = z * (z > threshold)`, for these latents only.
+
+    Args:
+        info: the SAE as it is.
+        k: what the thresholds were measured under.
+        stand_ins: by latent, its threshold.
+
+    Raises:
+        SaeError: the SAE's latents do not fire by rank, or `k` is another.
+    """
+    if info.k is None:
+        raise SaeError(
+            f"{info.path}: `topk: approximate` is for SAEs whose latents fire by rank (topk, "
+            f"groupmax), this one is {info.activation}; remove `topk` and `topk_measured`"
+        )
+    if info.k != k:
+        raise SaeError(
+            f"{info.path}: k is {info.k}, but the thresholds that stand for ranks were measured "
+            f"under k = {k}; measure them again with `saeguard features calibrate --topk "
+            "approximate`"
+        )
+    kept = tuple(sorted(stand_ins.items()))
+    return replace(info, activation="jumprelu", k=None, stand_ins=kept)
 
 
 def file_sha256(file: Path) -> str:

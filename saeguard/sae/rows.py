@@ -103,6 +103,8 @@ def _read(info: SaeInfo, latents: Sequence[int]) -> EncoderRows:
     theta = scale * torch.maximum(theta, -shift / scale) + shift
     if not info.relu_after_topk:
         theta = torch.full_like(theta, -torch.inf)
+    if info.stand_ins:
+        theta = torch.maximum(theta, _stand_ins(info, latents))
     W, b = W * scale[:, None], b * scale + shift
     if info.norm == "layer_norm":  # stands for subtracting each token's mean
         W = W - W.mean(1, keepdim=True)
@@ -125,6 +127,18 @@ def _thresholds(info: SaeInfo, file: TensorFile, latents: Sequence[int]) -> torc
             "JumpReLU threshold cannot be negative: was the SAE saved before training ended?"
         )
     return theta
+
+
+def _stand_ins(info: SaeInfo, latents: Sequence[int]) -> torch.Tensor:
+    measured = dict(info.stand_ins)
+    missing = [latent for latent in latents if latent not in measured]
+    if missing:
+        raise SaeError(
+            f"{info.path}: no threshold was measured that stands for the rank of latent "
+            f"{missing[0]}; measure with `saeguard features calibrate --topk approximate`, or rank "
+            "exactly with `--topk exact`"
+        )
+    return torch.tensor([measured[latent] for latent in latents], dtype=torch.float64)
 
 
 def _matrix(info: SaeInfo, file: TensorFile, part: Part, latents: Sequence[int]) -> torch.Tensor:

@@ -419,6 +419,7 @@ def response(verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str) ->
                 "threshold": 1.0,
                 "first_token": v.first_token,
                 "matched_tokens": v.matched_tokens,
+                **({"approximate": True} if v.approximate else {}),
                 "features": {
                     name: {"count": f.count, "max": round(f.max, 4), "at": f.at}
                     for name, f in v.features.items()

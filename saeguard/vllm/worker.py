@@ -306,6 +306,12 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
         clamp_lists={clamps_digest(watchlist): watchlist},
     )
     log.info("saeguard taps installed", layers=sorted(TAPS), rows=watchlist.columns)
+    for name, found in sorted(watchlist.approximations.items()):
+        log.warning(
+            "saeguard reads TopK latents by thresholds, not by rank",
+            feature_set=name,
+            how=found.told,
+        )
     for tap in taps:
         for ranked in tap.ranked:
             log.info(

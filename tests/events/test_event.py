@@ -113,12 +113,12 @@ def test_what_is_no_event_is_refused(key: str, bad: Any) -> None:
 
 
 def test_a_missing_key_is_refused() -> None:
-    """All keys but the sink's are always there."""
+    """All keys but the sink's are always there; `approximate` is younger than some logs."""
     event = written(verdicts(0)[0])
 
-    assert [
-        k for k in event if VALIDATOR.is_valid({x: v for x, v in event.items() if x != k})
-    ] == []
+    assert [k for k in event if VALIDATOR.is_valid({x: v for x, v in event.items() if x != k})] == [
+        "approximate"
+    ]
 
 
 def test_closed_lists_are_the_guards_own() -> None:

@@ -22,7 +22,7 @@ from saeguard.policy.cases import missing_tests
 from saeguard.policy.errors import Code, PolicyError, PolicyErrors
 from saeguard.policy.files import MAX_FILES
 from saeguard.policy.layout import laid_out
-from saeguard.policy.lint import resolve
+from saeguard.policy.lint import of_feature_set, resolve
 from saeguard.policy.load import read_policies
 from tests.cli.project import BOTH, FEATURES, ONE, SET
 from tests.policy.example import GOOD
@@ -41,6 +41,15 @@ features:
   string_built: {title: a, behaviour: b, positives: c, negatives: d}
 """
 
+RATE = "{rate: 0.9, interval: [0.8, 0.95], hits: 90, tokens: 100}"
+STAND_IN = f"{{threshold: 1.5, precision: {RATE}, recall: {RATE}}}"
+APPROXIMATE = FEATURES.replace(
+    "d_sae: 16",
+    "d_sae: 16, topk: approximate, topk_measured: {k: 4, "
+    f"sha256: {'a' * 64}, texts_sha256: {'b' * 64}, texts: 20, tokens: 1200, "
+    f"latents: {{3: {STAND_IN}, 4: {STAND_IN}}}}}",
+)
+
 Scene = Callable[[Path], Iterable[PolicyError]]
 
 
@@ -53,7 +62,9 @@ def check(folder: Path, policy: str | bytes = GOOD, features: str = FEATURES) ->
     sets = read_feature_sets(folder / "sets" / "feature_sets")
     known = [p for p in policies if p.feature_set not in sets.broken]
     found = resolve(known, sets.known, templates=sets.templates, today=TODAY)
-    return [*errors, *sets.mistakes, *found]
+    of_sets = [e for p in known for d in [sets.known.get(p.feature_set)] if d
+               for e in of_feature_set(p, d)]  # fmt: skip
+    return [*errors, *sets.mistakes, *found, *of_sets]
 
 
 def in_folder(change: Callable[[Path], object]) -> Scene:
@@ -153,6 +164,15 @@ SCENES: dict[str, Scene] = {
     "a broken feature set": lambda f: check(f, GOOD, FEATURES.replace("low: 0.0", "low: 3.0")),
     "features that nobody has calibrated": lambda f: check(f, BOTH, TEMPLATE),
     "and enforced all the same": lambda f: check(f, BOTH.replace("shadow", "enforce"), TEMPLATE),
+    "published latents that would act": lambda f: check(
+        f,
+        BOTH.replace("shadow", "enforce"),
+        FEATURES.replace("model:", "status: published\nmodel:"),
+    ),
+    "ranks that are approximated": lambda f: check(f, BOTH, APPROXIMATE),
+    "an approximation that nobody measured": lambda f: check(
+        f, BOTH, FEATURES.replace("d_sae: 16", "d_sae: 16, topk: approximate")
+    ),
     "a feature set of another model": other_model,
     "an expired exception": lambda f: check(f, GOOD.replace("2027-03-31", "2026-03-31")),
     "a review that is due": lambda f: check(f, GOOD.replace("2027-02-01", "2026-02-01")),

@@ -6,7 +6,10 @@ import json
 import re
 import shlex
 import shutil
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from saeguard.features.load import load_feature_set
 from tests import models
 from tests.sae.standin import COMMIT, hub
 from tests.sae.test_hub import run
+from tests.server.serving import free_port, started
 
 DOCS = Path(__file__).parents[2] / "docs" / "public-saes.md"
 SETS = Path(__file__).parents[2] / "feature_sets"
@@ -79,6 +83,58 @@ def _startup(arguments: list[str], root: Path) -> tuple[int, str]:
         return 1, str(error)
 
 
+def _serve(arguments: list[str], root: Path) -> dict[str, Any]:
+    """Run the page's command, ask once, and return the response with the event it left."""
+    port = free_port()
+    # What a random model on this machine needs beside; every word of the page stays.
+    small = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    command = [sys.executable, "-m", *arguments, *small, "--host", "127.0.0.1", "--port", str(port)]
+    env = {"HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"}
+    with started(command, port, root / "server.log", cwd=root, **env) as (process, client):
+        body = client.completions.create(
+            model="gemma-2-2b-it",
+            prompt="Say: the quick brown fox",
+            max_tokens=24,
+            temperature=0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    [event] = [
+        e
+        for e in map(json.loads, (root / "events.jsonl").read_text().splitlines())
+        if e["event"] == "verdict"
+    ]
+    [choice] = body.choices
+    assert choice.model_extra is not None
+    assert body.model_extra is not None
+    tokens = [*choice.model_extra["prompt_token_ids"], *choice.model_extra["token_ids"]]
+    return {"event": event, "tokens": tokens, "said": body.model_extra["saeguard"]}
+
+
+def _by_formula(root: Path, weights: Path, tokens: list[int]) -> np.ndarray:
+    """Return the latent's activations: Transformers' residual, the paper's JumpReLU."""
+    import torch
+    import transformers
+
+    lm = transformers.AutoModelForCausalLM.from_pretrained(
+        root / "gemma-2-2b-it", dtype=torch.float32, attn_implementation="eager"
+    )
+    kept: list[torch.Tensor] = []
+    lm.model.layers[13].register_forward_hook(
+        lambda _module, _args, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        lm(torch.tensor([tokens]))
+    x = kept[0].reshape(len(tokens), WIDTH).numpy()
+    sae = np.load(weights)
+    z = x @ sae["W_enc"][:, LATENT] + sae["b_enc"][LATENT]
+    out: np.ndarray = z * (z > sae["threshold"][LATENT])
+    return out
+
+
+@pytest.mark.server
+@pytest.mark.engine
 def test_every_command(  # noqa: PLR0915 - the page is one story
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +193,11 @@ def test_every_command(  # noqa: PLR0915 - the page is one story
         code, output = _startup(steps[4], tmp_path)
         assert code == 1
         assert "published ids that were never measured here" in output
+        code, checked = run(tmp_path, running, *steps[3][1:])
+        assert code == 1
+        assert "policies/refusal.yaml:7:7: error[not-calibrated]: mode: enforce" in checked
+        said = output.partition(" error[")[2].splitlines()[0]
+        assert said in checked, "serving and checking say the same"
 
         code, output = run(tmp_path, running, *steps[5][1:])
         assert code == 0, output
@@ -155,8 +216,19 @@ def test_every_command(  # noqa: PLR0915 - the page is one story
         "above: 20", f"above: {threshold[1]}"
     )
     file.write_text(acts)
-    code, output = _startup(steps[7], tmp_path)
-    assert code == 0, output
+    served = _serve(steps[7], tmp_path)
+    event, tokens = served["event"], served["tokens"]
+    feature = calibrated.features["refusal"]
+    f = _by_formula(tmp_path, Path(folder[1]) / "params.npz", tokens[:-1])[-23:]
+    share = f / feature.high
+    assert event["coverage"] == {"tokens": 24, "evaluated": 23, "skipped": {"not_forwarded": 1}}
+    assert event["features"]["refusal"]["max"] == pytest.approx(share.max(), rel=1e-3, abs=1e-4)
+    above = share > float(threshold[1])
+    assert event["matched_tokens"] == above.sum()
+    assert event["verdict"] == ("match" if above.any() else "no_match")
+    assert event["acted"] == ("flag" if above.any() else None)
+    assert served["said"]["flagged"] == above.any()
+    print(f"max share {share.max():.4f}, threshold {threshold[1]}, {above.sum()} tokens above")
 
 
 class TestPublishedSets:

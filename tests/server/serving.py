@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,20 +95,20 @@ def command(guarded: models.Guarded, port: int, *more: str) -> list[str]:
 
 
 @contextmanager
-def serving(root: Path, guarded: models.Guarded, *more: str) -> Iterator[Server]:
-    """Start `saeguard serve`, wait until it answers, and kill what is left of it at the end."""
-    port, events, log = free_port(), root / "events.jsonl", root / "server.log"
-    more = ("--events", str(events), "--served-model-name", "tiny", *more)
+def started(
+    command: Sequence[str], port: int, log: Path, *, cwd: Path | None = None, **env: str
+) -> Iterator[tuple[subprocess.Popen[bytes], openai.OpenAI]]:
+    """Run a server's command, wait until it answers, and kill what is left of it at the end."""
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command(guarded, port, *more),
-            env=environment(),
+            command,
+            cwd=cwd,
+            env={**environment(), **env},
             stdout=out,
             stderr=out,
             start_new_session=True,
         )
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    policies = len(engines.compile_policies(guarded.settings()).policies)
     try:
         deadline = time.monotonic() + 400
         while True:
@@ -119,10 +119,20 @@ def serving(root: Path, guarded: models.Guarded, *more: str) -> Iterator[Server]
                 break
             except openai.APIConnectionError:
                 time.sleep(0.5)
-        yield Server(process, client, guarded, events, log, policies)
+        yield process, client
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def serving(root: Path, guarded: models.Guarded, *more: str) -> Iterator[Server]:
+    """Start `saeguard serve` of a model under its policies."""
+    port, events, log = free_port(), root / "events.jsonl", root / "server.log"
+    more = ("--events", str(events), "--served-model-name", "tiny", *more)
+    policies = len(engines.compile_policies(guarded.settings()).policies)
+    with started(command(guarded, port, *more), port, log) as (process, client):
+        yield Server(process, client, guarded, events, log, policies)
 
 
 def alive(group: int) -> list[str]:

@@ -117,7 +117,7 @@ def document(info: SaeInfo, provenance: Provenance) -> dict[str, Any]:
     layout = replace(
         info.layout, W_enc=Part(info.layout.W_enc.name, 0), W_dec=Part(info.layout.W_dec.name, 0)
     )
-    left_out = {"path", "weights", "config", "dtype", "layout"}
+    left_out = {"stand_ins", "path", "weights", "config", "dtype", "layout"}
     return {
         "schema": SCHEMA,
         **{key: value for key, value in _fields(info).items() if key not in left_out},
