@@ -46,13 +46,16 @@ def assert_same(
 ) -> None:
     """Assert that a verdict says what is expected, apart from the last bits of its score.
 
-    These depend on where a text is cut, for averages with a half-life.
+    These depend on where a text is cut, for averages with a half-life; and of positions that are
+    equal but for them, which is the highest.
     """
+    rounded = {s.feature for s in policy.detect.values() if s.over and s.over.kind == "average"}
     found = said(verdict, coverage=coverage)
     assert plain.same_score(expected.score, found.score), (policy, expected, found)
     assert expected.features.keys() == found.features.keys()
     for name, (count, peak, at) in expected.features.items():
-        assert (count, at) == (found.features[name][0], found.features[name][2]), (policy, name)
+        assert count == found.features[name][0], (policy, name)
+        assert at == found.features[name][2] or name in rounded, (policy, name)
         assert plain.same_score(peak, found.features[name][1]), (policy, name)
     left = {"score": None, "features": None}
     assert {**vars(expected), **left} == {**vars(found), **left}, policy
