@@ -133,8 +133,9 @@ def watched_rows(weights: Weights, x: torch.Tensor, watched: int) -> dict[str, C
     `screened` adds the screen of a TopK SAE where no token passes it, `passed` where one in a
     thousand does, at least one. On a GPU there is no such screen.
     """
-    W = weights.rivals.rows.W[:watched].clone().t()
-    b = torch.full((watched,), 3.0, device=x.device)  # so that each token has something to rank
+    W = weights.rivals.rows.W[:watched]
+    W = (W * torch.where(W @ x[0] < 0, -1.0, 1.0)[:, None]).t()  # even of one token some fire
+    b = torch.zeros(watched, device=x.device)
     f, theta = torch.empty(len(x), watched, device=x.device), torch.zeros_like(b)
 
     def read() -> torch.Tensor:
