@@ -139,6 +139,9 @@ def aims(cases: list[dict[str, Any]]) -> list[str]:
         met = len(known) - len(missed)
         more = " …" if len(missed) > len(worst) else ""
         rows.append([aim, f"{met} of {len(known)}", told + more])
+    peaks = {n: max(c["peak_mib"][n] or 0.0 for c in cases) for n in ("saeguard", "saelens")}
+    told = f"at most {peaks['saeguard']:,.0f} MiB; SAELens up to {peaks['saelens']:,.0f} MiB"
+    rows.append(["peak memory independent of width x tokens", "", told])
     return _table(("aim", "met at", "furthest off (latents x tokens)"), rows)
 
 
@@ -163,7 +166,7 @@ def document(result: dict[str, Any], docs: Path) -> None:
     parts = [
         BEGIN,
         "",
-        "; ".join(sorted(abouts))
+        "; or ".join(sorted(abouts))
         + f"; {cases[0]['when'][:10]}; load {min(loads):.1f} to {max(loads):.1f}; "
         f"{min(c['rounds'] for c in cases)} to {max(c['rounds'] for c in cases)} rounds a size.",
         "",
@@ -220,8 +223,8 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
     for axis, title in titles:
         axis.set(xscale="log", xlabel="latents", title=title)
         axis.grid(alpha=0.3)
-    for axis in (time, saved):
-        axis.legend(fontsize=5, ncols=2)
+    time.legend(fontsize=5, ncols=2, loc="upper left")
+    saved.legend(fontsize=5, ncols=2, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
