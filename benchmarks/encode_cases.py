@@ -23,6 +23,7 @@ WIDTHS = {16_384: 1024, 65_536: 1024, 262_144: 512, 1_048_576: 128}
 """Latents, and the residual's width: the wider SAEs get a narrower one, so that two copies of the
 weights and the libraries' own results stay below 6 GiB, and a product of 4,096 tokens below 12 s.
 Less of it makes the comparison harder for everything that is not the product."""
+TOKENS = (1, 32, 512, 4096)
 ACTIVE = 64
 """Latents that fire on a token, about; `k` of TopK."""
 LIBRARY_GIB, FLOOR_GIB = 4.0, 0.5

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.encode_cases import TOKENS, WIDTHS
+
 FLOOR = {
     "saeguard": "product",
     "saelens": "product",
@@ -160,15 +162,18 @@ def document(result: dict[str, Any], docs: Path) -> None:
     abouts = {
         f"{a['cpu']}, {a['cores']} cores, {a['device']}, {a['threads']} thread(s), "
         + ", ".join(f"{name} {v}" for name, v in a["versions"].items())
-        + f", revision {a['revision']}"
         for a in (case["about"] for case in cases)
     }
+    revisions = sorted({case["about"]["revision"] for case in cases})
+    there = {(case["width"], case["tokens"]) for case in cases}
+    missing = [f"{w:,} x {t:,}" for w in WIDTHS for t in TOKENS if (w, t) not in there]
     parts = [
         BEGIN,
         "",
         "; or ".join(sorted(abouts))
-        + f"; {cases[0]['when'][:10]}; load {min(loads):.1f} to {max(loads):.1f}; "
-        f"{min(c['rounds'] for c in cases)} to {max(c['rounds'] for c in cases)} rounds a size.",
+        + f"; revision {', '.join(revisions)}; {cases[0]['when'][:10]}; load {min(loads):.1f} to {max(loads):.1f}; "
+        f"{min(c['rounds'] for c in cases)} to {max(c['rounds'] for c in cases)} rounds a size."
+        + (f" Not measured (latents x tokens): {'; '.join(missing)}." if missing else ""),
         "",
         *aims(cases),
         "",
