@@ -171,8 +171,8 @@ def document(result: dict[str, Any], docs: Path) -> None:
         BEGIN,
         "",
         "; or ".join(sorted(abouts))
-        + f"; revision {', '.join(revisions)}; {cases[0]['when'][:10]}; load {min(loads):.1f} to {max(loads):.1f}; "
-        f"{min(c['rounds'] for c in cases)} to {max(c['rounds'] for c in cases)} rounds a size."
+        + f"; revision {', '.join(revisions)}; {cases[0]['when'][:10]}; load {min(loads):.1f} to "
+        f"{max(loads):.1f}; {min(c['rounds'] for c in cases)} to {max(c['rounds'] for c in cases)} rounds a size."
         + (f" Not measured (latents x tokens): {'; '.join(missing)}." if missing else ""),
         "",
         *aims(cases),
