@@ -164,15 +164,16 @@ def document(result: dict[str, Any], docs: Path) -> None:
         + ", ".join(f"{name} {v}" for name, v in a["versions"].items())
         for a in (case["about"] for case in cases)
     }
-    revisions = sorted({case["about"]["revision"] for case in cases})
+    revisions = ", ".join(sorted({case["about"]["revision"] for case in cases}))
+    rounds = [case["rounds"] for case in cases]
     there = {(case["width"], case["tokens"]) for case in cases}
     missing = [f"{w:,} x {t:,}" for w in WIDTHS for t in TOKENS if (w, t) not in there]
     parts = [
         BEGIN,
         "",
         "; or ".join(sorted(abouts))
-        + f"; revision {', '.join(revisions)}; {cases[0]['when'][:10]}; load {min(loads):.1f} to "
-        f"{max(loads):.1f}; {min(c['rounds'] for c in cases)} to {max(c['rounds'] for c in cases)} rounds a size."
+        + f"; revision {revisions}; {cases[0]['when'][:10]}; load {min(loads):.1f} to "
+        f"{max(loads):.1f}; {min(rounds)} to {max(rounds)} rounds a size."
         + (f" Not measured (latents x tokens): {'; '.join(missing)}." if missing else ""),
         "",
         *aims(cases),
