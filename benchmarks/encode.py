@@ -26,12 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import encode_cases as cases
-from benchmarks.encode_cases import WIDTHS, Call, Weights
+from benchmarks.encode_cases import TOKENS, WIDTHS, Call, Weights
 from benchmarks.encode_report import FLOOR, document, line
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"16k": 16_384, "65k": 65_536, "262k": 262_144, "1M": 1_048_576}
-TOKENS = (1, 32, 512, 4096)
 WATCHED = (1, 32, 256, 1024)
 ROUNDS = 31
 """At most."""

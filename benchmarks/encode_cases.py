@@ -23,6 +23,7 @@ WIDTHS = {16_384: 1024, 65_536: 1024, 262_144: 512, 1_048_576: 128}
 """Latents, and the residual's width: the wider SAEs get a narrower one, so that two copies of the
 weights and the libraries' own results stay below 6 GiB, and a product of 4,096 tokens below 12 s.
 Less of it makes the comparison harder for everything that is not the product."""
+TOKENS = (1, 32, 512, 4096)
 ACTIVE = 64
 """Latents that fire on a token, about; `k` of TopK."""
 LIBRARY_GIB, FLOOR_GIB = 4.0, 0.5
@@ -133,8 +134,9 @@ def watched_rows(weights: Weights, x: torch.Tensor, watched: int) -> dict[str, C
     `screened` adds the screen of a TopK SAE where no token passes it, `passed` where one in a
     thousand does, at least one. On a GPU there is no such screen.
     """
-    W = weights.rivals.rows.W[:watched].clone().t()
-    b = torch.full((watched,), 3.0, device=x.device)  # so that each token has something to rank
+    W = weights.rivals.rows.W[:watched]
+    W = (W * torch.where(W @ x[0] < 0, -1.0, 1.0)[:, None]).t()  # even of one token some fire
+    b = torch.zeros(watched, device=x.device)
     f, theta = torch.empty(len(x), watched, device=x.device), torch.zeros_like(b)
 
     def read() -> torch.Tensor:

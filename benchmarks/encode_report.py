@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.encode_cases import TOKENS, WIDTHS
+
 FLOOR = {
     "saeguard": "product",
     "saelens": "product",
@@ -139,6 +141,9 @@ def aims(cases: list[dict[str, Any]]) -> list[str]:
         met = len(known) - len(missed)
         more = " …" if len(missed) > len(worst) else ""
         rows.append([aim, f"{met} of {len(known)}", told + more])
+    peaks = {n: max(c["peak_mib"][n] or 0.0 for c in cases) for n in ("saeguard", "saelens")}
+    told = f"at most {peaks['saeguard']:,.0f} MiB; SAELens up to {peaks['saelens']:,.0f} MiB"
+    rows.append(["peak memory independent of width x tokens", "", told])
     return _table(("aim", "met at", "furthest off (latents x tokens)"), rows)
 
 
@@ -157,15 +162,19 @@ def document(result: dict[str, Any], docs: Path) -> None:
     abouts = {
         f"{a['cpu']}, {a['cores']} cores, {a['device']}, {a['threads']} thread(s), "
         + ", ".join(f"{name} {v}" for name, v in a["versions"].items())
-        + f", revision {a['revision']}"
         for a in (case["about"] for case in cases)
     }
+    revisions = ", ".join(sorted({case["about"]["revision"] for case in cases}))
+    rounds = [case["rounds"] for case in cases]
+    there = {(case["width"], case["tokens"]) for case in cases}
+    missing = [f"{w:,} x {t:,}" for w in WIDTHS for t in TOKENS if (w, t) not in there]
     parts = [
         BEGIN,
         "",
-        "; ".join(sorted(abouts))
-        + f"; {cases[0]['when'][:10]}; load {min(loads):.1f} to {max(loads):.1f}; "
-        f"{min(c['rounds'] for c in cases)} to {max(c['rounds'] for c in cases)} rounds a size.",
+        "; or ".join(sorted(abouts))
+        + f"; revision {revisions}; {cases[0]['when'][:10]}; load {min(loads):.1f} to "
+        f"{max(loads):.1f}; {min(rounds)} to {max(rounds)} rounds a size."
+        + (f" Not measured (latents x tokens): {'; '.join(missing)}." if missing else ""),
         "",
         *aims(cases),
         "",
@@ -220,8 +229,8 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
     for axis, title in titles:
         axis.set(xscale="log", xlabel="latents", title=title)
         axis.grid(alpha=0.3)
-    for axis in (time, saved):
-        axis.legend(fontsize=5, ncols=2)
+    time.legend(fontsize=5, ncols=2, loc="upper left")
+    saved.legend(fontsize=5, ncols=2, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -9,7 +9,7 @@ those of `saeguard.sae.encode_full`, bit for bit: both decide as exact arithmeti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from saeguard.sae.rows import EncoderRows
 
 COMPARED = 1 << 22
 """Comparisons at once: questions times rivals of a block."""
+FIRST = 512
+"""Rivals that every question meets at least."""
 READ = 8192
 """Latents read at once."""
 
@@ -112,18 +114,17 @@ def outranked(
     above = torch.zeros(len(row), dtype=torch.int64, device=x.device)
     question, rival = [], []
     for part in products(encoder, x, rows=max(len(x), 1)):
-        width = part.z.shape[1]
-        at = torch.arange(part.latent, part.latent + width, device=x.device)
-        size = max(1, COMPARED // width)
-        for first in range(0, len(row), size):
-            some = slice(first, first + size)
-            values = part.z[row[some]]
-            rivalry = (at >= start[some]) & (at < stop[some])
-            above[some] += (rivalry & (values > high[some])).sum(1)
-            close = rivalry & (values >= low[some]) & (values <= high[some]) & (at != own[some])
-            q, r = close.nonzero(as_tuple=True)
-            question.append(q + first)
-            rival.append(r + part.latent)
+        for begin, end in _spans(part.z.shape[1]):
+            open_ = (above < rivals.limit).nonzero()[:, 0]  # most have lost after a few rivals
+            at = torch.arange(begin, end, device=x.device) + part.latent
+            for some in torch.split(open_, max(1, COMPARED // (end - begin))):
+                values = part.z[row[some], begin:end]
+                rivalry = (at >= start[some]) & (at < stop[some])
+                above[some] += (rivalry & (values > high[some])).sum(1)
+                close = rivalry & (values >= low[some]) & (values <= high[some])
+                q, r = (close & (at != own[some])).nonzero(as_tuple=True)
+                question.append(some[q])
+                rival.append(at[r])
         if (above >= rivals.limit).all():
             break
     ask, other = torch.cat(question), torch.cat(rival)
@@ -139,6 +140,14 @@ def outranked(
         beats = (theirs > ours) | ((theirs == ours) & (other < mine))
         above.index_add_(0, ask, beats.long())
     return above >= rivals.limit
+
+
+def _spans(width: int) -> Iterator[tuple[int, int]]:
+    """Yield parts of a block, each twice as long as the one before."""
+    begin, size = 0, FIRST
+    while begin < width:
+        yield begin, min(begin + size, width)
+        begin, size = begin + size, 2 * size
 
 
 def encode_latents(

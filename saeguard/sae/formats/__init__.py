@@ -10,8 +10,9 @@
 | sparsify | `cfg.json`, `sae.safetensors` | `sparsify` |
 | converted | `saeguard_sae.json`, `saeguard_sae.safetensors` | `converted` |
 
-Pickled families (Goodfire, dictionary_learning, OpenAI, Qwen-Scope) are in `pickled`; only
-`saeguard sae convert` reads them, and what it writes is of the last kind.
+Pickled families (Goodfire, dictionary_learning, OpenAI, Qwen-Scope) are in `pickled` and
+`dictionary_learning`; only `saeguard sae convert` reads them, and what it writes is of the last
+kind.
 """
 
 from __future__ import annotations
