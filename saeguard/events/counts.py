@@ -1,7 +1,7 @@
 """Running totals: counted beside the scheduler, shown by the API server's `/metrics`.
 
 A counter made in the engine's process does not show there. So what was counted since the last
-time rides with the next request that ends, to whichever API server that request belongs to, and
+time rides with a request that ends, to whichever API server that request belongs to, and
 is added to that process' Prometheus counters. Sums over API servers are right.
 """
 

@@ -125,8 +125,7 @@ class Sink:
         return self._closed or self._queued - self._begun > self._capacity // 4
 
     def _write(self, events: Iterator[Mapping[str, Any]]) -> None:
-        with self._lock:
-            self._begun += 1
+        self._begun += 1  # by this thread only
         written = False
         with contextlib.suppress(Exception):  # disk full, closed pipe: counted, serving goes on
             event = next(events, None)

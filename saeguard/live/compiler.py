@@ -44,6 +44,8 @@ CORES = sorted(os.sched_getaffinity(0))
 NICE = 10
 CHANGED = None
 """Said unasked: files have changed."""
+IDLE_S, MOST_READINGS = 1.0, 100
+"""Garbage is looked for when nothing was asked for so long, or after so many readings."""
 CHUNK = 25
 """Policies in a message: what unpickles in well under a millisecond holds nobody up."""
 REFUSALS = (
@@ -192,7 +194,11 @@ def serve(pipe: Connection) -> None:
     gc.disable()  # a look at everything that is known would come in the middle of a reading
     one_at_a_time = threading.Lock()
     threading.Thread(target=_notice, args=(source, pipe, one_at_a_time), daemon=True).start()
+    readings = 0
     while True:
+        if readings and (readings >= MOST_READINGS or not pipe.poll(IDLE_S)):
+            gc.collect()
+            readings = 0
         asked = _receive(pipe)
         if isinstance(asked, list):
             assert last is not None
@@ -208,7 +214,7 @@ def serve(pipe: Connection) -> None:
             _send_reading(pipe, reading, sent)
         if reading.watchlist is not None:
             sent = reading.watchlist.policies
-        gc.collect()
+        readings += 1
 
 
 def _notice(source: Source, pipe: Connection, one_at_a_time: threading.Lock) -> None:

@@ -216,7 +216,12 @@ def test_asked_for(settings: Settings, server: Server) -> None:
     server.reloader.ask("signal")
     report = server.until(lambda r: r.trigger == "signal")
     assert (report.outcome, report.error) == ("unchanged", None)
-    (status,) = state.read_statuses(Path(str(settings.state))).values()
+    deadline = time.monotonic() + 30
+    while True:  # it is written right after the report
+        (status,) = state.read_statuses(state_of(settings)).values()
+        if status["asked"] or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
     assert (status["asked"], status["pid"]) == (1, os.getpid())
 
 
