@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saeguard.guard.advance import CACHED, ERROR, EVALUATED, OUTPUT, PROMPT, SPECIAL, UNTRACKED
+from saeguard.guard.advance import CACHED, ERROR, EVALUATED, SPECIAL, UNTRACKED, places
+from saeguard.guard.places import MEMBERS, PLACES
 from saeguard.guard.state import State
-from saeguard.guard.tables import SCOPES, Rules
+from saeguard.guard.tables import Rules
 from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict
 
 _REASONS: dict[int, Reason] = {
@@ -19,23 +20,36 @@ _REASONS: dict[int, Reason] = {
 }
 
 
-def coverage_of(s: State, slot: int, scope: int, tokens: int) -> Coverage:
-    """Return the coverage of the prompt or of the output of a request of `tokens` tokens."""
-    prompt = int(min(s.prompt[slot], tokens))
-    lo, hi = (0, prompt) if scope == PROMPT else (prompt, tokens)
-    skipped: dict[Reason, int] = {
-        reason: int(s.counts[slot, scope, what])
-        for what, reason in _REASONS.items()
-        if s.counts[slot, scope, what]
-    }
+_MEMBERS = [np.flatnonzero(looks).tolist() for looks in MEMBERS.T]
+"""By scope: its places."""
+
+
+def coverages(s: State, slot: int, tokens: int) -> list[Coverage]:
+    """Return the coverage of each place of a request of `tokens` tokens, in `PLACES`' order."""
+    after = min(int(s.next[slot]), tokens)
+    whole, left = (_count(s, slot, first, tokens) for first in (0, after))
     # The last token is never fed back; what else is missing was cut off.
-    left = hi - max(lo, min(int(s.next[slot]), hi))
-    last = 1 if left and hi == tokens else 0
-    if last:
-        skipped["not_forwarded"] = 1
-    if left - last:
-        skipped["aborted"] = left - last
-    return Coverage(hi - lo, int(s.counts[slot, scope, EVALUATED]), skipped)
+    last = _count(s, slot, max(after, tokens - 1), tokens)
+    found = []
+    for place, counts in enumerate(s.counts[slot].tolist()):
+        skipped: dict[Reason, int] = {
+            reason: counts[what] for what, reason in _REASONS.items() if counts[what]
+        }
+        if last[place]:
+            skipped["not_forwarded"] = last[place]
+        if left[place] - last[place]:
+            skipped["aborted"] = left[place] - last[place]
+        found.append(Coverage(whole[place], counts[EVALUATED], skipped))
+    return found
+
+
+def _count(s: State, slot: int, first: int, end: int) -> list[int]:
+    """Return how many of the tokens `first`, ... before `end` stand in each place."""
+    if first >= end:
+        return [0] * len(PLACES)
+    place = places(s, np.array([slot]), np.arange(first, end)[None])
+    counts: list[int] = np.bincount(place[0], minlength=len(PLACES)).tolist()
+    return counts
 
 
 def add(parts: Sequence[Coverage]) -> Coverage:
@@ -56,9 +70,8 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> list[Verdict]
         slot: the request's.
         tokens: prompt and output tokens; those never forwarded count as not evaluated.
     """
-    prompt, output = (coverage_of(s, slot, scope, tokens) for scope in (PROMPT, OUTPUT))
-    of_scope = {"prompt": prompt, "output": output, "both": add([prompt, output])}
-    covered = [of_scope[scope] for scope in SCOPES]
+    of_place = coverages(s, slot, tokens)
+    covered = [add([of_place[i] for i in members]) for members in _MEMBERS]
     scores, firsts = s.score[slot].tolist(), s.first[slot].tolist()
     on, enforced = s.matched[slot].tolist(), s.enforced[slot].tolist()
     acted, sampled = s.acted[slot].tolist(), s.sampled[slot].tolist()

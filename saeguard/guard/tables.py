@@ -7,14 +7,14 @@ over policies.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
+from saeguard.guard.places import BY_ROLE, SCOPES
 from saeguard.guard.program import Program, compile_program
 from saeguard.policy.types import Aggregate, Over, Policy, Scope
 
-SCOPES: tuple[Scope, ...] = get_args(Scope)
 MAX_NODES = 1_000_000
 """Selections and parts of conditions over all policies."""
 
@@ -89,6 +89,8 @@ class Rules(NamedTuple):
     terms: Terms
     sampled: bool
     """Whether a policy looks at some requests only."""
+    by_role: bool
+    """Whether a policy needs a prompt's turns told apart."""
 
 
 def compile_rules(policies: Sequence[Policy], column: Mapping[str, int]) -> Rules:
@@ -140,6 +142,7 @@ def compile_rules(policies: Sequence[Policy], column: Mapping[str, int]) -> Rule
             tuple(of_policy),
         ),
         sampled=any(p.sample < 1 for p in policies),
+        by_role=any(p.scope in BY_ROLE for p in policies),
     )
 
 
