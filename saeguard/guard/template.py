@@ -214,15 +214,16 @@ def _turns(plain: Sequence[Part], every: Sequence[Part], special: set[int]) -> T
     cores = _cores(list(dict.fromkeys(p for p in plain if p.role is not None)), special)
     openings, closings = [], {part.ids for part in every if part.role is None and part.ids}
     for role, core in cores:
-        whole = _alike([r for r in _behind(plain, role, core, cores)])
+        whole = _alike(_behind(plain, role, core, cores))
         sure = _alike([whole, *_behind(every, role, core, cores)])
         openings.append(Opening(role, (*core, *sure), whole[len(sure) :]))
+    def opens(ids: tuple[int, ...]) -> list[int]:
+        return [at for opening in openings for at in _places(ids, opening.core)]
+
     for part in every:
-        found = [at for _, core in cores for at in _places(part.ids, core)]
-        if found:
-            closings.add(part.ids[: min(found)])
-    closings -= {c for c in closings if any(_places(c, core) for _, core in cores)}
-    return Turns(tuple(openings), tuple(sorted(c for c in closings if c)))
+        if part.role is not None and opens(part.ids):
+            closings.add(part.ids[: min(opens(part.ids))])
+    return Turns(tuple(openings), tuple(sorted(c for c in closings if c and not opens(c))))
 
 
 def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[int, ...]]]:
@@ -230,9 +231,8 @@ def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[in
     cores: list[tuple[int, tuple[int, ...]]] = []
     open_ = [part for part in parts if _told(part, cores) is None]
     while open_:
-        found = [(core, part.role) for part in open_ for core in _candidates(part, special)]
-        found.sort(key=lambda c: len(c[0]))
-        for core, role in found:
+        found = [(*c, part.role) for part in open_ for c in _candidates(part, special)]
+        for _, _, core, role in sorted(found, key=lambda c: c[:2]):
             assert role is not None
             others = [p for p in parts if p.role != role and _places(p.ids, core)]
             if all(_told(p, [*cores, (role, core)]) == p.role for p in others):
@@ -247,11 +247,17 @@ def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[in
     return cores
 
 
-def _candidates(part: Part, special: set[int]) -> Iterator[tuple[int, ...]]:
-    """Yield runs of a part that begin with a special token, those that begin last first."""
-    for i in reversed(range(len(part.ids))):
-        if part.ids[i] in special:
-            yield from (part.ids[i:j] for j in range(i + 1, len(part.ids) + 1))
+def _candidates(
+    part: Part, special: set[int]
+) -> Iterator[tuple[tuple[bool, int], int, tuple[int, ...]]]:
+    """Yield runs of a part that begin with a special token, each behind its rank and length.
+
+    The beginning of the text is the last resort: with it, a turn is known nowhere else.
+    """
+    for i, token in enumerate(part.ids):
+        if token in special:
+            rank = token == START, len(part.ids) - i
+            yield from ((rank, j - i, part.ids[i:j]) for j in range(i + 1, len(part.ids) + 1))
 
 
 def _told(part: Part, cores: Sequence[tuple[int, tuple[int, ...]]]) -> int | None:

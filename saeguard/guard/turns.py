@@ -7,11 +7,14 @@ So is what follows a closing mark that no opening follows, of the turn that it d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from saeguard.guard.places import TEMPLATE, USER
+from saeguard.guard.places import BY_ROLE, PLACES, TEMPLATE, USER
+
+if TYPE_CHECKING:
+    from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
 
 START = -1
 """Stands for the beginning of the text, which opens turns where a template has nothing else."""
@@ -28,6 +31,10 @@ class Opening(NamedTuple):
     """What the template writes after them; less where it runs into the content."""
 
 
+class RolesError(ValueError):
+    """A policy's scope is a role, and the model's chat template does not tell that role."""
+
+
 class Turns(NamedTuple):
     """How a chat template sets turns apart, as token ids; made by `saeguard.guard.template`."""
 
@@ -39,6 +46,28 @@ class Turns(NamedTuple):
     def roles(self) -> frozenset[int]:
         """Return the roles that have turns of their own, as indices into `PLACES`."""
         return frozenset(opening.role for opening in self.openings)
+
+
+def check_roles(watchlist: WatchList, turns: Turns | str) -> None:
+    """Refuse policies whose scope is a role that is not told.
+
+    Args:
+        watchlist: with the policies.
+        turns: of the model's chat template, or why it cannot be told.
+
+    Raises:
+        RolesError: names the policy, the reason, and what is allowed.
+    """
+    for policy in watchlist.policies:
+        if policy.scope not in BY_ROLE:
+            continue
+        told = [] if isinstance(turns, str) else [PLACES[role] for role in sorted(turns.roles)]
+        if policy.scope not in told:
+            why = turns if isinstance(turns, str) else f"it has no turns of the {policy.scope}"
+            raise RolesError(
+                f"{policy.path}: scope: {policy.scope}, but the model's chat template does not tell "
+                f"it exactly: {why}; allowed here: {', '.join(['prompt', 'output', 'both', *told])}"
+            )
 
 
 def roles_of(turns: Turns, tokens: np.ndarray) -> np.ndarray:
