@@ -139,7 +139,7 @@ REFUSED = {
         frozenset(),
     ),
     "it changes what is said": Family(
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].replace('\\n', '') }}"
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].replace('[', '(') }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
         ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"),
         frozenset(),

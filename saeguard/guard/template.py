@@ -8,6 +8,7 @@ whose contents are awkward; a template of which that is not true is refused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -231,8 +232,14 @@ def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[in
     cores: list[tuple[int, tuple[int, ...]]] = []
     open_ = [part for part in parts if _told(part, cores) is None]
     while open_:
-        found = [(*c, part.role) for part in open_ for c in _candidates(part, special)]
-        for _, _, core, role in sorted(found, key=lambda c: c[:2]):
+        found = [(core, part.role) for part in open_ for core in _candidates(part, special)]
+        mine = Counter(
+            (core, part.role)
+            for part in parts
+            for core in set(_candidates(part, special))
+        )
+        # The beginning of the text is the last resort: with it, a turn is known nowhere else.
+        for core, role in sorted(found, key=lambda c: (START in c[0], -mine[c], len(c[0]))):
             assert role is not None
             others = [p for p in parts if p.role != role and _places(p.ids, core)]
             if all(_told(p, [*cores, (role, core)]) == p.role for p in others):
@@ -247,17 +254,11 @@ def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[in
     return cores
 
 
-def _candidates(
-    part: Part, special: set[int]
-) -> Iterator[tuple[tuple[bool, int], int, tuple[int, ...]]]:
-    """Yield runs of a part that begin with a special token, each behind its rank and length.
-
-    The beginning of the text is the last resort: with it, a turn is known nowhere else.
-    """
-    for i, token in enumerate(part.ids):
-        if token in special:
-            rank = token == START, len(part.ids) - i
-            yield from ((rank, j - i, part.ids[i:j]) for j in range(i + 1, len(part.ids) + 1))
+def _candidates(part: Part, special: set[int]) -> Iterator[tuple[int, ...]]:
+    """Yield runs of a part that begin with a special token, those that begin last first."""
+    for i in reversed(range(len(part.ids))):
+        if part.ids[i] in special:
+            yield from (part.ids[i:j] for j in range(i + 1, len(part.ids) + 1))
 
 
 def _told(part: Part, cores: Sequence[tuple[int, tuple[int, ...]]]) -> int | None:

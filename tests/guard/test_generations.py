@@ -18,6 +18,7 @@ from saeguard.guard.watchlist import WatchList
 from saeguard.policy.types import Name, Selection
 from tests.guard.watchlists import (
     FEATURES,
+    coded,
     make_policy,
     make_watchlist,
     random_activations,
@@ -55,13 +56,13 @@ def start(lists: Generations, name: str, prompt: int, keys: tuple[bytes, ...] = 
     """Admit a request under the present list, and return that."""
     pin = lists.pin()
     enforced = [p.mode == "enforce" for p in pin.generation.watchlist.policies]
-    lists.admit(name, prompt, keys, pin=pin, enforced=enforced)
+    lists.admit(name, prompt, keys, pin=pin, enforced=enforced, roles=coded(["user"] * prompt))
     return pin.generation
 
 
 def plain(watchlist: WatchList, f: np.ndarray, prompt: int) -> list[Verdict]:
     """Return the verdicts of a whole text."""
-    return judge_all(watchlist, watchlist.shares(f), np.ones(len(f), bool), prompt)
+    return judge_all(watchlist, watchlist.shares(f), np.ones(len(f), bool), prompt, coded(["user"] * prompt))
 
 
 def same(found: list[Verdict], expected: list[Verdict]) -> bool:

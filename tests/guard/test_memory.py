@@ -18,9 +18,11 @@ from tests.guard.test_ledger import Text, packet
 from tests.guard.test_rules import assert_same, said
 from tests.guard.watchlists import (
     FEATURES,
+    coded,
     make_watchlist,
     random_activations,
     random_policy,
+    random_roles,
     seeded,
 )
 
@@ -101,7 +103,7 @@ class Engine:
         f = np.concatenate([stems[which][:shared], random_activations(self.rng, own)])
         excluded = np.concatenate([special[which][:shared], np.zeros(own, bool)])
         prompt = self.rng.randint(1, len(f) - 1)
-        return Text(f"r{i}", f, excluded, prompt, known=prompt)
+        return Text(f"r{i}", f, excluded, prompt, random_roles(self.rng, prompt), known=prompt)
 
     def keys(self, text: Text) -> list[bytes]:
         """Return the key of each whole block of what is known of a text."""
@@ -115,7 +117,9 @@ class Engine:
         waiting, running = list(self.texts), []
         keys: dict[str, list[bytes]] = {text.name: [] for text in self.texts}
         for text in waiting:
-            self.ledger.admit(text.name, text.prompt, keys=keys[text.name])
+            self.ledger.admit(
+                text.name, text.prompt, keys=keys[text.name], roles=coded(text.roles)
+            )
         while waiting or running:
             entering = set()
             while waiting and (not running or self.rng.random() < 0.5):
@@ -165,7 +169,9 @@ def test_a_prefix_hit_does_not_show_in_any_verdict(seed: int) -> None:
     for text in engine.texts:
         seen = len(text.f) - 1
         shares = engine.watchlist.shares(text.f[:seen])
-        expected = judge_all(engine.watchlist, shares, ~text.excluded[:seen], text.prompt)
+        expected = judge_all(
+            engine.watchlist, shares, ~text.excluded[:seen], text.prompt, coded(text.roles)
+        )
         own = engine.ledger.coverage(text.name, len(text.f))
         assert balanced(own)
         assert "prefix_cached" not in own.skipped
