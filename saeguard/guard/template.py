@@ -91,6 +91,14 @@ def read_template(tokenizer: Any) -> Turns:
     raise refused
 
 
+def turns_of(tokenizer: Any) -> Turns | str:
+    """Return how turns are set apart, or why that cannot be told."""
+    try:
+        return read_template(tokenizer)
+    except TemplateError as error:
+        return str(error)
+
+
 def _read(tokenizer: Any, shapes: Sequence[tuple[str, ...]]) -> Turns:
     plain, odd = [], []
     for shape in shapes:

@@ -11,8 +11,8 @@ from typing import Any
 
 import structlog
 
+from saeguard.guard import template
 from saeguard.guard.memory import Memory
-from saeguard.guard.template import read_template
 from saeguard.guard.turns import Turns
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm import reloading, selftest
@@ -63,7 +63,7 @@ def turns_of(model_config: Any) -> Turns | str:
             revision=model_config.tokenizer_revision,
             trust_remote_code=model_config.trust_remote_code,
         )
-        return read_template(tokenizer)
+        return template.turns_of(tokenizer)
     except (OSError, ValueError, KeyError) as error:
         return str(error)
 

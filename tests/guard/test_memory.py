@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,7 +194,7 @@ def test_the_simulated_engine_hits_its_cache() -> None:
 def test_what_is_not_remembered_is_counted(lost: bool) -> None:
     """A block that the memory let go counts as cached and not evaluated; its neighbours do not."""
     rng = random.Random(3)  # noqa: S311 - seeded texts
-    watchlist = make_watchlist([random_policy(rng, "p")])
+    watchlist = make_watchlist([replace(random_policy(rng, "p"), scope="both")])
     kept = memory()
     ledger = Ledger(watchlist, memory=kept)
     text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)

@@ -54,7 +54,10 @@ def assert_same(
     assert plain.same_score(expected.score, found.score), (policy, expected, found)
     assert expected.features.keys() == found.features.keys()
     for name, (count, peak, at) in expected.features.items():
-        assert (count, at) == (found.features[name][0], found.features[name][2]), (policy, name)
+        assert count == found.features[name][0], (policy, name)
+        # Averages at two tokens can be equal but for their last bits.
+        averaged = {s.feature for s in policy.detect.values() if s.over.kind == "average"}
+        assert at == found.features[name][2] or name in averaged, (policy, name)
         assert plain.same_score(peak, found.features[name][1]), (policy, name)
     left = {"score": None, "features": None}
     assert {**vars(expected), **left} == {**vars(found), **left}, policy

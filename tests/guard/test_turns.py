@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,15 @@ def told(turns: Turns, tokens: list[int]) -> list[str]:
     return [PLACES[i] for i in roles_of(turns, np.array(tokens, np.int64))]
 
 
-def chat(rng: random.Random, name: str) -> list[dict[str, str]]:
+def chat(
+    rng: random.Random, name: str, pieces: Sequence[str] = PIECES
+) -> list[dict[str, str]]:
     """Return a conversation that a family's template takes, with awkward contents."""
     roles = ["user" if i % 2 == 0 else "assistant" for i in range(2 * rng.randint(0, 3) + 1)]
     if "system" in FAMILIES[name].roles and rng.random() < 0.5:
         roles.insert(0, "system")
     return [
-        {"role": r, "content": "".join(rng.choices(PIECES, k=rng.randint(1, 6))) or "x"}
+        {"role": r, "content": "".join(rng.choices(pieces, k=rng.randint(1, 6))) or "x"}
         for r in roles
     ]
 
@@ -56,10 +59,13 @@ def test_roles_that_have_turns_of_their_own(name: str) -> None:
 @given(seed=SEEDS)
 @settings(derandomize=True, deadline=None, max_examples=60)
 def test_the_assistant_is_where_transformers_says(name: str, seed: int) -> None:
-    """`return_assistant_tokens_mask` over `{% generation %}`: token for token."""
+    """`return_assistant_tokens_mask` over `{% generation %}`: token for token.
+
+    It leaves out all but the first token of a last character of several bytes: here, there are none.
+    """
     tokenizer = TOKENIZERS[name]
     read: Any = tokenizer.apply_chat_template(
-        chat(random.Random(seed), name),  # noqa: S311 - texts, not secrets
+        chat(random.Random(seed), name, [p for p in PIECES if p.isascii()]),  # noqa: S311
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
