@@ -38,7 +38,7 @@ ODD = (
     ("\u65e5\u672c\u8a9e", "caf\u00e9 \U0001f600", "\u00df\u0301", "\u202fx", "0"),
     ("<|", "[/", "<", "|>", ">\n"),
 )
-"""Contents that might run into a template's marks."""
+"""Contents that might run into a template's marks, each said by everybody once."""
 CLOCKS = ("01 Jan 2001", "28 Feb 2034")
 """What templates that tell the day are told."""
 
@@ -100,7 +100,8 @@ def turns_of(tokenizer: Any) -> Turns | str:
 
 
 def _read(tokenizer: Any, shapes: Sequence[tuple[str, ...]]) -> Turns:
-    plain, odd = [], []
+    plain: list[Rendered | None] = []
+    awkward: list[Rendered | None] = []
     for shape in shapes:
         for prompt in (False, True):
             if prompt and shape[-1] == "assistant":
@@ -110,13 +111,14 @@ def _read(tokenizer: Any, shapes: Sequence[tuple[str, ...]]) -> Turns:
                 if gaps is None:
                     continue
                 found = [
-                    _render(tokenizer, shape, c, clock, gaps, prompt=prompt) for c in (PLAIN, *ODD)
+                    _render(tokenizer, shape, c, clock, gaps, prompt=prompt)
+                    for c in (PLAIN, *(odd[i:] + odd[:i] for odd in ODD for i in range(len(odd))))
                 ]
                 plain.append(found[0])
-                odd += found[1:]
+                awkward += found[1:]
     if not plain:
         raise TemplateError("it renders none of the conversations that it was tried on")
-    rendered = [r for r in (*plain, *odd) if r is not None]
+    rendered = [r for r in (*plain, *awkward) if r is not None]
     turns = _turns(
         [part for r in plain if r is not None for part in _parts(r)],
         [part for r in rendered for part in _parts(r)],
@@ -170,7 +172,7 @@ def _render(
     *,
     prompt: bool,
 ) -> Rendered | None:
-    """Render a conversation, None where a tool's contents are written in another way."""
+    """Render a conversation, None where nothing is left of a content, or a tool's is rewritten."""
     text = _text(tokenizer, shape, contents, clock, prompt=prompt)
     spans, at = [], len(gaps[0])
     for content, gap in zip(contents[: len(shape)], gaps[1:], strict=True):
@@ -180,6 +182,8 @@ def _render(
             if "tool" in shape:
                 return None
             raise TemplateError(f"it does not write {content!r} as it was said")
+        if not form:  # cut down to nothing
+            return None
         spans.append((at, at + len(form)))
         at += len(form) + len(gap)
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
