@@ -37,9 +37,7 @@ class Judged:
         return len(self.on)
 
 
-def judge(
-    policy: Policy, shares: Shares, prompt_tokens: int, roles: Sequence[str] = ()
-) -> Judged:
+def judge(policy: Policy, shares: Shares, prompt_tokens: int, roles: Sequence[str] = ()) -> Judged:
     """Judge one text whose tokens were all evaluated, one share per token and feature."""
     tokens = range(len(next(iter(shares.values()))))
     looked = [t for t in tokens if in_scope(policy, t, prompt_tokens, roles)]

@@ -45,9 +45,7 @@ DEFAULT = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\\nBe of help.<|im_end|>\\n' }}{% endif %}"
 )
-NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 
 FAMILIES = {
     "chatml": Family(
@@ -57,8 +55,14 @@ FAMILIES = {
     ),
     "thinking": Family(  # as a model that is told not to think: more behind the last opening
         CHATML + OPEN + "{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}",
-        ("<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>", "<think>",
-         "</think>"),
+        (
+            "<|im_start|>",
+            "<|im_end|>",
+            "<tool_response>",
+            "</tool_response>",
+            "<think>",
+            "</think>",
+        ),
         frozenset({"system", "user", "assistant", "tool"}),
     ),  # fmt: skip
     "llama3": Family(
@@ -166,7 +170,9 @@ def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     """
     core = Tokenizer(models.BPE(byte_fallback=family.pieces == "words", unk_token=None))
     if family.pieces == "bytes":
-        words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
+        words = Regex(
+            r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+        )
         core.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(words, "isolated"),

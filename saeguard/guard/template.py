@@ -146,9 +146,7 @@ def _text(
     return text
 
 
-def _gaps(
-    tokenizer: Any, shape: tuple[str, ...], clock: str, *, prompt: bool
-) -> list[str] | None:
+def _gaps(tokenizer: Any, shape: tuple[str, ...], clock: str, *, prompt: bool) -> list[str] | None:
     """Return what the template writes around contents; None where it refuses the conversation."""
     try:
         text = _text(tokenizer, shape, PLAIN, clock, prompt=prompt)
@@ -230,6 +228,7 @@ def _turns(plain: Sequence[Part], every: Sequence[Part], special: set[int]) -> T
         whole = _alike(_behind(plain, role, core, cores))
         sure = _alike([whole, *_behind(every, role, core, cores)])
         openings.append(Opening(role, (*core, *sure), whole[len(sure) :]))
+
     def opens(ids: tuple[int, ...]) -> list[int]:
         return [at for opening in openings for at in _places(ids, opening.core)]
 
@@ -246,9 +245,7 @@ def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[in
     while open_:
         found = [(core, part.role) for part in open_ for core in _candidates(part, special)]
         mine = Counter(
-            (core, part.role)
-            for part in parts
-            for core in set(_candidates(part, special))
+            (core, part.role) for part in parts for core in set(_candidates(part, special))
         )
         # The beginning of the text is the last resort: with it, a turn is known nowhere else.
         for core, role in sorted(found, key=lambda c: (START in c[0], -mine[c], len(c[0]))):
@@ -289,9 +286,7 @@ def _behind(
     return [
         part.ids[places[-1] + len(core) :]
         for part in parts
-        if part.role == role
-        and _told(part, cores) == role
-        and (places := _places(part.ids, core))
+        if part.role == role and _told(part, cores) == role and (places := _places(part.ids, core))
     ]
 
 

@@ -174,7 +174,9 @@ class WorkerGuard:
         torch.logical_not(self.excluded[input_ids], out=self.rows.watched[: len(input_ids)])
         if self.clamps:
             slots = [self.admit(r) for r in request_ids]
-            lay_out(self.rows, slots, query_start, positions, self._places(request_ids, query_start))
+            lay_out(
+                self.rows, slots, query_start, positions, self._places(request_ids, query_start)
+            )
         self.opened = request_ids, query_start, positions
         for tap in self.taps:
             tap.ticks.zero_()

@@ -62,7 +62,9 @@ def start(lists: Generations, name: str, prompt: int, keys: tuple[bytes, ...] = 
 
 def plain(watchlist: WatchList, f: np.ndarray, prompt: int) -> list[Verdict]:
     """Return the verdicts of a whole text."""
-    return judge_all(watchlist, watchlist.shares(f), np.ones(len(f), bool), prompt, coded(["user"] * prompt))
+    return judge_all(
+        watchlist, watchlist.shares(f), np.ones(len(f), bool), prompt, coded(["user"] * prompt)
+    )
 
 
 def same(found: list[Verdict], expected: list[Verdict]) -> bool:
@@ -118,7 +120,7 @@ def test_a_list_stays_for_whom_it_was_pinned() -> None:
     lists.publish(a_list(2, 1))
     assert lists.retire() == ()
     assert pin.generation is first
-    lists.admit("r", 3, (), pin=pin, enforced=[False] * 3)
+    lists.admit("r", 3, (), pin=pin, enforced=[False] * 3, roles=coded(["user"] * 3))
     del pin
     gc.collect()
     assert lists.retire() == ()

@@ -397,7 +397,8 @@ def test_passes_in_step_are_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "advance", counted)
     rng = seeded(3)
-    watchlist = make_watchlist([random_policy(rng, f"p{i}") for i in range(6)])
+    policies = [replace(random_policy(rng, f"p{i}"), scope="both") for i in range(6)]
+    watchlist = make_watchlist(policies)
     texts = [Text(n, random_activations(rng, 17), np.zeros(17, bool), 1) for n in ("a", "b")]
     verdicts = []
     for together in (False, True):

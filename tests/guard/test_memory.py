@@ -118,9 +118,7 @@ class Engine:
         waiting, running = list(self.texts), []
         keys: dict[str, list[bytes]] = {text.name: [] for text in self.texts}
         for text in waiting:
-            self.ledger.admit(
-                text.name, text.prompt, keys=keys[text.name], roles=coded(text.roles)
-            )
+            self.ledger.admit(text.name, text.prompt, keys=keys[text.name], roles=coded(text.roles))
         while waiting or running:
             entering = set()
             while waiting and (not running or self.rng.random() < 0.5):
@@ -217,7 +215,8 @@ def test_a_pass_that_was_not_read_is_not_remembered() -> None:
     """What a later request reuses of it counts as not evaluated, never as quiet."""
     rng = random.Random(4)  # noqa: S311 - seeded texts
     kept = memory()
-    ledger = Ledger(make_watchlist([random_policy(rng, "p")]), memory=kept)
+    policy = replace(random_policy(rng, "p"), scope="both")
+    ledger = Ledger(make_watchlist([policy]), memory=kept)
     text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)
@@ -231,7 +230,8 @@ def test_what_is_computed_again_is_remembered_again() -> None:
     """A preempted request brings back what was let go with its block while it waited."""
     rng = random.Random(5)  # noqa: S311 - seeded texts
     kept = memory()
-    ledger = Ledger(make_watchlist([random_policy(rng, "p")]), memory=kept)
+    policy = replace(random_policy(rng, "p"), scope="both")
+    ledger = Ledger(make_watchlist([policy]), memory=kept)
     text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)

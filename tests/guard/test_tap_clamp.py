@@ -74,9 +74,7 @@ def edited(
     looked = [
         t
         for t in range(len(text))
-        if watched[t]
-        and all(np.isfinite(text[t]))
-        and reference.in_scope(policy, t, prompt, roles)
+        if watched[t] and all(np.isfinite(text[t])) and reference.in_scope(policy, t, prompt, roles)
     ]
     return reference.edited(policy, shares, looked, len(text))
 
@@ -304,9 +302,7 @@ def test_a_request_that_is_not_enforced_keeps_every_bit(dtype: torch.dtype) -> N
     torch.manual_seed(0)
     before = (torch.randn(20, FEATURES) + 2).to(dtype)
     after = before.clone()
-    lay_out(
-        tap.rows, [1, 2], np.array([0, 10, 20]), torch.arange(10).repeat(2), anywhere(20)
-    )
+    lay_out(tap.rows, [1, 2], np.array([0, 10, 20]), torch.arange(10).repeat(2), anywhere(20))
     torch.ops.saeguard.tap(after, None, 0)
 
     assert not torch.equal(before[:10], after[:10])
@@ -384,7 +380,7 @@ def test_the_self_test_is_not_clamped(*, tested: bool) -> None:
         watchlist, (tap,), tap.rows, excluded, CPU,
         announced={"r": (1, admitted)}, free=[1], clamp_lists={digest: watchlist},
     )  # fmt: skip
-    guard.tested = tested
+    guard.tested, guard.computed = tested, {"r": 0}
     hidden = torch.full((2, FEATURES), 2.0)
     guard.before(["r"], np.array([0, 2]), torch.tensor([3, 4]), torch.arange(2))
     torch.ops.saeguard.tap(hidden, None, 0)

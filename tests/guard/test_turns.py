@@ -38,9 +38,7 @@ def told(turns: Turns, tokens: list[int]) -> list[str]:
     return [PLACES[i] for i in roles_of(turns, np.array(tokens, np.int64))]
 
 
-def chat(
-    rng: random.Random, name: str, pieces: Sequence[str] = PIECES
-) -> list[dict[str, str]]:
+def chat(rng: random.Random, name: str, pieces: Sequence[str] = PIECES) -> list[dict[str, str]]:
     """Return a conversation that a family's template takes, with awkward contents."""
     roles = ["user" if i % 2 == 0 else "assistant" for i in range(2 * rng.randint(0, 3) + 1)]
     if "system" in FAMILIES[name].roles and rng.random() < 0.5:
