@@ -64,7 +64,7 @@ FAMILIES = {
             "</think>",
         ),
         frozenset({"system", "user", "assistant", "tool"}),
-    ),  # fmt: skip
+    ),
     "llama3": Family(
         "{{ bos_token }}"
         "{% if messages[0]['role'] != 'system' %}{{ '<|start_header_id|>system<|end_header_id|>"
@@ -159,7 +159,8 @@ REFUSED = {
 
 CORPUS = [
     "the first red word a second green line blue is third here fourth and grey user assistant",
-    "system\n\nToday: 01 Jan 2001\n\nassistant\nuser\ntool\nmodel\nfinal\n\n\n  ## Response: [1, 2]",
+    "system\n\nToday: 01 Jan 2001\n\nassistant\nuser\ntool\nmodel\nfinal\n\n\n",
+    "  ## Response: [1, 2]",
 ]
 
 

@@ -202,7 +202,11 @@ def _fits(recording: Recording) -> None:
         ("lengths", recording.lengths.shape, (texts,)),
         ("prompt_tokens", recording.prompt_tokens.shape, (texts,)),
         ("evaluable", recording.evaluable.shape, (tokens,)),
-        ("roles", np.shape(recording.roles), () if recording.roles is None else (tokens,)),
+        (
+            "roles",
+            () if recording.roles is None else recording.roles.shape,
+            () if recording.roles is None else (tokens,),
+        ),  # fmt: skip
         ("values", recording.values.shape, (tokens, len(recording.definitions))),
         ("pieces", (len(recording.pieces or ()),), (tokens if recording.pieces else 0,)),
     )

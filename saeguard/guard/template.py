@@ -189,7 +189,7 @@ def _render(
     owner = np.full(len(first), -1)
     for i, (a, b) in enumerate(spans):
         owner[(first < b) & (last > a)] = i  # a token that is partly content is content
-    roles = [PLACES.index(role) for role in shape]  # type: ignore[arg-type]
+    roles = [PLACES.index(role) for role in shape]
     return Rendered(tuple(read["input_ids"]), owner, (*roles, *([ASSISTANT] if prompt else [])))
 
 
@@ -307,7 +307,7 @@ def _check(tokenizer: Any, turns: Turns, rendered: Rendered) -> None:
         TemplateError: names the first token that is not.
     """
     found = roles_of(turns, np.array(rendered.ids))
-    allowed = np.full((len(found), len(PLACES)), False)  # noqa: FBT003 - a fill value
+    allowed = np.full((len(found), len(PLACES)), False)
     messages = rendered.owner.max() + 1
     following = np.full(len(found), messages)
     for i in reversed(range(messages)):

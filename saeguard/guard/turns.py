@@ -65,8 +65,9 @@ def check_roles(watchlist: WatchList, turns: Turns | str) -> None:
         if policy.scope not in told:
             why = turns if isinstance(turns, str) else f"it has no turns of the {policy.scope}"
             raise RolesError(
-                f"{policy.path}: scope: {policy.scope}, but the model's chat template does not tell "
-                f"it exactly: {why}; allowed here: {', '.join(['prompt', 'output', 'both', *told])}"
+                f"{policy.path}: scope: {policy.scope}, but the model's chat template does not "
+                f"tell it exactly: {why}; allowed here: "
+                f"{', '.join(['prompt', 'output', 'both', *told])}"
             )
 
 

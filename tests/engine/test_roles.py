@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from saeguard.guard.places import PLACES, SCOPES
+from saeguard.guard.places import SCOPES
 from tests import models
 from tests.engine import engines
-from tests.guard.test_rules import assert_same, said
 from tests.guard.watchlists import coded
 from tests.tiny import END
 
