@@ -206,7 +206,7 @@ def _fits(recording: Recording) -> None:
             "roles",
             () if recording.roles is None else recording.roles.shape,
             () if recording.roles is None else (tokens,),
-        ),  # fmt: skip
+        ),
         ("values", recording.values.shape, (tokens, len(recording.definitions))),
         ("pieces", (len(recording.pieces or ()),), (tokens if recording.pieces else 0,)),
     )

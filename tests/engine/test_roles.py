@@ -34,7 +34,7 @@ def by_hand(tokenizer: Any, messages: list[tuple[str, str]]) -> tuple[list[int],
 
 
 def test_verdicts_by_role(tmp_path: Path) -> None:
-    """Chunks, a cache that hits, preemption, several choices; clamps on the assistant's turns."""
+    """Every scope, over prompts in chunks and from the cache, and one without a template."""
     guarded = models.make_guarded(tmp_path)
     for file in guarded.policies.iterdir():
         file.unlink()
@@ -73,7 +73,7 @@ def test_verdicts_by_role(tmp_path: Path) -> None:
     outcomes = set()
     assert len(served.results) == 2 * len(chats)
     for result, (ids, roles) in zip(served.results, [*chats, *chats], strict=True):
-        expected = reference.verdicts(watchlist, ids, result["tokens"], coded(roles))
+        expected = reference.verdicts(watchlist, ids, result["output"], coded(roles))
         for verdict in expected:
             event = events[result["id"]][verdict.policy]
             assert event["verdict"] == verdict.outcome, json.dumps(event)
