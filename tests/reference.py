@@ -37,10 +37,10 @@ class Judged:
         return len(self.on)
 
 
-def judge(policy: Policy, shares: Shares, prompt_tokens: int) -> Judged:
+def judge(policy: Policy, shares: Shares, prompt_tokens: int, roles: Sequence[str] = ()) -> Judged:
     """Judge one text whose tokens were all evaluated, one share per token and feature."""
     tokens = range(len(next(iter(shares.values()))))
-    looked = [t for t in tokens if in_scope(policy, t, prompt_tokens)]
+    looked = [t for t in tokens if in_scope(policy, t, prompt_tokens, roles)]
     return judge_where(policy, shares, looked, tokens)
 
 
@@ -75,10 +75,20 @@ def edited(policy: Policy, shares: Shares, looked: Sequence[int], tokens: int) -
             return [t for t in range(tokens) if any(u <= t for u in judged.match)]
 
 
-def in_scope(policy: Policy, t: int, prompt_tokens: int) -> bool:
-    """Return whether the policy looks at position `t`."""
+def in_scope(policy: Policy, t: int, prompt_tokens: int, roles: Sequence[str] = ()) -> bool:
+    """Return whether the policy looks at position `t`; `roles` has a word for each prompt token."""
     in_prompt = t < prompt_tokens
-    return {"both": True, "prompt": in_prompt, "output": not in_prompt}[policy.scope]
+    match policy.scope:
+        case "both":
+            return True
+        case "prompt":
+            return in_prompt
+        case "output":
+            return not in_prompt
+        case "assistant":
+            return not in_prompt or roles[t] == "assistant"
+        case role:
+            return in_prompt and roles[t] == role
 
 
 def compared(selection: Selection, shares: Shares, looked: Collection[int], t: int) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 
 from saeguard.features.recording import Recording, RecordingError, read_recording
 from saeguard.guard.account import judge_recorded
+from saeguard.guard.places import PLACES
 from saeguard.guard.rules import judge
 from saeguard.policy.cases import Case, Recorded, Said, Trace
 from saeguard.policy.outcomes import Result, compare
@@ -55,7 +56,8 @@ def run(policy: Policy, case: Case) -> Result:
     """Judge a case that gives its shares."""
     assert isinstance(case.given, Trace)
     shares = {feature: np.asarray(trace) for feature, trace in case.given.shares.items()}
-    return compare(policy, case, judge(policy, shares, case.given.prompt_tokens))
+    roles = np.array([PLACES.index(role) for role in case.given.roles], np.uint8)
+    return compare(policy, case, judge(policy, shares, case.given.prompt_tokens, roles))
 
 
 def _recorded(

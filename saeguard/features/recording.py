@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from saeguard.features.schema import Document
 
 SCHEMA = "saeguard.recording/v1"
+UNTOLD = "it was recorded without roles; record the texts again with `saeguard policy record`"
 
 
 class RecordingError(ValueError):
@@ -48,6 +49,11 @@ class Recording:
     """`set/feature` of each column -> digest of what the feature was made of."""
     values: np.ndarray
     """[T, columns] float32."""
+    roles: np.ndarray | None = None
+    """[T] uint8, whose turn a token of a prompt is in: an index into `saeguard.guard.places`'
+    places. None where the model's chat template did not tell, or the file is older."""
+    no_roles: str = UNTOLD
+    """Why there are none."""
     pieces: tuple[str, ...] | None = None
     """[T] what each token spells, where the recording was made with its text."""
 
@@ -55,6 +61,20 @@ class Recording:
         """Return where the tokens of a text are among all of them."""
         start = int(self.lengths[:text].sum())
         return slice(start, start + int(self.lengths[text]))
+
+    def roles_of_prompt(self, text: int) -> np.ndarray:
+        """Return whose turn each token of a text's prompt is in.
+
+        Raises:
+            RecordingError: the recording does not say; with the reason.
+        """
+        if self.roles is None:
+            raise RecordingError(
+                f"{self.path}: a policy's scope is a role, and the recording does not say whose "
+                f"turn a token is in: {self.no_roles}"
+            )
+        start = self.span(text).start
+        return self.roles[start : start + int(self.prompt_tokens[text])]
 
     def text(self, id_: str) -> int:
         """Return the index of the text named `id_`.
@@ -124,7 +144,11 @@ def write_recording(recording: Recording, path: Path) -> None:
     }
     if recording.pieces is not None:
         kept["pieces"] = json.dumps(recording.pieces)
+    roles = {} if recording.roles is None else {"roles": recording.roles.astype(np.uint8)}
+    if recording.roles is None:
+        kept["no_roles"] = recording.no_roles
     tensors = {
+        **roles,
         "lengths": recording.lengths.astype(np.int64),
         "prompt_tokens": recording.prompt_tokens.astype(np.int64),
         "evaluable": recording.evaluable.astype(bool),
@@ -169,6 +193,8 @@ def _read(path: Path, kept: Mapping[str, str], tensors: Mapping[str, np.ndarray]
         evaluable=tensors["evaluable"],
         definitions=json.loads(kept["definitions"]),
         values=tensors["values"],
+        roles=tensors.get("roles"),
+        no_roles=kept.get("no_roles", UNTOLD),
         pieces=tuple(json.loads(kept["pieces"])) if "pieces" in kept else None,
     )
     _fits(recording)
@@ -181,6 +207,11 @@ def _fits(recording: Recording) -> None:
         ("lengths", recording.lengths.shape, (texts,)),
         ("prompt_tokens", recording.prompt_tokens.shape, (texts,)),
         ("evaluable", recording.evaluable.shape, (tokens,)),
+        (
+            "roles",
+            () if recording.roles is None else recording.roles.shape,
+            () if recording.roles is None else (tokens,),
+        ),
         ("values", recording.values.shape, (tokens, len(recording.definitions))),
         ("pieces", (len(recording.pieces or ()),), (tokens if recording.pieces else 0,)),
     )

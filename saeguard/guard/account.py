@@ -57,7 +57,8 @@ def judge_recorded(
     rules = compile_rules(policies, column)
     for text in texts:
         here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
-        yield judge_text(rules, shares[here], recording.evaluable[here], prompt_tokens)
+        roles = recording.roles_of_prompt(text) if rules.by_role else None
+        yield judge_text(rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
 
 
 def account(
@@ -71,7 +72,8 @@ def account(
     shares, column = _shares([policy], feature_sets, recording)
     rules = compile_rules([policy], column)
     here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
-    given = (rules, shares[here], recording.evaluable[here], prompt_tokens)
+    roles = recording.roles_of_prompt(text) if rules.by_role else None
+    given = (rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
     scored = score_text(*given)
     terms = dict(zip(policy.detect, rules.terms.of_policy(0), strict=True))
     match = scored.score[0, :, 0] > THRESHOLD

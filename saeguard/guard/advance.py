@@ -11,14 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from saeguard.guard.aggregate import aggregate, pass_over
+from saeguard.guard.places import OUTPUT, PLACES, TEMPLATE, in_scopes
 from saeguard.guard.program import evidence
 from saeguard.guard.state import State
 from saeguard.guard.tables import Counted, Rules, Windowed
 from saeguard.guard.verdict import THRESHOLD
 
-PROMPT, OUTPUT = 0, 1
 EVALUATED, SPECIAL, CACHED, ERROR, UNTRACKED = range(5)
-_WHY = np.arange(2 * 5)
 
 
 class Tokens(NamedTuple):
@@ -37,6 +36,8 @@ class Tokens(NamedTuple):
 class Scored(NamedTuple):
     """What the rules say of each token of a block."""
 
+    place: np.ndarray
+    """[requests, tokens] indices into `PLACES`."""
     values: np.ndarray
     """[requests, tokens, features + aggregates] what selections compare."""
     looked: np.ndarray
@@ -48,14 +49,21 @@ class Scored(NamedTuple):
     -inf may stand for it."""
 
 
-def in_scopes(is_prompt: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Return [..., scopes] bool for tokens that can be used, in the order of `SCOPES`."""
-    return np.stack([usable & is_prompt, usable & ~is_prompt, usable], axis=-1)
+def places(s: State, at: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Return [requests, tokens] indices into `PLACES` of consecutive positions."""
+    place = np.where(position < s.prompt[at, None], TEMPLATE, OUTPUT)
+    for r in np.flatnonzero(position[:, 0] < s.prompt[at]):  # few: most are past their prompt
+        roles = s.roles[at[r]]
+        if roles is not None:
+            here = roles[position[r, 0] : position[r, -1] + 1]
+            place[r, : len(here)] = here
+    return place
 
 
 def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scored:
     """Score a block of the requests in distinct slots `at`; windows and aggregates move on."""
-    looked = in_scopes(tokens.position < s.prompt[at, None], tokens.watched & tokens.finite)
+    place = places(s, at, tokens.position)
+    looked = in_scopes(place, tokens.watched & tokens.finite)
     values = tokens.shares
     if len(rules.aggregates.feature):
         more = aggregate(rules.aggregates, s, at, tokens.position, values, looked)
@@ -74,7 +82,7 @@ def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scor
             _of_window(rules.windowed, s, at, tokens.position, score)
         if len(rules.counted.policy):
             _of_request(rules.counted, s, at, score)
-    return Scored(values, looked, e, score)
+    return Scored(place, values, looked, e, score)
 
 
 def _of_window(w: Windowed, s: State, at: np.ndarray, position: np.ndarray, e: np.ndarray) -> None:
@@ -129,8 +137,11 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
     position = tokens.position
     scored = score_tokens(rules, s, at, tokens)
     what = np.where(tokens.watched, np.where(tokens.finite, EVALUATED, ERROR), SPECIAL)
-    what += np.where(position < s.prompt[at, None], PROMPT, 5 * OUTPUT)
-    s.counts[at] += (what[..., None] == _WHY).sum(axis=1).reshape(-1, 2, 5)
+    what += 5 * scored.place
+    kinds = 5 * len(PLACES)
+    what += kinds * np.arange(len(at))[:, None]
+    counted = np.bincount(what.ravel(), minlength=kinds * len(at))
+    s.counts[at] += counted.reshape(-1, len(PLACES), 5)
     s.next[at] = position[:, -1] + 1
     s.score[at] = np.maximum(s.score[at], scored.score.max(axis=1))
     _tell(rules, s, at, position, scored)
@@ -176,9 +187,8 @@ def skip(rules: Rules, s: State, slot: int, position: int, why: int) -> None:
     gap = position - first
     if gap <= 0:
         return
-    prompt = int(np.clip(s.prompt[slot] - first, 0, gap))
-    s.counts[slot, PROMPT, why] += prompt
-    s.counts[slot, OUTPUT, why] += gap - prompt
+    place = places(s, np.array([slot]), np.arange(first, position)[None])
+    s.counts[slot, :, why] += np.bincount(place[0], minlength=len(PLACES))
     longest = rules.windowed.longest
     s.ring[slot, np.arange(max(first, position - longest), position) % longest] = -np.inf
     pass_over(rules.aggregates, s, slot, first, position)

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from saeguard.guard import scan
+from saeguard.guard.places import MEMBERS, SCOPES
 from saeguard.guard.program import Program, evidence, on_device
 from saeguard.guard.rows import Rows
-from saeguard.guard.tables import SCOPES, Rules, compile_rules
+from saeguard.guard.tables import Rules, compile_rules
 from saeguard.guard.verdict import THRESHOLD
 from saeguard.guard.watchlist import ClampRows, Hook, Mix, WatchList, shares_of
 
@@ -67,8 +68,8 @@ class Clamp:
     edits: ClampRows
     enforced: torch.Tensor
     """[slots, rules] bool."""
-    scope: torch.Tensor
-    """[slots, rules, 2] int64: positions `[from, to)` the rule looks at."""
+    looks: torch.Tensor
+    """[places, rules] bool: whether the rule looks there."""
     last: torch.Tensor
     """[slots, ring, rules] int64: position of the latest match up to a position, -1 without."""
     held: torch.Tensor
@@ -155,7 +156,7 @@ def make_clamp(
         owner=torch.tensor(rows.owner, device=device),
         edits=rows.to(device),
         enforced=torch.zeros(slots, count, dtype=torch.bool, device=device),
-        scope=torch.zeros(slots, count, 2, dtype=long, device=device),
+        looks=move(MEMBERS[:, rules.scope]),
         last=full(-1, 1 + MAX_DRAFTS, count, long),
         held=full(0, 1 + MAX_DRAFTS if any(counts) else 0, count, long),
         ring=full(-torch.inf, longest + MAX_DRAFTS if longest > 1 else 0, count, double),
@@ -166,12 +167,9 @@ def make_clamp(
     )
 
 
-def admit(
-    clamp: Clamp, slot: int, enforced: Sequence[bool], scope: Sequence[tuple[int, int]]
-) -> None:
-    """Start a request in `slot`: which rules hold for it, and over which positions."""
+def admit(clamp: Clamp, slot: int, enforced: Sequence[bool]) -> None:
+    """Start a request in `slot`: which rules hold for it."""
     clamp.enforced[slot] = torch.tensor(enforced, device=clamp.enforced.device)
-    clamp.scope[slot] = torch.tensor(scope, device=clamp.scope.device)
     clamp.last[slot] = -1
     clamp.held[slot] = 0
     clamp.ring[slot] = -torch.inf
@@ -202,9 +200,8 @@ def apply(
     position = at.position[:, None]
     # What cannot be read supports nothing, as on the host, and what to subtract is unknown.
     readable = f.isfinite().all(dim=1)
-    scope, enforced = clamp.scope[at.slot], clamp.enforced[at.slot]
-    looked = (position >= scope[..., 0]) & (position < scope[..., 1])
-    looked &= (rows.watched[:n] & readable)[:, None]
+    enforced = clamp.enforced[at.slot]
+    looked = clamp.looks[rows.place[:n]] & (rows.watched[:n] & readable)[:, None]
 
     match = _matches(clamp, _evidence(clamp, f, at, looked), at) & enforced
     last = scan.latest(match, at, scan.before(clamp.last, at, _of(clamp.last, -1)))

@@ -9,9 +9,10 @@ from typing import get_args, overload
 
 import numpy as np
 
-from saeguard.guard.advance import CACHED, ERROR, EVALUATED, OUTPUT, PROMPT, SPECIAL, UNTRACKED
+from saeguard.guard.advance import CACHED, ERROR, EVALUATED, SPECIAL, UNTRACKED, places
+from saeguard.guard.places import MEMBERS, PLACES
 from saeguard.guard.state import State
-from saeguard.guard.tables import SCOPES, Rules
+from saeguard.guard.tables import Rules
 from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict, balanced
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -23,23 +24,36 @@ _REASONS: dict[int, Reason] = {
 }
 
 
-def coverage_of(s: State, slot: int, scope: int, tokens: int) -> Coverage:
-    """Return the coverage of the prompt or of the output of a request of `tokens` tokens."""
-    prompt = int(min(s.prompt[slot], tokens))
-    lo, hi = (0, prompt) if scope == PROMPT else (prompt, tokens)
-    skipped: dict[Reason, int] = {
-        reason: int(s.counts[slot, scope, what])
-        for what, reason in _REASONS.items()
-        if s.counts[slot, scope, what]
-    }
+_MEMBERS = [np.flatnonzero(looks).tolist() for looks in MEMBERS.T]
+"""By scope: its places."""
+
+
+def coverages(s: State, slot: int, tokens: int) -> list[Coverage]:
+    """Return the coverage of each place of a request of `tokens` tokens, in `PLACES`' order."""
+    after = min(int(s.next[slot]), tokens)
+    whole, left = (_count(s, slot, first, tokens) for first in (0, after))
     # The last token is never fed back; what else is missing was cut off.
-    left = hi - max(lo, min(int(s.next[slot]), hi))
-    last = 1 if left and hi == tokens else 0
-    if last:
-        skipped["not_forwarded"] = 1
-    if left - last:
-        skipped["aborted"] = left - last
-    return Coverage(hi - lo, int(s.counts[slot, scope, EVALUATED]), skipped)
+    last = _count(s, slot, max(after, tokens - 1), tokens)
+    found = []
+    for place, counts in enumerate(s.counts[slot].tolist()):
+        skipped: dict[Reason, int] = {
+            reason: counts[what] for what, reason in _REASONS.items() if counts[what]
+        }
+        if last[place]:
+            skipped["not_forwarded"] = last[place]
+        if left[place] - last[place]:
+            skipped["aborted"] = left[place] - last[place]
+        found.append(Coverage(whole[place], counts[EVALUATED], skipped))
+    return found
+
+
+def _count(s: State, slot: int, first: int, end: int) -> list[int]:
+    """Return how many of the tokens `first`, ... before `end` stand in each place."""
+    if first >= end:
+        return [0] * len(PLACES)
+    place = places(s, np.array([slot]), np.arange(first, end)[None])
+    counts: list[int] = np.bincount(place[0], minlength=len(PLACES)).tolist()
+    return counts
 
 
 def add(parts: Sequence[Coverage]) -> Coverage:
@@ -139,7 +153,7 @@ class Verdicts(Sequence[Verdict]):
         policy = self.rules.policies[i]
         matched = bool(self.first[i] >= 0)
         acts, sampled = bool(self.acts[i]), bool(self.sampled[i])
-        coverage = self.coverages[self.rules.scope[i] + (0 if sampled else len(SCOPES))]
+        coverage = self.coverages[self.rules.scope[i] + (0 if sampled else len(_MEMBERS))]
         enforced = bool(self.enforced[i]) or i in self.waived
         return Verdict(
             policy=policy.id,
@@ -181,12 +195,11 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
         slot: the request's.
         tokens: prompt and output tokens; those never forwarded count as not evaluated.
     """
-    prompt, output = (coverage_of(s, slot, scope, tokens) for scope in (PROMPT, OUTPUT))
-    of_scope = {"prompt": prompt, "output": output, "both": add([prompt, output])}
-    looked = [of_scope[scope] for scope in SCOPES]
-    coverages = (*looked, *(Coverage(c.tokens, 0, _all(c.tokens)) for c in looked))
+    of_place = coverages(s, slot, tokens)
+    looked = [add([of_place[i] for i in members]) for members in _MEMBERS]
+    by_scope = (*looked, *(Coverage(c.tokens, 0, _all(c.tokens)) for c in looked))
     sampled, enforced, first = s.sampled[slot].copy(), s.enforced[slot].copy(), s.first[slot].copy()
-    which = rules.scope + np.where(sampled, 0, len(SCOPES))
+    which = rules.scope + np.where(sampled, 0, len(looked))
     matched = first >= 0
     without = np.array(
         [
@@ -197,7 +210,7 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
                 if c.evaluated
                 else "not_evaluated"
             )
-            for c in coverages
+            for c in by_scope
         ]
     )
     return Verdicts(
@@ -213,7 +226,7 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
         fired=s.fired[slot].copy(),
         peak=s.peak[slot].copy(),
         peak_at=s.peak_at[slot].copy(),
-        coverages=coverages,
+        coverages=by_scope,
     )
 
 

@@ -174,10 +174,13 @@ class Generations:
         *,
         pin: Pin,
         enforced: Sequence[bool],
+        roles: np.ndarray | None = None,
     ) -> None:
         """Start a request under the list that was pinned for it; see `Ledger.admit`."""
         generation = self._of[request_id] = pin.generation
-        generation.ledger.admit(request_id, prompt_tokens, keys=keys, enforced=enforced)
+        generation.ledger.admit(
+            request_id, prompt_tokens, keys=keys, enforced=enforced, roles=roles
+        )
 
     def ingest(
         self, packet: Packet, valid: np.ndarray, entering: Container[str] | None = None

@@ -8,19 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.advance import (
-    CACHED,
-    OUTPUT,
-    PROMPT,
-    UNTRACKED,
-    Tokens,
-    advance,
-    in_scopes,
-    skip,
-)
-from saeguard.guard.conclude import Verdicts, add, coverage_of, verdicts_of
+from saeguard.guard.advance import CACHED, UNTRACKED, Tokens, advance, places, skip
+from saeguard.guard.conclude import Verdicts, add, coverages, verdicts_of
 from saeguard.guard.memory import Memory, View
 from saeguard.guard.packet import Packet, in_step
+from saeguard.guard.places import in_scopes, of_prompt
 from saeguard.guard.prefix import Prefixes
 from saeguard.guard.sampling import is_sampled
 from saeguard.guard.state import State, blank, copy_slot, grown, make_state, write_slot
@@ -88,6 +80,7 @@ class Ledger:
         enforce: Sequence[str] = (),
         keys: Sequence[bytes] = (),
         enforced: Sequence[bool] | None = None,
+        roles: np.ndarray | None = None,
     ) -> None:
         """Start a request of which nothing has been seen.
 
@@ -97,6 +90,11 @@ class Ledger:
             enforce: ids of shadow policies to enforce for it.
             keys: of its whole blocks in the prefix cache; may grow while it runs.
             enforced: by policy, whether its action is to be taken; None: as the policies say.
+            roles: [prompt tokens] whose turn each is in, see `saeguard.guard.turns`; needed where
+                a policy's scope is a role.
+
+        Raises:
+            ValueError: roles are needed and missing, or there are more or fewer than tokens.
         """
         if not self._free:
             slots = len(self._state.next)
@@ -109,6 +107,8 @@ class Ledger:
         s = self._state
         write_slot(s, slot, self._empty)
         s.prompt[slot] = prompt_tokens
+        if self._rules.by_role:
+            s.roles[slot] = of_prompt(roles, prompt_tokens)
         s.enforced[slot] = self._enforced if enforced is None else enforced
         if enforce:
             s.enforced[slot] |= [p.id in enforce for p in self.watchlist.policies]
@@ -258,7 +258,7 @@ class Ledger:
     def coverage(self, request_id: str, tokens: int) -> Coverage:
         """Return the request's own ledger, whatever the policies' scopes."""
         slot = self._slot[request_id]
-        return add([coverage_of(self._state, slot, scope, tokens) for scope in (PROMPT, OUTPUT)])
+        return add(coverages(self._state, slot, tokens))
 
     def seen(self, request_id: str) -> int:
         """Return the position up to which a request's tokens have been accounted for."""
@@ -301,8 +301,8 @@ class Ledger:
         """Return the policies that ask for a stop where they cannot read a token in scope."""
         if not self._stops_on_error.any():
             return []
-        is_prompt = tokens.position < self._state.prompt[at, None]
-        unread = in_scopes(is_prompt, tokens.watched & ~tokens.finite)[..., self._rules.scope]
+        place = places(self._state, at, tokens.position)
+        unread = in_scopes(place, tokens.watched & ~tokens.finite)[..., self._rules.scope]
         unread &= self._stops_on_error & self._state.sampled[at, None]
         where = unread.argmax(axis=1)
         return [

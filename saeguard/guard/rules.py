@@ -20,6 +20,7 @@ import numpy as np
 
 from saeguard.guard.advance import Scored, Tokens, advance, score_tokens
 from saeguard.guard.conclude import Verdicts, verdicts_of
+from saeguard.guard.places import of_prompt
 from saeguard.guard.state import State, make_state
 from saeguard.guard.tables import Rules, compile_rules
 from saeguard.guard.verdict import THRESHOLD, Verdict
@@ -29,14 +30,23 @@ if TYPE_CHECKING:
     from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
 
 
-def judge(policy: Policy, shares: Mapping[str, np.ndarray], prompt_tokens: int) -> Verdict:
+def judge(
+    policy: Policy,
+    shares: Mapping[str, np.ndarray],
+    prompt_tokens: int,
+    roles: np.ndarray | None = None,
+) -> Verdict:
     """Judge one policy on traces of feature shares, one value per token, all evaluated."""
     rules, traces = alone(policy, shares)
-    return judge_text(rules, traces, np.ones(len(traces), bool), prompt_tokens)[0]
+    return judge_text(rules, traces, np.ones(len(traces), bool), prompt_tokens, roles)[0]
 
 
 def judge_all(
-    watchlist: WatchList, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+    watchlist: WatchList,
+    shares: np.ndarray,
+    evaluable: np.ndarray,
+    prompt_tokens: int,
+    roles: np.ndarray | None = None,
 ) -> Verdicts:
     """Judge every policy of the watch list on one text.
 
@@ -45,8 +55,12 @@ def judge_all(
         shares: [tokens, features] float32.
         evaluable: [tokens] bool; tokens left out count as `special_token`.
         prompt_tokens: how many of the tokens are the prompt.
+        roles: [prompt_tokens] whose turn each of these is in, see `saeguard.guard.turns`.
+
+    Raises:
+        ValueError: a policy's scope is a role, and there are no roles.
     """
-    return judge_text(watchlist.rules, shares, evaluable, prompt_tokens)
+    return judge_text(watchlist.rules, shares, evaluable, prompt_tokens, roles)
 
 
 def alone(policy: Policy, shares: Mapping[str, np.ndarray]) -> tuple[Rules, np.ndarray]:
@@ -57,10 +71,14 @@ def alone(policy: Policy, shares: Mapping[str, np.ndarray]) -> tuple[Rules, np.n
 
 
 def score_text(
-    rules: Rules, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+    rules: Rules,
+    shares: np.ndarray,
+    evaluable: np.ndarray,
+    prompt_tokens: int,
+    roles: np.ndarray | None = None,
 ) -> Scored:
     """Return what the rules say of each token of one text, arrays of one request."""
-    state, block = _block(rules, shares, evaluable, prompt_tokens)
+    state, block = _block(rules, shares, evaluable, prompt_tokens, roles)
     return score_tokens(rules, state, np.zeros(1, np.int64), block)
 
 
@@ -72,11 +90,16 @@ def on_tokens(match: np.ndarray, keep: int) -> np.ndarray:
 
 
 def clamped_tokens(
-    rules: Rules, i: int, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+    rules: Rules,
+    i: int,
+    shares: np.ndarray,
+    evaluable: np.ndarray,
+    prompt_tokens: int,
+    roles: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return [tokens] bool: where clamp policy `i`, enforced, edits one text."""
     policy = rules.policies[i]
-    scored = score_text(rules, shares, evaluable, prompt_tokens)
+    scored = score_text(rules, shares, evaluable, prompt_tokens, roles)
     looked = scored.looked[0, :, rules.scope[i]]
     if policy.clamp is not None and policy.clamp.when == "always":
         return looked
@@ -109,20 +132,30 @@ def strongest(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 
 def judge_text(
-    rules: Rules, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+    rules: Rules,
+    shares: np.ndarray,
+    evaluable: np.ndarray,
+    prompt_tokens: int,
+    roles: np.ndarray | None = None,
 ) -> Verdicts:
     """Judge one text by every policy of the rules; arguments as for `judge_all`."""
-    state, block = _block(rules, shares, evaluable, prompt_tokens)
+    state, block = _block(rules, shares, evaluable, prompt_tokens, roles)
     if len(shares):
         advance(rules, state, np.zeros(1, np.int64), block)
     return verdicts_of(rules, state, 0, len(shares))
 
 
 def _block(
-    rules: Rules, shares: np.ndarray, evaluable: np.ndarray, prompt_tokens: int
+    rules: Rules,
+    shares: np.ndarray,
+    evaluable: np.ndarray,
+    prompt_tokens: int,
+    roles: np.ndarray | None,
 ) -> tuple[State, Tokens]:
     state = make_state(rules, 1)
     state.prompt[0] = prompt_tokens
+    if rules.by_role:
+        state.roles[0] = of_prompt(roles, prompt_tokens)
     state.enforced[0] = [p.mode == "enforce" for p in rules.policies]
     state.acted[0] = True  # as serving would, where a clamp policy matches
     finite = np.isfinite(shares).all(axis=1)

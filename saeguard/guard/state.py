@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from saeguard.guard.places import PLACES
 from saeguard.guard.tables import Rules
 
 
@@ -18,8 +19,10 @@ class State:
     """[slots] the position expected next; what lies before it has been accounted for."""
     prompt: np.ndarray
     """[slots] prompt tokens."""
+    roles: np.ndarray
+    """[slots] of arrays [prompt tokens], indices into `PLACES`; None where no policy asks."""
     counts: np.ndarray
-    """[slots, prompt or output, evaluated or why not] tokens."""
+    """[slots, places, evaluated or why not] tokens."""
     score: np.ndarray
     """[slots, P] highest score."""
     first: np.ndarray
@@ -77,7 +80,8 @@ def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) ->
     state = State(
         next=full(0),
         prompt=full(0),
-        counts=full(0, 2, 5),
+        roles=full(None, dtype=object),
+        counts=full(0, len(PLACES), 5),
         score=full(-np.inf, policies, dtype=np.float64),
         first=full(-1, policies),
         matched=full(0, policies),

@@ -7,14 +7,14 @@ over policies.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
+from saeguard.guard.places import BY_ROLE, SCOPES
 from saeguard.guard.program import Program, compile_program
 from saeguard.policy.types import Aggregate, Over, Policy, Scope
 
-SCOPES: tuple[Scope, ...] = get_args(Scope)
 MAX_NODES = 1_000_000
 """Selections and parts of conditions over all policies."""
 
@@ -100,6 +100,8 @@ class Rules(NamedTuple):
     """[P] bool: the policy's action is a clamp, which the device takes."""
     approximate: tuple[bool, ...]
     """[P] whether it reads a latent by a threshold that stands for its rank."""
+    by_role: bool
+    """Whether a policy needs a prompt's turns told apart."""
 
 
 def compile_rules(
@@ -159,6 +161,7 @@ def compile_rules(
         approximate=tuple(
             any(f"{p.feature_set}/{name}" in approximate for name in _read_by(p)) for p in policies
         ),
+        by_role=any(p.scope in BY_ROLE for p in policies),
     )
 
 

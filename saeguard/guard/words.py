@@ -78,11 +78,21 @@ def _verdict(account: Account) -> str:
         case "error":
             return f"ERROR: {v.error}. Tokens whose activations are not finite cannot be judged."
         case _:
+            if not v.coverage.tokens:
+                return "NOT EVALUATED: the text has no token in the policy's scope."
             return "NOT EVALUATED: no token of its scope could be looked at."
 
 
 def _looked(account: Account) -> str:
-    scope = {"prompt": "the prompt", "output": "the output", "both": "prompt and output"}
+    scope = {
+        "prompt": "the prompt",
+        "output": "the output",
+        "both": "prompt and output",
+        "assistant": "the assistant's turns, the output among them",
+        "user": "the user's turns",
+        "system": "the system's turns",
+        "tool": "the turns of tools",
+    }
     c = account.verdict.coverage
     left = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in c.skipped.items())
     said = f"The policy looks at {scope[account.policy.scope]}: {_count(c.tokens)}"

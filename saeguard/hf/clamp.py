@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from saeguard.guard.rules import clamped_tokens
+from saeguard.guard.turns import roles_of
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.record import on_output
-from saeguard.hf.scan import hook_activations
+from saeguard.hf.scan import hook_activations, turns_for
 from saeguard.sae.encoder import column_scales
 
 
@@ -26,9 +27,11 @@ def clamped(
     lm: LanguageModel, watchlist: WatchList, tokens: Sequence[int], prompt_tokens: int
 ) -> Iterator[None]:
     """Enforce the clamps of `watchlist` while `tokens` run as one sequence without a cache."""
+    turns = turns_for(lm, watchlist)
+    roles = None if turns is None else roles_of(turns, np.array(tokens[:prompt_tokens]))
     with ExitStack() as stack:
         for rows in watchlist.clamps:
-            change = _change(watchlist, rows, tokens, prompt_tokens)
+            change = _change(watchlist, rows, tokens, prompt_tokens, roles)
             stack.enter_context(on_output(lm, rows.layer, change))
         yield
 
@@ -52,7 +55,11 @@ def greedy(
 
 
 def _change(
-    watchlist: WatchList, rows: ClampRows, tokens: Sequence[int], prompt_tokens: int
+    watchlist: WatchList,
+    rows: ClampRows,
+    tokens: Sequence[int],
+    prompt_tokens: int,
+    roles: np.ndarray | None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     hook = next(h for h in watchlist.hooks if h.layer == rows.layer)
     columns = slice(hook.first_column, hook.first_column + hook.W.shape[0])
@@ -67,7 +74,7 @@ def _change(
         for local, i in enumerate(rows.policies):
             if watchlist.policies[i].mode == "enforce":
                 acted[:, local] = clamped_tokens(
-                    watchlist.rules, i, shares, evaluable, prompt_tokens
+                    watchlist.rules, i, shares, evaluable, prompt_tokens, roles
                 )
         on = torch.from_numpy(acted)[:, list(rows.owner)]
         mine = f[:, list(rows.columns)]

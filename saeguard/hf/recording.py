@@ -11,6 +11,9 @@ from saeguard.features.calibrate import values
 from saeguard.features.load import load_feature_set
 from saeguard.features.recording import Recording, definition
 from saeguard.features.schema import read_document
+from saeguard.guard.places import OUTPUT
+from saeguard.guard.template import turns_of
+from saeguard.guard.turns import Turns, roles_of
 from saeguard.hf.corpus import make_corpus
 from saeguard.hf.model import LanguageModel, check_model
 from saeguard.hf.texts import Text
@@ -53,6 +56,14 @@ def record_features(
             corpus = make_corpus(lm, some, features.sae.layer, excluded, features.id)
             blocks.append([values(features, f, corpus) for f in features.features.values()])
         columns += [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
+    turns = turns_of(lm.tokenizer)
+    roles = None
+    if isinstance(turns, Turns):
+        parts = [np.full(len(text.tokens), OUTPUT, np.uint8) for text in texts]
+        for part, text in zip(parts, texts, strict=True):
+            prompt = np.array(text.tokens[: text.prompt_tokens], np.int64)
+            part[: len(prompt)] = roles_of(turns, prompt)
+        roles = np.concatenate(parts)
     tokens = np.concatenate([np.array(text.tokens, np.int64) for text in texts])
     return Recording(
         path=path,
@@ -67,5 +78,7 @@ def record_features(
             for name in document.features
         },
         values=np.stack(columns, 1).astype(np.float32),
+        roles=roles,
+        no_roles=turns if isinstance(turns, str) else "",
         pieces=tuple(lm.tokenizer.decode([int(t)]) for t in tokens) if with_text else None,
     )

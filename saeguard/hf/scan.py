@@ -9,6 +9,8 @@ import torch
 
 from saeguard.guard.ranked import make_ranked, settle
 from saeguard.guard.rules import judge_all
+from saeguard.guard.template import turns_of
+from saeguard.guard.turns import Turns, check_roles, roles_of
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import Hook, WatchList
 from saeguard.hf.model import LanguageModel
@@ -21,13 +23,34 @@ from saeguard.sae.encoder import column_scales, product
 def scan(
     lm: LanguageModel, watchlist: WatchList, texts: Sequence[Text]
 ) -> Iterator[tuple[int, Sequence[Verdict]]]:
-    """Yield `(index of the text, one verdict per policy)`, shortest text first."""
+    """Yield `(index of the text, one verdict per policy)`, shortest text first.
+
+    Raises:
+        RolesError: a policy's scope is a role that the model's chat template does not tell.
+    """
+    turns = turns_for(lm, watchlist)
     excluded = np.array(watchlist.exclude_tokens, np.int64)
     layers = [hook.layer for hook in watchlist.hooks]
     for i, residuals in record(lm, [t.tokens for t in texts], layers):
         shares = watchlist.shares(activations(watchlist, residuals))
         evaluable = ~np.isin(np.array(texts[i].tokens), excluded)
-        yield i, judge_all(watchlist, shares, evaluable, texts[i].prompt_tokens)
+        prompt = texts[i].prompt_tokens
+        roles = None if turns is None else roles_of(turns, np.array(texts[i].tokens[:prompt]))
+        yield i, judge_all(watchlist, shares, evaluable, prompt, roles)
+
+
+def turns_for(lm: LanguageModel, watchlist: WatchList) -> Turns | None:
+    """Return how the model's chat template sets turns apart, None where no policy asks.
+
+    Raises:
+        RolesError: a policy asks for a role that is not told.
+    """
+    if not watchlist.rules.by_role:
+        return None
+    turns = turns_of(lm.tokenizer)
+    check_roles(watchlist, turns)
+    assert isinstance(turns, Turns)
+    return turns
 
 
 def activations(watchlist: WatchList, residuals: Mapping[int, torch.Tensor]) -> np.ndarray:

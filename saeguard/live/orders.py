@@ -11,6 +11,8 @@ import threading
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from saeguard.guard.columns import Write
 from saeguard.guard.watchlist import WatchList
 
@@ -22,6 +24,8 @@ class Admitted(NamedTuple):
     """Digest of its list's clamps."""
     enforced: frozenset[tuple[str, str]]
     """Id and mode of each policy that is enforced for it."""
+    roles: np.ndarray | None = None
+    """[prompt tokens] whose turn each is in; None where no policy asks."""
 
 
 class Swap(NamedTuple):

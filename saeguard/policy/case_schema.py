@@ -17,6 +17,8 @@ from saeguard.policy.schema import (
 )
 from saeguard.policy.traces import MAX_TOKENS
 
+_RUN = "[1-9][0-9]{0,4} (template|system|user|assistant|tool)"
+ROLES = f"^{_RUN}(, {_RUN})*$"
 Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 
 
@@ -39,6 +41,11 @@ class CaseSection(Section):
     )
     prompt_tokens: Tokens | None = Field(
         default=None, description="With shares: how many of the tokens are the prompt."
+    )
+    roles: Annotated[str, StringConstraints(pattern=ROLES, max_length=1000)] | None = Field(
+        default=None,
+        description="With shares: whose turn the prompt's tokens are in, such as 2 template, "
+        "5 user, 3 template. Default: all the user's.",
     )
     recording: Annotated[str, StringConstraints(pattern=RECORDING, max_length=200)] | None = Field(
         default=None,

@@ -27,6 +27,8 @@ class Trace:
     prompt_tokens: int
     shares: Mapping[str, list[float]]
     """Per feature of the policy, one share per token."""
+    roles: tuple[str, ...] = ()
+    """Whose turn each token of the prompt is in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ def _case(
 def _ways(document: Document, section: CaseSection, loc: Loc) -> Iterator[PolicyError]:
     """Yield what keeps a case from giving its tokens in just one of the three ways."""
     ways = {
-        "shares": ("shares", "prompt_tokens"),
+        "shares": ("shares", "prompt_tokens", "roles"),
         "recording": ("recording", "recorded_text"),
         "text": ("prompt", "messages", "completion"),
     }
@@ -167,7 +169,7 @@ def _ways(document: Document, section: CaseSection, loc: Loc) -> Iterator[Policy
         what += "recorded_text, or a text by prompt or messages, completion"
         yield document.error("test-kind", what, loc)
         return
-    missing = [key for key in ways[given[0]] if key not in used[given[0]]]
+    missing = [key for key in ways[given[0]] if key not in used[given[0]] and key != "roles"]
     if given != ["text"]:
         for key in missing:
             message = f'{used[given[0]][0]} needs the key "{key}"; add it'
@@ -213,7 +215,19 @@ def _trace(
             errors.append(document.error("test-trace", message, at))
     quiet = [0.0] * length
     by_feature = {feature: shares.get(feature, quiet) for feature in features}
-    return Trace(section.prompt_tokens or 0, by_feature), errors
+    prompt = section.prompt_tokens or 0
+    roles: list[str] = ["user"] * prompt
+    if section.roles is not None:
+        roles = [r for run in section.roles.split(", ") for r in _run(run)]
+        if len(roles) != prompt:
+            message = f"these are {len(roles)} tokens, the prompt has {prompt}"
+            errors.append(document.error("test-trace", message, (*loc, "roles")))
+    return Trace(prompt, by_feature, tuple(roles)), errors
+
+
+def _run(text: str) -> list[str]:
+    times, role = text.split(" ")
+    return [role] * int(times)
 
 
 def _expectations(

@@ -65,7 +65,18 @@ CLAUSES: tuple[Clause, ...] = (
     Clause(
         "vllm.config",
         "ModelConfig",
-        fields=("model", "served_model_name", "dtype", "hf_text_config", "get_vocab_size"),
+        fields=(
+            "model",
+            "served_model_name",
+            "dtype",
+            "hf_text_config",
+            "get_vocab_size",
+            "tokenizer",
+            "tokenizer_mode",
+            "tokenizer_revision",
+            "trust_remote_code",
+            "skip_tokenizer_init",
+        ),
     ),
     Clause(
         "vllm.config",
@@ -120,11 +131,21 @@ CLAUSES: tuple[Clause, ...] = (
             "finished_req_ids",
         ),
     ),
-    Clause(_SCHEDULED, "CachedRequestData", fields=("resumed_req_ids",)),
+    Clause(
+        _SCHEDULED,
+        "CachedRequestData",
+        fields=("req_ids", "num_computed_tokens", "resumed_req_ids"),
+    ),
     Clause(
         _SCHEDULED,
         "NewRequestData",
-        fields=("req_id", "prompt_token_ids", "prompt_embeds", "sampling_params"),
+        fields=(
+            "req_id",
+            "prompt_token_ids",
+            "prompt_embeds",
+            "sampling_params",
+            "num_computed_tokens",
+        ),
     ),
     Clause(
         "vllm.v1.outputs",

@@ -21,7 +21,9 @@ from saeguard.guard.generations import Generations, make_generation
 from saeguard.guard.ledger import Hit
 from saeguard.guard.memory import Memory
 from saeguard.guard.packet import Packet
+from saeguard.guard.places import USER
 from saeguard.guard.state import State
+from saeguard.guard.turns import Turns, check_roles, roles_of
 from saeguard.guard.verdict import Coverage, as_dict, balanced
 from saeguard.guard.watchlist import WatchList
 from saeguard.live.orders import Admitted, Orders, Outbox
@@ -65,9 +67,30 @@ class EngineGuard:
     """Judges the requests of one engine core."""
 
     def __init__(
-        self, started: Started, settings: Settings, model: str, *, memory: Memory | None = None
+        self,
+        started: Started,
+        settings: Settings,
+        model: str,
+        *,
+        memory: Memory | None = None,
+        turns: Turns | str = "nobody has looked at the chat template",
     ) -> None:
-        """Start with no request in flight; open the event log if there is to be one."""
+        """Start with no request in flight; open the event log if there is to be one.
+
+        Args:
+            started: the first list.
+            settings: the operator's.
+            model: name that it is served under.
+            memory: of cached prefixes.
+            turns: how the chat template sets turns apart, or why that cannot be told.
+
+        Raises:
+            RolesError: a policy's scope is a role, and roles cannot be told.
+        """
+        check_roles(started.watchlist, turns)
+        self.turns = turns
+        self._roles: dict[str, np.ndarray] = {}
+        """Of requests whose workers have not been told of them."""
         self.settings = settings
         self.model = model
         self.memory = memory
@@ -141,19 +164,40 @@ class EngineGuard:
             admission = self.welcome(request.sampling_params, request.lora_request)
         self.requests[request_id] = request
         self.admitted[request_id] = admission
+        roles = self._roles_of(request, admission.pin.generation.watchlist)
+        if roles is not None and admission.enforced:
+            self._roles[request_id] = roles
         self.ledger.admit(
             request_id,
             request.num_prompt_tokens,
             request.block_hashes,
             pin=admission.pin,
             enforced=admission.decision.enforced,
+            roles=roles,
         )
+
+    def _roles_of(self, request: Any, watchlist: WatchList) -> np.ndarray | None:
+        """Return whose turn each prompt token is in, None where no policy asks.
+
+        A prompt of embeddings has no marks of a template: it is the user's, as any text is that
+        does not go through one.
+        """
+        if not watchlist.rules.by_role:
+            return None
+        assert isinstance(self.turns, Turns)  # checked before the list was taken
+        if request.prompt_token_ids is None:
+            return np.full(request.num_prompt_tokens, USER, np.uint8)
+        return roles_of(self.turns, np.asarray(request.prompt_token_ids))
 
     def orders(self, new_requests: Iterable[str]) -> Orders:
         """Return what the workers are told with the pass that was just laid out."""
         known = ((r, self.admitted.get(r)) for r in new_requests)
         return self.outbox.take(
-            {r: Admitted(a.clamps, a.enforced) for r, a in known if a is not None}
+            {
+                r: Admitted(a.clamps, a.enforced, self._roles.pop(r, None))
+                for r, a in known
+                if a is not None
+            }
         )
 
     # --- one step -------------------------------------------------------------------------------
@@ -296,6 +340,7 @@ class EngineGuard:
         self.catch_up()
         self.stopping.pop(request_id, None)
         admission = self.admitted.pop(request_id)
+        self._roles.pop(request_id, None)
         digest = admission.pin.generation.watchlist.digest
         coverage = self.ledger.coverage(request_id, request.num_tokens)
         # Rows that are scheduled and not seen yet: others may read the KV that they leave.

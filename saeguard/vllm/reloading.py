@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from saeguard.guard.turns import check_roles
 from saeguard.guard.watchlist import WatchList
 from saeguard.live.reload import Reloader, Where
 from saeguard.vllm.config import check_manifest, settings_of, source_of
@@ -60,15 +61,17 @@ def begin(core: Any, guard: EngineGuard) -> None:
 
 
 def _accept(config: Any, guard: EngineGuard, watchlist: WatchList) -> None:
-    """Refuse feature sets that were made for another model.
+    """Refuse feature sets that were made for another model, and roles that cannot be told.
 
     Raises:
         ModelError: both values are in the message.
+        RolesError: a policy's scope is a role.
     """
     model = config.model_config
     new = set(watchlist.models) - set(guard.watchlist.models)
     shape = int(model.hf_text_config.hidden_size), int(model.hf_text_config.num_hidden_layers)
     check_model(model.model, *shape, new)
+    check_roles(watchlist, guard.turns)
 
 
 def _graphs_are_captured(config: Any) -> bool:

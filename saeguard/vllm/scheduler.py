@@ -11,7 +11,9 @@ from typing import Any
 
 import structlog
 
+from saeguard.guard import template
 from saeguard.guard.memory import Memory
+from saeguard.guard.turns import Turns
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm import reloading, selftest
 from saeguard.vllm.config import Settings, name_of, settings_of, start
@@ -37,10 +39,33 @@ def init(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) ->
             settings,
             name_of(model),
             memory=memory_of(scheduler, started.watchlist, settings),
+            turns=turns_of(model),
         )
         reloading.listen(guard)
     setattr(scheduler, ATTRIBUTE, guard)
     setattr(scheduler.kv_cache_manager, ATTRIBUTE, guard)
+
+
+def turns_of(model_config: Any) -> Turns | str:
+    """Return how the model's chat template sets turns apart, or why that cannot be told.
+
+    It is looked at whether a policy asks or not: one that is loaded later may.
+    """
+    if model_config.tokenizer_mode == "mistral":
+        return "with tokenizer_mode mistral there is no chat template to read"
+    if model_config.skip_tokenizer_init:
+        return "with skip_tokenizer_init there is no tokenizer"
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_config.tokenizer,
+            revision=model_config.tokenizer_revision,
+            trust_remote_code=model_config.trust_remote_code,
+        )
+        return template.turns_of(tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
 
 
 def memory_of(scheduler: Any, watchlist: WatchList, settings: Settings) -> Memory | None:

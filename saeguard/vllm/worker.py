@@ -17,6 +17,7 @@ from saeguard.features.types import ModelRef
 from saeguard.guard import clamp as clamping
 from saeguard.guard.generations import clamps_digest
 from saeguard.guard.packet import Packet
+from saeguard.guard.places import OUTPUT, TEMPLATE
 from saeguard.guard.rows import Rows, allocate_rows, lay_out
 from saeguard.guard.sampling import is_sampled
 from saeguard.guard.tap import TAPS, Tap, add_clamps, fingerprint, install_taps, write_rows
@@ -28,7 +29,6 @@ from saeguard.vllm.pipeline import Reading
 
 log = structlog.get_logger("saeguard")
 
-FAR = torch.iinfo(torch.int64).max
 SPARE_SLOTS = 2
 """Clamp state for this many times the running requests: preempted ones keep theirs."""
 
@@ -68,6 +68,10 @@ class WorkerGuard:
     """Number of the last swap of the watch list that was carried out."""
     slots: dict[str, int] = field(default_factory=dict)
     free: list[int] = field(default_factory=list)
+    prompts: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of requests in a slot: [prompt tokens] indices into `PLACES`."""
+    computed: dict[str, int] = field(default_factory=dict)
+    """Of the requests of the pass that comes: tokens computed before it, drafts included."""
     opened: tuple[list[str], np.ndarray, torch.Tensor] | None = None
     """The pass under way: request ids, first rows, positions."""
     received: dict[int, Reading] = field(default_factory=dict)
@@ -93,7 +97,10 @@ class WorkerGuard:
                 f"no clamp slot is free for {request_id}: {len(self.slots)} requests are in flight"
             )
         slot = self.slots[request_id] = self.free.pop()
-        scopes = {"prompt": (0, prompt_tokens), "output": (prompt_tokens, FAR), "both": (0, FAR)}
+        roles = None if admitted is None else admitted.roles
+        self.prompts[request_id] = (
+            np.full(prompt_tokens, TEMPLATE, np.uint8) if roles is None else roles
+        )
         for tap in self.taps:
             for digest, clamp in tap.clamps.items():
                 policies = [self.clamp_lists[digest].policies[i] for i in clamp.policies]
@@ -108,7 +115,6 @@ class WorkerGuard:
                         and is_sampled(p, request_id)
                         for p in policies
                     ],
-                    [scopes[p.scope] for p in policies],
                 )
         return slot
 
@@ -140,6 +146,7 @@ class WorkerGuard:
         """Take back the slots of requests that ended."""
         for request_id in request_ids:
             self.announced.pop(request_id, None)
+            self.prompts.pop(request_id, None)
             slot = self.slots.pop(request_id, None)
             if slot is not None:
                 self.free.append(slot)
@@ -166,10 +173,23 @@ class WorkerGuard:
         """
         torch.logical_not(self.excluded[input_ids], out=self.rows.watched[: len(input_ids)])
         if self.clamps:
-            lay_out(self.rows, [self.admit(r) for r in request_ids], query_start, positions)
+            slots = [self.admit(r) for r in request_ids]
+            lay_out(
+                self.rows, slots, query_start, positions, self._places(request_ids, query_start)
+            )
         self.opened = request_ids, query_start, positions
         for tap in self.taps:
             tap.ticks.zero_()
+
+    def _places(self, request_ids: list[str], query_start: np.ndarray) -> np.ndarray:
+        """Return [rows] indices into `PLACES`; of a prompt the engine knows how far it is."""
+        place = np.full(int(query_start[-1]), OUTPUT)
+        for i, request_id in enumerate(request_ids):
+            prompt, first = self.prompts[request_id], self.computed[request_id]
+            if first < len(prompt):
+                here = prompt[first : first + int(query_start[i + 1] - query_start[i])]
+                place[query_start[i] : query_start[i] + len(here)] = here
+        return place
 
     def after(self) -> None:
         """Start copying what the pass saw; `collect` finishes it. Other stages pass it on."""

@@ -174,13 +174,19 @@ class Reference:
         encoded: np.ndarray = self.sae.encode(x[0]).numpy()
         return encoded
 
-    def verdicts(self, watchlist: WatchList, prompt: list[int], output: list[int]) -> list[Verdict]:
+    def verdicts(
+        self,
+        watchlist: WatchList,
+        prompt: list[int],
+        output: list[int],
+        roles: np.ndarray | None = None,
+    ) -> list[Verdict]:
         """Judge a served text: all but its last token, which the engine never reads."""
         tokens = [*prompt, *output][:-1]
         columns = [int(name.rsplit("/f", 1)[1]) for name in watchlist.features]
         shares = self.latents(tokens)[:, columns].astype(np.float32)
         evaluable = ~np.isin(tokens, watchlist.exclude_tokens)
-        return judge_all(watchlist, shares, evaluable, len(prompt))
+        return judge_all(watchlist, shares, evaluable, len(prompt), roles)
 
 
 def compile_policies(settings: dict[str, Any]) -> WatchList:

@@ -21,9 +21,11 @@ from saeguard.guard.verdict import Outcome, Reason, Verdict
 from saeguard.policy.types import Action, Mode, Severity
 from tests.guard.watchlists import (
     FEATURES,
+    coded,
     make_watchlist,
     random_activations,
     random_policy,
+    random_roles,
     seeded,
 )
 
@@ -44,7 +46,9 @@ def verdicts(seed: int) -> list[Verdict]:
     if rng.random() < 0.3:
         f[rng.randrange(tokens)] = np.nan
     evaluable = np.array([rng.random() < 0.8 for _ in range(tokens)])
-    return judge_all(watchlist, watchlist.shares(f), evaluable, rng.randint(0, tokens))
+    prompt = rng.randint(0, tokens)
+    roles = coded(random_roles(rng, prompt))
+    return judge_all(watchlist, watchlist.shares(f), evaluable, prompt, roles)
 
 
 def written(verdict: Verdict, **more: Any) -> dict[str, Any]:

@@ -33,10 +33,11 @@ def judge(
     shares: Mapping[str, Sequence[float]],
     status: Sequence[str],
     prompt_tokens: int,
+    roles: Sequence[str] = (),
 ) -> Said:
     """Judge a text; `status` says of each token that it was evaluated, or why not."""
     tokens = range(len(status))
-    scope = [t for t in tokens if reference.in_scope(policy, t, prompt_tokens)]
+    scope = [t for t in tokens if reference.in_scope(policy, t, prompt_tokens, roles)]
     looked = [t for t in scope if status[t] == EVALUATED]
     seen = [t for t in tokens if status[t] not in NEVER_SEEN]
     judged = reference.judge_where(policy, shares, looked, seen)

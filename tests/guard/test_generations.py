@@ -18,6 +18,7 @@ from saeguard.guard.watchlist import WatchList
 from saeguard.policy.types import Name, Selection
 from tests.guard.watchlists import (
     FEATURES,
+    coded,
     make_policy,
     make_watchlist,
     random_activations,
@@ -55,13 +56,15 @@ def start(lists: Generations, name: str, prompt: int, keys: tuple[bytes, ...] = 
     """Admit a request under the present list, and return that."""
     pin = lists.pin()
     enforced = [p.mode == "enforce" for p in pin.generation.watchlist.policies]
-    lists.admit(name, prompt, keys, pin=pin, enforced=enforced)
+    lists.admit(name, prompt, keys, pin=pin, enforced=enforced, roles=coded(["user"] * prompt))
     return pin.generation
 
 
 def plain(watchlist: WatchList, f: np.ndarray, prompt: int) -> list[Verdict]:
     """Return the verdicts of a whole text."""
-    return judge_all(watchlist, watchlist.shares(f), np.ones(len(f), bool), prompt)
+    return judge_all(
+        watchlist, watchlist.shares(f), np.ones(len(f), bool), prompt, coded(["user"] * prompt)
+    )
 
 
 def same(found: list[Verdict], expected: list[Verdict]) -> bool:
@@ -117,7 +120,7 @@ def test_a_list_stays_for_whom_it_was_pinned() -> None:
     lists.publish(a_list(2, 1))
     assert lists.retire() == ()
     assert pin.generation is first
-    lists.admit("r", 3, (), pin=pin, enforced=[False] * 3)
+    lists.admit("r", 3, (), pin=pin, enforced=[False] * 3, roles=coded(["user"] * 3))
     del pin
     gc.collect()
     assert lists.retire() == ()

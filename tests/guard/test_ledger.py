@@ -27,10 +27,12 @@ from tests.guard import plain
 from tests.guard.test_rules import assert_same, columns, said
 from tests.guard.watchlists import (
     FEATURES,
+    coded,
     make_policy,
     make_watchlist,
     random_activations,
     random_policy,
+    random_roles,
     seeded,
 )
 
@@ -45,6 +47,7 @@ class Text:
     f: np.ndarray
     excluded: np.ndarray
     prompt: int
+    roles: list[str] = field(default_factory=list)
     computed: int = 0
     known: int = 0
     """Tokens that exist: the prompt, and what was sampled."""
@@ -85,6 +88,7 @@ def random_text(rng: random.Random, name: str, *, faults: bool) -> Text:
         random_activations(rng, tokens),
         np.array([rng.random() < 0.08 for _ in range(tokens)]),
         prompt,
+        random_roles(rng, prompt),
         known=prompt,
     )
     if faults:
@@ -145,7 +149,7 @@ def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple
     ledger = Ledger(watchlist, slots=rng.choice([1, 2, 8]))
     texts = [random_text(rng, f"r{i}", faults=faults) for i in range(rng.randint(1, 5))]
     for text in texts:
-        ledger.admit(text.name, text.prompt)
+        ledger.admit(text.name, text.prompt, roles=coded(text.roles))
     active = list(texts)
     steady, waiting = rng.random() < 0.5, []
     while active:
@@ -180,7 +184,11 @@ def check_whole(seed: int) -> None:
     for text, ledger in run(rng, watchlist, faults=False):
         seen = len(text.f) - 1
         whole = judge_all(
-            watchlist, watchlist.shares(text.f[:seen]), ~text.excluded[:seen], text.prompt
+            watchlist,
+            watchlist.shares(text.f[:seen]),
+            ~text.excluded[:seen],
+            text.prompt,
+            coded(text.roles),
         )
         own = ledger.coverage(text.name, len(text.f))
         assert balanced(own)
@@ -206,7 +214,7 @@ def check_faults(seed: int) -> None:
             shares = watchlist.shares(text.f[: text.known])
         so_far = ledger.finish(text.name, text.known, forget=False)
         for policy, verdict in zip(policies, so_far, strict=True):
-            expected = plain.judge(policy, columns(shares), status, text.prompt)
+            expected = plain.judge(policy, columns(shares), status, text.prompt, text.roles)
             assert_same(expected, verdict, policy)
             assert balanced(verdict.coverage)
         own = ledger.coverage(text.name, text.known)
@@ -390,7 +398,8 @@ def test_passes_in_step_are_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "advance", counted)
     rng = seeded(3)
-    watchlist = make_watchlist([random_policy(rng, f"p{i}") for i in range(6)])
+    policies = [replace(random_policy(rng, f"p{i}"), scope="both") for i in range(6)]
+    watchlist = make_watchlist(policies)
     texts = [Text(n, random_activations(rng, 17), np.zeros(17, bool), 1) for n in ("a", "b")]
     verdicts = []
     for together in (False, True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from tests.guard.test_ledger import Text, packet
 from tests.guard.test_rules import assert_same, said
 from tests.guard.watchlists import (
     FEATURES,
+    coded,
     make_watchlist,
     random_activations,
     random_policy,
+    random_roles,
     seeded,
 )
 
@@ -101,7 +104,7 @@ class Engine:
         f = np.concatenate([stems[which][:shared], random_activations(self.rng, own)])
         excluded = np.concatenate([special[which][:shared], np.zeros(own, bool)])
         prompt = self.rng.randint(1, len(f) - 1)
-        return Text(f"r{i}", f, excluded, prompt, known=prompt)
+        return Text(f"r{i}", f, excluded, prompt, random_roles(self.rng, prompt), known=prompt)
 
     def keys(self, text: Text) -> list[bytes]:
         """Return the key of each whole block of what is known of a text."""
@@ -115,7 +118,7 @@ class Engine:
         waiting, running = list(self.texts), []
         keys: dict[str, list[bytes]] = {text.name: [] for text in self.texts}
         for text in waiting:
-            self.ledger.admit(text.name, text.prompt, keys=keys[text.name])
+            self.ledger.admit(text.name, text.prompt, keys=keys[text.name], roles=coded(text.roles))
         while waiting or running:
             entering = set()
             while waiting and (not running or self.rng.random() < 0.5):
@@ -165,7 +168,9 @@ def test_a_prefix_hit_does_not_show_in_any_verdict(seed: int) -> None:
     for text in engine.texts:
         seen = len(text.f) - 1
         shares = engine.watchlist.shares(text.f[:seen])
-        expected = judge_all(engine.watchlist, shares, ~text.excluded[:seen], text.prompt)
+        expected = judge_all(
+            engine.watchlist, shares, ~text.excluded[:seen], text.prompt, coded(text.roles)
+        )
         own = engine.ledger.coverage(text.name, len(text.f))
         assert balanced(own)
         assert "prefix_cached" not in own.skipped
@@ -187,7 +192,7 @@ def test_the_simulated_engine_hits_its_cache() -> None:
 def test_what_is_not_remembered_is_counted(lost: bool) -> None:
     """A block that the memory let go counts as cached and not evaluated; its neighbours do not."""
     rng = random.Random(3)  # noqa: S311 - seeded texts
-    watchlist = make_watchlist([random_policy(rng, "p")])
+    watchlist = make_watchlist([replace(random_policy(rng, "p"), scope="both")])
     kept = memory()
     ledger = Ledger(watchlist, memory=kept)
     text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
@@ -210,7 +215,8 @@ def test_a_pass_that_was_not_read_is_not_remembered() -> None:
     """What a later request reuses of it counts as not evaluated, never as quiet."""
     rng = random.Random(4)  # noqa: S311 - seeded texts
     kept = memory()
-    ledger = Ledger(make_watchlist([random_policy(rng, "p")]), memory=kept)
+    policy = replace(random_policy(rng, "p"), scope="both")
+    ledger = Ledger(make_watchlist([policy]), memory=kept)
     text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)
@@ -224,7 +230,8 @@ def test_what_is_computed_again_is_remembered_again() -> None:
     """A preempted request brings back what was let go with its block while it waited."""
     rng = random.Random(5)  # noqa: S311 - seeded texts
     kept = memory()
-    ledger = Ledger(make_watchlist([random_policy(rng, "p")]), memory=kept)
+    policy = replace(random_policy(rng, "p"), scope="both")
+    ledger = Ledger(make_watchlist([policy]), memory=kept)
     text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)

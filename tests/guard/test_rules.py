@@ -15,11 +15,13 @@ from tests import reference
 from tests.guard import plain
 from tests.guard.watchlists import (
     FEATURES,
+    coded,
     make_policy,
     make_watchlist,
     random_activations,
     random_condition,
     random_policy,
+    random_roles,
     seeded,
 )
 
@@ -73,6 +75,7 @@ def check_world(seed: int) -> None:
     prompt = rng.randint(0, tokens)
     policies = [random_policy(rng, f"p{i}", longest=20) for i in range(4)]
     watchlist = make_watchlist(policies)
+    roles = random_roles(rng, prompt)
     f = random_activations(rng, tokens)
     status = ["evaluated"] * tokens
     for t in range(tokens):
@@ -84,10 +87,14 @@ def check_world(seed: int) -> None:
     with np.errstate(invalid="ignore"):
         shares = watchlist.shares(f)
         verdicts = judge_all(
-            watchlist, shares, np.array([s != "special_token" for s in status]), prompt
+            watchlist,
+            shares,
+            np.array([s != "special_token" for s in status]),
+            prompt,
+            coded(roles),
         )
     for policy, verdict in zip(policies, verdicts, strict=True):
-        assert_same(plain.judge(policy, columns(shares), status, prompt), verdict, policy)
+        assert_same(plain.judge(policy, columns(shares), status, prompt, roles), verdict, policy)
         assert balanced(verdict.coverage)
 
 
@@ -116,8 +123,10 @@ def test_judge_is_the_reference(seed: int) -> None:
     policy = random_policy(rng, "p", longest=20)
     shares = columns(random_activations(rng, tokens))
 
-    expected = reference.judge(policy, shares, prompt)
-    verdict = judge(policy, {n: np.array(s) for n, s in shares.items()}, prompt)
+    roles = random_roles(rng, prompt)
+
+    expected = reference.judge(policy, shares, prompt, roles)
+    verdict = judge(policy, {n: np.array(s) for n, s in shares.items()}, prompt, coded(roles))
 
     assert expected.first_token == verdict.first_token
     assert expected.matched_tokens == verdict.matched_tokens

@@ -18,6 +18,7 @@ from torch import nn
 from saeguard.guard import clamp as clamping
 from saeguard.guard import tap as tapping
 from saeguard.guard.generations import clamps_digest
+from saeguard.guard.places import OUTPUT, PLACES
 from saeguard.guard.rows import lay_out
 from saeguard.guard.tap import FAILURES, TAPS, Tap, install_taps, tap_output
 from saeguard.guard.watchlist import ClampRows, WatchList
@@ -34,12 +35,12 @@ from tests.guard.watchlists import (
     make_watchlist,
     random_activations,
     random_policy,
+    random_roles,
     seeded,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
 CPU = torch.device("cpu")
-FAR = torch.iinfo(torch.int64).max
 MAX_TOKENS = 256
 DRAFTS = 3
 
@@ -59,7 +60,13 @@ def activations(residual: list[float]) -> list[float]:
     return [x if j % 2 == 0 or x > 0.5 else 0.0 for j, x in enumerate(residual)]
 
 
-def edited(policy: Policy, text: list[list[float]], watched: list[bool], prompt: int) -> list[int]:
+def edited(
+    policy: Policy,
+    text: list[list[float]],
+    watched: list[bool],
+    prompt: int,
+    roles: list[str],
+) -> list[int]:
     """Return the positions at which a policy clamps."""
     shares = {
         f"f{j}": [(f[j] - float(LOW[j])) / float(SPAN[j]) for f in map(activations, text)]
@@ -68,7 +75,7 @@ def edited(policy: Policy, text: list[list[float]], watched: list[bool], prompt:
     looked = [
         t
         for t in range(len(text))
-        if watched[t] and all(np.isfinite(text[t])) and reference.in_scope(policy, t, prompt)
+        if watched[t] and all(np.isfinite(text[t])) and reference.in_scope(policy, t, prompt, roles)
     ]
     return reference.edited(policy, shares, looked, len(text))
 
@@ -82,6 +89,7 @@ class Request:
 
     slot: int
     prompt: int
+    roles: list[str]
     enforced: list[bool]
     text: list[list[float]] = field(default_factory=list)
     watched: list[bool] = field(default_factory=list)
@@ -108,14 +116,10 @@ def clamping_watchlist(policies: list[Policy]) -> WatchList:
     return make_watchlist(policies, [make_hook()], [rows])
 
 
-def admit(tap: Tap, watchlist: WatchList, request: Request) -> None:
+def admit(tap: Tap, request: Request) -> None:
     """Start a request, as the worker does."""
     assert tap.clamp is not None
-    p = request.prompt
-    scopes = {"prompt": (0, p), "output": (p, FAR), "both": (0, FAR)}
-    clamping.admit(
-        tap.clamp, request.slot, request.enforced, [scopes[q.scope] for q in watchlist.policies]
-    )
+    clamping.admit(tap.clamp, request.slot, request.enforced)
 
 
 def forward(
@@ -130,7 +134,12 @@ def forward(
     total = sum(len(rows) for _, _, rows, _ in batch)
     query_start = np.cumsum([0, *(len(rows) for _, _, rows, _ in batch)])
     positions = torch.cat([torch.arange(s, s + len(rows)) for _, s, rows, _ in batch])
-    lay_out(tap.rows, [r.slot for r, *_ in batch], query_start, positions)
+    place = [
+        OUTPUT if t >= r.prompt else PLACES.index(r.roles[t])  # type: ignore[arg-type]
+        for r, s, rows, _ in batch
+        for t in range(s, s + len(rows))
+    ]
+    lay_out(tap.rows, [r.slot for r, *_ in batch], query_start, positions, np.array(place))
     tap.rows.watched[:total] = torch.tensor([w for *_, flags in batch for w in flags])
     x = torch.tensor(
         [row for _, _, rows, _ in batch for row in rows] + [[9.0] * FEATURES] * padding
@@ -171,8 +180,9 @@ def check(seed: int) -> None:
         for slot in range(1, 5):
             if slot not in requests or rng.random() < 0.05:  # a new request takes the slot
                 prompt = rng.randint(1, 8)
-                requests[slot] = Request(slot, prompt, [rng.random() < 0.7 for _ in policies])
-                admit(tap, watchlist, requests[slot])
+                enforced = [rng.random() < 0.7 for _ in policies]
+                requests[slot] = Request(slot, prompt, random_roles(rng, prompt), enforced)
+                admit(tap, requests[slot])
         batch = []
         for request in rng.sample(list(requests.values()), rng.randint(1, 4)):
             done = len(request.text)
@@ -201,7 +211,7 @@ def compare(tap: Tap, watchlist: WatchList, batch: Any, x: torch.Tensor, y: torc
     for request, start, passed, _ in batch:
         text = request.text
         where = [
-            edited(p, text, request.watched, request.prompt) if on else []
+            edited(p, text, request.watched, request.prompt, request.roles) if on else []
             for p, on in zip(watchlist.policies, request.enforced, strict=True)
         ]
         for i in range(len(passed)):
@@ -269,10 +279,15 @@ def simple(**more: Any) -> Policy:
     )
 
 
+def anywhere(rows: int) -> np.ndarray:
+    """Return places that a policy of scope `both` looks at."""
+    return np.full(rows, OUTPUT)
+
+
 def run(tap: Tap, slot: int, start: int, hidden: torch.Tensor) -> torch.Tensor:
     """Run one request's rows through the op; return them edited."""
     positions = torch.arange(start, start + len(hidden))
-    lay_out(tap.rows, [slot], np.array([0, len(hidden)]), positions)
+    lay_out(tap.rows, [slot], np.array([0, len(hidden)]), positions, anywhere(len(hidden)))
     hidden = hidden.clone()
     torch.ops.saeguard.tap(hidden, None, 0)
     return hidden
@@ -283,12 +298,12 @@ def test_a_request_that_is_not_enforced_keeps_every_bit(dtype: torch.dtype) -> N
     """Beside one that is clamped, in one pass."""
     tap, _ = one_tap(simple())
     assert tap.clamp is not None
-    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
-    clamping.admit(tap.clamp, 2, [False], [(0, FAR)])
+    clamping.admit(tap.clamp, 1, [True])
+    clamping.admit(tap.clamp, 2, [False])
     torch.manual_seed(0)
     before = (torch.randn(20, FEATURES) + 2).to(dtype)
     after = before.clone()
-    lay_out(tap.rows, [1, 2], np.array([0, 10, 20]), torch.arange(10).repeat(2))
+    lay_out(tap.rows, [1, 2], np.array([0, 10, 20]), torch.arange(10).repeat(2), anywhere(20))
     torch.ops.saeguard.tap(after, None, 0)
 
     assert not torch.equal(before[:10], after[:10])
@@ -303,7 +318,7 @@ def test_a_match_of_a_rejected_draft_is_taken_back() -> None:
     """The position comes again, with another token, and is not edited."""
     tap, _ = one_tap(simple())
     assert tap.clamp is not None
-    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    clamping.admit(tap.clamp, 1, [True])
     quiet, loud = torch.full((1, FEATURES), 0.25), torch.full((1, FEATURES), 2.0)
 
     assert run(tap, 1, 0, torch.cat([quiet, loud]))[1, 0] == 0
@@ -315,9 +330,9 @@ def test_a_slot_that_is_used_again_remembers_nothing() -> None:
     tap, _ = one_tap(simple(window=Window(1, 4)))
     assert tap.clamp is not None
     quiet, loud = torch.full((1, FEATURES), 0.25), torch.full((1, FEATURES), 2.0)
-    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    clamping.admit(tap.clamp, 1, [True])
     run(tap, 1, 0, loud)
-    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    clamping.admit(tap.clamp, 1, [True])
 
     assert torch.equal(quiet, run(tap, 1, 1, quiet))
 
@@ -333,7 +348,7 @@ def test_what_cannot_be_read_starts_no_clamp(bad: float, *, negated: bool) -> No
         )
     tap, _ = one_tap(policy)
     assert tap.clamp is not None
-    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    clamping.admit(tap.clamp, 1, [True])
     calm = torch.full((1, FEATURES), 2.0 if negated else 0.25)
 
     run(tap, 1, 0, torch.full((1, FEATURES), bad))
@@ -346,7 +361,7 @@ def test_nan_beside_a_match_does_not_hide_it() -> None:
     """`2 of 3` counts the two that hold, whatever lies between."""
     tap, _ = one_tap(simple(window=Window(2, 3)))
     assert tap.clamp is not None
-    clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
+    clamping.admit(tap.clamp, 1, [True])
     rows = torch.full((3, FEATURES), 2.0)
     rows[1] = torch.nan
     run(tap, 1, 0, rows)
@@ -366,7 +381,7 @@ def test_the_self_test_is_not_clamped(*, tested: bool) -> None:
         watchlist, (tap,), tap.rows, excluded, CPU,
         announced={"r": (1, admitted)}, free=[1], clamp_lists={digest: watchlist},
     )  # fmt: skip
-    guard.tested = tested
+    guard.tested, guard.computed = tested, {"r": 0}
     hidden = torch.full((2, FEATURES), 2.0)
     guard.before(["r"], np.array([0, 2]), torch.tensor([3, 4]), torch.arange(2))
     torch.ops.saeguard.tap(hidden, None, 0)
@@ -409,8 +424,8 @@ def test_a_batch_dimension_of_one_is_no_row() -> None:
     halves = torch.randn(2, 5, FEATURES) + 1
     seen = []
     for shape in ((5, FEATURES), (1, 5, FEATURES)):
-        clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
-        lay_out(tap.rows, [1], np.array([0, 5]), torch.arange(5))
+        clamping.admit(tap.clamp, 1, [True])
+        lay_out(tap.rows, [1], np.array([0, 5]), torch.arange(5), anywhere(5))
         hidden, residual = (half.clone().reshape(shape) for half in halves)
         torch.ops.saeguard.tap(hidden, residual, 0)
         seen.append((tap.f[:5].clone(), hidden.reshape(5, FEATURES)))
@@ -486,8 +501,8 @@ def test_the_tap_is_traced_into_the_graph(backend: str) -> None:
     x = torch.arange(4 * FEATURES).reshape(4, FEATURES) / 8
     seen = []
     for run_model in (model, compiled):
-        clamping.admit(tap.clamp, 1, [True], [(0, FAR)])
-        lay_out(tap.rows, [1], np.array([0, 4]), torch.arange(4))
+        clamping.admit(tap.clamp, 1, [True])
+        lay_out(tap.rows, [1], np.array([0, 4]), torch.arange(4), anywhere(4))
         tap.ticks.zero_()
         tap.f.zero_()
         seen.append((run_model(x), tap.f[:4].clone(), tap.clamp.acted[:4].clone()))

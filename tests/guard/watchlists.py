@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from saeguard.guard.places import PLACES, SCOPES
 from saeguard.guard.tables import compile_rules
 from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 from saeguard.policy.types import (
@@ -137,10 +138,24 @@ def random_policy(
         },
         window=Window(k, n if rng.random() < 0.85 else None),
         keep=rng.choice([0, 0, 1, 3, 20]),
-        scope=rng.choice(["prompt", "output", "both"]),
+        scope=rng.choice(SCOPES),
         mode=rng.choice(["enforce", "enforce", "shadow"]),
         clamp=clamp,
     )
+
+
+def random_roles(rng: random.Random, prompt: int) -> list[str]:
+    """Return whose turn each token of a prompt is in: short turns, of one token sometimes."""
+    roles: list[str] = []
+    while len(roles) < prompt:
+        role = rng.choice(PLACES[:-1])
+        roles += [role] * rng.randint(1, 4)
+    return roles[:prompt]
+
+
+def coded(roles: Sequence[str]) -> np.ndarray:
+    """Return roles as the guard has them."""
+    return np.array([PLACES.index(role) for role in roles], np.uint8)  # type: ignore[arg-type]
 
 
 def make_watchlist(

@@ -57,6 +57,7 @@ def test_read(tmp_path: Path) -> None:
                     "shell_exec": [0, 0, 0.9, 0.9, 0.9, 0],
                     "string_built": [0, 0, 0.9, 0.9, 0.9, 0.9],
                 },
+                roles=("user", "user"),
             ),
             expect="match",
             first_token=4,
@@ -69,6 +70,7 @@ def test_read(tmp_path: Path) -> None:
             given=Trace(
                 prompt_tokens=2,
                 shares={"shell_exec": [0.1, 0.2, 0.2, 0.2, 0.2, 0.2], "string_built": [0] * 6},
+                roles=("user", "user"),
             ),
             expect="no_match",
             first_token=None,

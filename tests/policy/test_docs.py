@@ -89,7 +89,7 @@ def test_example_tests_pass(tmp_path: Path, example: str, tests: str) -> None:
 
 def test_there_are_tests_of_each_way_to_look_at_several_tokens() -> None:
     """Windows, means, points and counts have an example that runs."""
-    assert len(examples_with_tests()) == 4
+    assert len(examples_with_tests()) == 5
 
 
 def test_every_key_has_a_row() -> None:
