@@ -8,9 +8,17 @@ import signal
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from saeguard.policy.types import Policy
+
+TEMPLATES = {"--chat-template", "--trust-request-chat-template"}
+"""Options of vLLM by which prompts are written with another chat template than the tokenizer's."""
 
 CONFIG = "--additional-config"
 
@@ -62,7 +70,7 @@ def verb(
         settings["verify"] = {"public_key": str(verify.resolve())}
     try:
         rest, additional = split_additional(context.args)
-        report = startup_report(settings)
+        report = startup_report(settings, rest)
     except (ValueError, PolicyErrors) as error:
         console.print(str(error), markup=False, highlight=False, style="red")
         raise typer.Exit(1) from error
@@ -124,15 +132,20 @@ def split_additional(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, value
 
 
-def startup_report(settings: dict[str, Any]) -> list[str]:
+def startup_report(settings: dict[str, Any], options: Sequence[str] = ()) -> list[str]:
     """Load everything the server will load and say what it amounts to.
 
+    Args:
+        settings: the guard's.
+        options: vLLM's, as written.
+
     Raises:
-        ValueError: policies, feature sets or checkpoints are wrong; the message says where.
+        ValueError: policies, feature sets, checkpoints or options are wrong; it says where.
     """
     from saeguard.vllm.config import load_watchlist, parse_settings
 
     watchlist = load_watchlist(parse_settings(settings))
+    check_templates(options, watchlist.policies)
     lines = [
         (
             f"{len(watchlist.policies)} policies, {len(watchlist.features)} features, "
@@ -149,6 +162,25 @@ def startup_report(settings: dict[str, Any]) -> list[str]:
     ]
     lines += [f"{p.mode:8} {p.action:6} {p.severity:9} {p.id}" for p in watchlist.policies]
     return lines
+
+
+def check_templates(options: Sequence[str], policies: Sequence[Policy]) -> None:
+    """Refuse another chat template than the tokenizer's where a policy's scope is a role.
+
+    Raises:
+        ValueError: turns would be told by one template and written by another.
+    """
+    from saeguard.guard.places import BY_ROLE
+
+    given = {word.split("=", 1)[0].replace("_", "-") for word in options if word.startswith("--")}
+    found, policy = given & TEMPLATES, next((p for p in policies if p.scope in BY_ROLE), None)
+    if found and policy is not None:
+        raise ValueError(
+            f"{min(found)}: {policy.path} has `scope: {policy.scope}`, and whose turn a token is "
+            "in is told by the tokenizer's own chat template; by another's marks it would be told "
+            "wrongly. Write the template into the model's folder as chat_template.jinja and leave "
+            "the option out, or use `scope: prompt`, `output` or `both`"
+        )
 
 
 def preflight(console: Any) -> None:
