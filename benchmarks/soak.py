@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -57,8 +58,14 @@ class Sample:
     """Resident memory of the server's processes at a time."""
 
     seconds: float
-    mib: float
+    mib: dict[str, float]
+    """By process: its name, or its command line's end, and its id."""
     answers: int
+
+    @property
+    def all(self) -> float:
+        """Return the sum."""
+        return round(sum(self.mib.values()), 1)
 
 
 def make(root: Path) -> models.Guarded:
@@ -148,19 +155,24 @@ async def load(
                 running.add(asyncio.create_task(ask(client, rng, seen)))
             _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED, timeout=1)
             if not samples or now - samples[-1].seconds > 10:
-                samples.append(
-                    Sample(round(now, 1), round(resident(process.pid), 1), len(seen.ids))
-                )
+                samples.append(Sample(round(now, 1), resident(process.pid), len(seen.ids)))
             bar.update(task, completed=now, description=f"{len(seen.ids)} answers")
         await asyncio.gather(*running)
     await client.close()
     return seen, samples
 
 
-def resident(pid: int) -> float:
+def resident(pid: int) -> dict[str, float]:
     """Return the MiB that a process and its children hold, shared pages counted once."""
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return sum(p.memory_full_info().pss for p in processes) / 2**20
+    found = {}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = process.cmdline() or [process.name()]
+            name = words[0] if len(words) == 1 else f"{Path(words[0]).name} {words[-1]}"
+            held = process.memory_full_info().pss / 2**20
+            found[f"{name[-40:]} {process.pid}"] = round(held, 1)
+    return found
 
 
 def metrics(port: int) -> dict[str, float]:
@@ -209,15 +221,16 @@ def judge(events: Path, seen: Seen, counted: dict[str, float], policies: int) ->
     }
 
 
-def drift(samples: list[Sample]) -> dict[str, float]:
+def drift(samples: list[Sample]) -> dict[str, Any]:
     """Return memory at the end of the first fifth, at the end, and the growth an hour."""
     first = samples[len(samples) // 5]
     last = samples[-1]
     hours = max(1e-9, (last.seconds - first.seconds) / 3600)
     return {
-        "mib_after_a_fifth": first.mib,
-        "mib_at_the_end": last.mib,
-        "mib_an_hour": round((last.mib - first.mib) / hours, 1),
+        "mib_after_a_fifth": first.all,
+        "mib_at_the_end": last.all,
+        "mib_an_hour": round((last.all - first.all) / hours, 1),
+        "by_process": {name: [first.mib.get(name), mib] for name, mib in last.mib.items()},
     }
 
 
@@ -259,7 +272,7 @@ def main() -> None:
         "minutes": options.minutes,
         **result,
         "memory": drift(samples),
-        "samples": [[s.seconds, s.mib, s.answers] for s in samples[:: max(1, len(samples) // 60)]],
+        "samples": [[s.seconds, s.all, s.answers] for s in samples[:: max(1, len(samples) // 60)]],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
