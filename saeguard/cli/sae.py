@@ -177,8 +177,12 @@ def _measure(info: SaeInfo, text: Path, model: Path, published: float | None) ->
     from saeguard.sae import SaeError
     from saeguard.sae.l0 import measure_l0
 
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SaeError(f"{text}: this is not UTF-8; give a file of plain text") from error
     lm = load_model(model)
-    ids = lm.tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
+    ids = lm.tokenizer(content)["input_ids"]
     pieces = [ids[i : i + TOKENS_A_PIECE] for i in range(0, len(ids), TOKENS_A_PIECE)]
     kept = []
     for i, residuals in record(lm, pieces, [info.layer]):

@@ -270,13 +270,21 @@ def read_content(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise FeatureSetError(f"{path}: larger than {MAX_BYTES} bytes")
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a safe loader
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - safe
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise FeatureSetError(f"{path}{where}: {error.problem}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except OSError as error:
+        raise FeatureSetError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FeatureSetError(f"{path}: not UTF-8; save the file as UTF-8") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: 2027-99-99
         raise FeatureSetError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise FeatureSetError(f"{path}: found {found}, a mapping with the keys of a set is due")
+    return content
 
 
 def validated(model: type[M], content: Any, path: Path) -> M:
