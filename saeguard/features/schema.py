@@ -258,7 +258,14 @@ def read_document(path: Path) -> Document:
     Raises:
         FeatureSetError: it is no YAML of this schema.
     """
-    return validated(Document, read_content(path), path)
+    content = read_content(path)
+    found = content.get("schema", SCHEMA)
+    if found != SCHEMA:  # its other keys would be a page of mistakes
+        message = f"{path}: schema: found {found!r}, {SCHEMA!r} is due"
+        if "template" in str(found):
+            message += "; a template's features have to be found and calibrated first"
+        raise FeatureSetError(message)
+    return validated(Document, content, path)
 
 
 def read_content(path: Path) -> Any:
@@ -283,7 +290,9 @@ def read_content(path: Path) -> Any:
         raise FeatureSetError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise FeatureSetError(f"{path}: found {found}, a mapping with the keys of a set is due")
+        raise FeatureSetError(
+            f"{path}: file: found {found}, a mapping with the keys of a set is due"
+        )
     return content
 
 

@@ -75,6 +75,7 @@ def test_a_log_of_something_else(here: Path, capsys: pytest.CaptureFixture[str])
         (b"- 1\n", "found a list, a mapping"),
         (b"id: \xff\n", "not UTF-8; save the file as UTF-8"),
         (b"made: 2027-99-99\n", "month must be in 1..12"),
+        (b"schema: saeguard.policy/v1\nid: a\n", "schema: found 'saeguard.policy/v1', 'saeg"),
         (b"id: \x00\n", "special characters are not allowed"),
     ],
 )
