@@ -35,6 +35,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("policy explain policies --id x", "no policy with the id x; there are: "),
         ("policy diff policies policies --corpus gone", "gone: there is no such file"),
         ("test policies --benign gone", "gone: there is no such file"),
+        ("policy record gone --model gone --out a.safetensors", "gone: there is no such file"),
+        ("policy record spelt.safetensors --model gone --out a.jsonl", "ends in .safetensors"),
         ("check policies --model gone", "gone/config.json: No such file or directory; give"),
     ],
 )
@@ -55,6 +57,14 @@ def test_a_place_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixtur
     assert run("test", "policies", "--junit", str(here / "empty")) == 3
 
     assert capsys.readouterr().err == f"{here / 'empty'}: Is a directory\n"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_model_that_no_case_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt --model is told, although traces can do without."""
+    assert run("test", "policies", "--model", "gone") == 3
+
+    assert capsys.readouterr().err.startswith("--model: gone: no config.json")
 
 
 def test_a_log_of_something_else(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
