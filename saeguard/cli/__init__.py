@@ -15,9 +15,9 @@ VERBS = {
     "check": "Check policy files, with file, line and column of every mistake.",
     "test": "Run the tests that lie beside the policies.",
     "scan": "Judge a file of texts with a Hugging Face model.",
-    "features": "Find latents that detect a behaviour; calibrate feature sets.",
+    "features": "Find latents that detect a behaviour; calibrate; see what else fired.",
     "sae": "Look at, fetch and convert SAE checkpoints.",
-    "policy": "Check, test, compare, replay, explain, list, lay out and start policies.",
+    "policy": "Check, test, compare, replay, explain, record, list, start and sign policies.",
 }
 """Each verb is `saeguard.cli.<verb>.verb`: a function, or a `typer.Typer` with verbs of its own."""
 

@@ -9,23 +9,36 @@ from typing import Annotated
 
 import typer
 
+from saeguard.cli.exits import BAD_INPUT, COULD_NOT_RUN, reason, stop
+
+NO_CRYPTOGRAPHY = (
+    "keys and signatures need the package `cryptography`: pip install 'saeguard[sign]'"
+)
+
 Sets = Annotated[Path, typer.Option("--feature-sets", help="Folder of feature sets.")]
 
 
 def keygen(
     path: Annotated[Path, typer.Argument(help="Where the private key goes; PATH.pub is public.")],
 ) -> None:
-    """Make an Ed25519 key pair: the private key signs, the public one goes to the servers."""
+    """Make an Ed25519 key pair: the private key signs, the public one goes to the servers.
+
+    Exits with 0, 2 where one of the files is there, 3 where they cannot be written.
+    """
     from saeguard.policy import bundle
 
-    private, public = bundle.keygen()
+    beside = path.with_name(f"{path.name}.pub")
+    for file in (path, beside):
+        if file.exists():
+            stop(f"{file}: is there already; keys are not overwritten", BAD_INPUT)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(private)
-    except FileExistsError as error:
-        typer.echo(f"{path}: there is a file already; keys are not overwritten", err=True)
-        raise typer.Exit(2) from error
-    path.with_name(f"{path.name}.pub").write_bytes(public)
+        private, public = bundle.keygen()
+        _write_new(path, private, 0o600)
+        _write_new(beside, public, 0o644)
+    except ImportError:
+        stop(NO_CRYPTOGRAPHY, COULD_NOT_RUN)
+    except OSError as error:
+        stop(reason(error), COULD_NOT_RUN)
     typer.echo(f"{path}: private, keep it where you sign; {path}.pub: public, for saeguard.verify")
 
 
@@ -34,33 +47,55 @@ def sign(
     folder: Annotated[Path, typer.Argument(help="Folder of policies.")] = Path("policies"),
     feature_sets: Sets = Path("feature_sets"),
     revision: Annotated[
-        int | None, typer.Option(help="Higher than any before. Default: one more than signed now.")
+        int | None,
+        typer.Option(help="Higher than any before. Default: one more than signed now.", min=1),
     ] = None,
 ) -> None:
     """Sign every policy file of a folder, and the feature sets that they use.
 
-    Exits with 0 where it is signed, 1 where a policy is wrong, 2 where the key is.
+    Exits with 0 where it is signed, 1 where a policy is wrong, 2 where the key or the folder is,
+    3 where the bundle cannot be written. What a server leaves out, as its features are a template,
+    is signed without its feature set.
     """
     from saeguard.features.load import FeatureSetError, load_feature_set
     from saeguard.policy import bundle
+    from saeguard.policy.calibrated import leave_out_templates
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.load import load_policies
 
+    if folder.is_file():
+        stop(f"{folder}: this is a file; a whole folder is signed", BAD_INPUT)
+    private = _key(key)
     try:
         policies = load_policies(folder)
-        names = sorted({p.feature_set for p in policies})
+        served, _ = leave_out_templates(policies, feature_sets)
+        names = sorted({p.feature_set for p in served})
         sets = {n: load_feature_set(feature_sets / f"{n}.yaml", verify=False).digest for n in names}
     except (PolicyErrors, FeatureSetError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
     try:
-        private = key.read_bytes()
         next_one = revision if revision is not None else _signed_now(folder) + 1
         manifest = bundle.sign(folder, policies, sets, next_one, private)
-    except (OSError, bundle.BundleError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
+    except bundle.BundleError as error:
+        stop(f"{key}: {error}", BAD_INPUT)
+    except ImportError:
+        stop(NO_CRYPTOGRAPHY, COULD_NOT_RUN)
+    except OSError as error:
+        stop(reason(error), COULD_NOT_RUN)
     typer.echo(json.dumps(bundle.summary(manifest)))
+
+
+def _key(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        stop(f"--key: {reason(error)}", BAD_INPUT)
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
 
 
 def _signed_now(folder: Path) -> int:
@@ -77,19 +112,21 @@ def verify(
 ) -> None:
     """Check a folder as a server with this key would.
 
-    Exits with 0 where it is as signed, 1 where it is not, 2 where the key cannot be read.
+    Exits with 0 where it is as signed, 1 where it is not, 2 where the key cannot be read or
+    there is no folder.
     """
     from saeguard.features.load import FeatureSetError, load_feature_set
     from saeguard.policy import bundle
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.load import load_policies
 
+    public = _key(key)
     try:
-        public = key.read_bytes()
         bundle.load_public_key(public)
-    except (OSError, bundle.BundleError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
+    except bundle.BundleError as error:
+        stop(f"{key}: {error}", BAD_INPUT)
+    if not folder.is_dir():
+        stop(f"{folder}: there is no such folder", BAD_INPUT)
     try:
         manifest = bundle.verify(folder, public)
         sets = {

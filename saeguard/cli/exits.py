@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -26,6 +27,24 @@ def stop(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def reason(error: OSError) -> str:
+    """Return which file the system would not have, and why, without its number for that."""
+    path = error.filename2 or error.filename
+    return f"{path}: {error.strerror}" if path is not None else str(error)
+
+
+def must_be_there(path: Path) -> None:
+    """End the command where a file that it is given is none.
+
+    Raises:
+        typer.Exit: with `BAD_INPUT`.
+    """
+    if path.is_dir():
+        stop(f"{path}: this is a folder, a file is due", BAD_INPUT)
+    if not path.exists():  # a pipe is there
+        stop(f"{path}: there is no such file", BAD_INPUT)
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """Turn what keeps a policy tool from its work into a message and its exit code."""
@@ -39,7 +58,7 @@ def told() -> Iterator[None]:
     except (LogError, RecordingError, FeatureSetError, PolicyErrors) as error:
         stop(str(error), BAD_INPUT)
     except OSError as error:
-        stop(str(error), COULD_NOT_RUN)
+        stop(reason(error), COULD_NOT_RUN)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, model_told, stop, told
+from saeguard.cli.exits import BAD_INPUT, model_told, must_be_there, stop, told
 from saeguard.cli.judged import ModelOption, judgeable, open_corpus, read_all
 from saeguard.cli.report import columns, count
 from saeguard.cli.sets import FEATURE_SETS, FeatureSets, FeatureSetsOption, read_feature_sets
@@ -48,10 +48,16 @@ def verb(
     token. Exits with 0 whatever the verdict, 2 where a file or the command is wrong, 3 where
     something is missing.
     """
+    if source is not None:
+        must_be_there(source)
+        if prompt or completion:
+            stop(f"give either {source} or --prompt and --completion, not both", BAD_INPUT)
     with told():
-        policies = [p for p in read_all([policy]) if id_ in (None, p.id)]
+        known = read_all([policy])
+        policies = [p for p in known if id_ in (None, p.id)]
         if not policies:
-            stop(f"{policy}: there is no policy with the id {id_}", BAD_INPUT)
+            ids = ", ".join(sorted({p.id for p in known}))
+            stop(f"{policy}: there is no policy with the id {id_}; there are: {ids}", BAD_INPUT)
         if source is not None and source.suffix == ".jsonl" and model is None:
             found = list(of_log(source, policies, request))
         else:

@@ -36,13 +36,15 @@ def search(
     sae: Annotated[Path, typer.Option(help="Folder of an SAE checkpoint.", exists=True)],
     data: Annotated[Path, typer.Option(help="Labelled JSON lines to choose on.", exists=True)],
     holdout: Annotated[
-        Path, typer.Option(help="Labelled JSON lines of other templates, to measure on.")
+        Path,
+        typer.Option(help="Labelled JSON lines of other templates, to measure on.", exists=True),
     ],
     behaviour: Annotated[str, typer.Option(help="Name of the behaviour, for the report.")],
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
     kind: Annotated[str | None, typer.Option(help="Only positives of this kind.")] = None,
     benign: Annotated[
-        Path | None, typer.Option(help="Ordinary JSON lines, as further negatives to choose on.")
+        Path | None,
+        typer.Option(help="Ordinary JSON lines, as further negatives to choose on.", exists=True),
     ] = None,
     scope: Annotated[
         Literal["prompt", "output", "both"], typer.Option(help="Tokens that are read.")
@@ -92,15 +94,20 @@ def search(
 def calibrate(
     set_: Annotated[Path, typer.Option("--set", help="Feature-set file.", exists=True)],
     model: _ModelOption,
-    benign: Annotated[Path, typer.Option(help="Ordinary JSON lines; they set the thresholds.")],
+    benign: Annotated[
+        Path, typer.Option(help="Ordinary JSON lines; they set the thresholds.", exists=True)
+    ],
     check: Annotated[
-        Path | None, typer.Option(help="Other ordinary lines, to measure the rate on.")
+        Path | None,
+        typer.Option(help="Other ordinary lines, to measure the rate on.", exists=True),
     ] = None,
     labelled: Annotated[
         Path | None,
         typer.Option(
             help="Folder of BEHAVIOUR.search.jsonl and BEHAVIOUR.holdout.jsonl: sets the ranges "
             "and measures how much is caught.",
+            exists=True,
+            file_okay=False,
         ),
     ] = None,
     fpr: Annotated[float, typer.Option(help="Wished rate on ordinary texts.", min=0, max=1)] = 0.01,
@@ -125,9 +132,13 @@ def calibrate(
 
     with mistakes_told():
         features = load_feature_set(set_)
-        span = window(for_)
+        try:
+            span = window(for_)
+        except ValueError as error:
+            raise typer.BadParameter(f"found {for_!r}; {error}", param_hint="--for") from error
         if span.n is None:
-            raise typer.BadParameter('a window is calibrated: write it as "3 of 8 tokens"')
+            message = 'a window is calibrated: write it as "3 of 8 tokens"'
+            raise typer.BadParameter(message, param_hint="--for")
         lm = load_model(model)
         check_model(lm, features)
 

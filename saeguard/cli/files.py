@@ -30,6 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
 @contextmanager
 def mistakes_told() -> Iterator[None]:
     """Turn a mistake in a file or an option into its message and exit code 1."""
+    from saeguard.cli.exits import reason
     from saeguard.features.load import FeatureSetError
     from saeguard.features.probe import ProbeError
     from saeguard.features.search import SearchError
@@ -45,7 +46,7 @@ def mistakes_told() -> Iterator[None]:
         FeatureSetError, ModelError, OSError, PolicyErrors, ProbeError, SaeError, SearchError,
         TextError, WatchListError,
     ) as error:  # fmt: skip
-        typer.echo(str(error), err=True)
+        typer.echo(reason(error) if isinstance(error, OSError) else str(error), err=True)
         raise typer.Exit(1) from error
 
 

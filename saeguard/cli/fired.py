@@ -43,6 +43,8 @@ def verb(
     from saeguard.hf.texts import TextError, make_text
     from saeguard.sae import what_fired
 
+    if not (prompt or completion):
+        raise typer.BadParameter("there is no text; give --prompt, --completion or both")
     with mistakes_told():
         features = load_feature_set(set_)
         lm = load_model(model)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, model_told, stop, told
+from saeguard.cli.exits import BAD_INPUT, model_told, must_be_there, stop, told
 
 if TYPE_CHECKING:
     from saeguard.cli.sets import FeatureSets
@@ -88,6 +88,7 @@ def open_corpus(
     """
     from saeguard.features.recording import read_recording
 
+    must_be_there(path)
     if path.suffix == ".safetensors":
         with told():
             return read_recording(path)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, model_told, stop, told
+from saeguard.cli.exits import BAD_INPUT, model_told, must_be_there, stop, told
 from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption
 
 
@@ -35,11 +35,16 @@ def verb(
     """
     from saeguard.cli.sets import read_feature_sets
 
+    must_be_there(texts)
+    if out.suffix != ".safetensors":  # by which the other tools tell it from texts
+        stop(f"--out {out}: name a file that ends in .safetensors", BAD_INPUT)
     with told():
         sets = read_feature_sets(feature_sets)
+    if not sets.known:
+        stop(f"{feature_sets}: there is no feature set in it that can be used", BAD_INPUT)
     unknown = [name for name in set_ or () if name not in sets.known]
-    if unknown or not sets.known:
-        known = ", ".join(sorted(sets.known)) or "none"
+    if unknown:
+        known = ", ".join(sorted(sets.known))
         stop(f"there is no feature set {', '.join(unknown)}; there are: {known}", BAD_INPUT)
     with model_told():
         from saeguard.features.recording import write_recording

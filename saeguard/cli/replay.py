@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, stop, told
+from saeguard.cli.exits import BAD_INPUT, must_be_there, stop, told
 from saeguard.cli.judged import judge_corpus, judgeable, not_judged, read_all
 from saeguard.cli.report import columns, count
 from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
@@ -46,6 +46,7 @@ def verb(
     feature's highest share: where they do not decide, the answer is "unknown". Exits with 0
     whatever changes, 2 where a file or the command is wrong, 3 where something is missing.
     """
+    must_be_there(log)
     with told():
         new = read_all([policies])
         old = read_all([was]) if was is not None else None

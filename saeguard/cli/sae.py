@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,6 +64,8 @@ def inspect(
     with mistakes_told():
         if (text is None) != (model is None):
             raise SaeError("--text and --model belong together")
+        if l0 is not None and not 0 < l0 < math.inf:
+            raise SaeError(f"--l0 is {l0}; give a finite number above 0")
         stated = _stated(layer, k, norm_factor, convention)
         ranks = None
         if path.suffix == ".yaml":
@@ -144,6 +147,8 @@ def _stated(
 
     if convention not in {None, "openmoss", "saelens"}:
         raise SaeError(f"--convention is {convention!r}; known: openmoss, saelens")
+    if norm_factor is not None and not 0 < norm_factor < math.inf:
+        raise SaeError(f"--norm-factor is {norm_factor}; give a finite number above 0")
     return Stated(layer, k, norm_factor, convention)  # type: ignore[arg-type]
 
 
@@ -177,8 +182,12 @@ def _measure(info: SaeInfo, text: Path, model: Path, published: float | None) ->
     from saeguard.sae import SaeError
     from saeguard.sae.l0 import measure_l0
 
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SaeError(f"{text}: this is not UTF-8; give a file of plain text") from error
     lm = load_model(model)
-    ids = lm.tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
+    ids = lm.tokenizer(content)["input_ids"]
     pieces = [ids[i : i + TOKENS_A_PIECE] for i in range(0, len(ids), TOKENS_A_PIECE)]
     kept = []
     for i, residuals in record(lm, pieces, [info.layer]):

@@ -26,8 +26,8 @@ CONFIG = "--additional-config"
 def verb(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model, as for `vllm serve`.")],
-    policies: Annotated[Path, typer.Option(help="Policy file or directory.")],
-    feature_sets: Annotated[Path, typer.Option(help="Directory of feature sets.")] = Path(
+    policies: Annotated[Path, typer.Option(help="Policy file or folder.")],
+    feature_sets: Annotated[Path, typer.Option(help="Folder of feature sets.")] = Path(
         "feature_sets"
     ),
     events: Annotated[Path | None, typer.Option(help="Append events to this file.")] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeguard.cli.exits import FINDINGS, told
+from saeguard.cli.exits import COULD_NOT_RUN, FINDINGS, stop, told
 from saeguard.cli.judged import ModelOption
 from saeguard.cli.report import Format, rendered
 from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
@@ -57,6 +57,8 @@ def verb(
     from saeguard.policy.files import is_test
     from saeguard.policy.load import read_policies
 
+    if model is not None and not (model / "config.json").is_file():  # also where no case needs it
+        stop(f"--model: {model}: no config.json; give the folder of a model", COULD_NOT_RUN)
     places = [policy_path(p) if is_test(p) else p for p in paths or [Path("policies")]]
     with told():
         policies, errors = read_policies(*places)

@@ -34,6 +34,9 @@ def read_log(path: Path) -> Iterator[Event]:
                     return
                 first = error.errors()[0]
                 field = ".".join(map(str, first["loc"])) or "line"
-                raise LogError(f"{path}:{number}: {field}: {first['msg']}") from error
+                told = first["msg"]
+                if first["type"] == "union_tag_not_found":
+                    told = 'the key "event" is missing; is this an event log?'
+                raise LogError(f"{path}:{number}: {field}: {told}") from error
             if isinstance(event, Event):
                 yield event

@@ -258,7 +258,14 @@ def read_document(path: Path) -> Document:
     Raises:
         FeatureSetError: it is no YAML of this schema.
     """
-    return validated(Document, read_content(path), path)
+    content = read_content(path)
+    found = content.get("schema", SCHEMA)
+    if found != SCHEMA:  # its other keys would be a page of mistakes
+        message = f"{path}: schema: found {found!r}, {SCHEMA!r} is due"
+        if "template" in str(found):
+            message += "; a template's features have to be found and calibrated first"
+        raise FeatureSetError(message)
+    return validated(Document, content, path)
 
 
 def read_content(path: Path) -> Any:
@@ -270,13 +277,23 @@ def read_content(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise FeatureSetError(f"{path}: larger than {MAX_BYTES} bytes")
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a safe loader
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - safe
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise FeatureSetError(f"{path}{where}: {error.problem}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except OSError as error:
+        raise FeatureSetError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FeatureSetError(f"{path}: not UTF-8; save the file as UTF-8") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: 2027-99-99
         raise FeatureSetError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise FeatureSetError(
+            f"{path}: file: found {found}, a mapping with the keys of a set is due"
+        )
+    return content
 
 
 def validated(model: type[M], content: Any, path: Path) -> M:

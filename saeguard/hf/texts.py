@@ -151,8 +151,10 @@ def _tokenise(line: _Line, tokenizer: Any) -> tuple[list[int], list[int]]:
 def _lines(path: Path) -> Iterator[tuple[int, _Line]]:
     try:
         content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{path}: {error}") from error
+    except OSError as error:
+        raise TextError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: not UTF-8; JSON lines are due, one text a line") from error
     for number, raw in enumerate(content.split("\n"), 1):
         if not raw.strip():
             continue

@@ -107,7 +107,9 @@ def sign(
     try:
         key = load_pem_private_key(private_pem, password=None)
     except (ValueError, TypeError) as error:
-        raise BundleError(f"the private key cannot be read: {error}") from error
+        raise BundleError(
+            f"the private key cannot be read; make one with `policy keygen`: {error}"
+        ) from error
     if not isinstance(key, Ed25519PrivateKey):
         raise BundleError("the private key is not one for Ed25519; make one: `policy keygen`")
     manifest = Manifest(
@@ -147,7 +149,9 @@ def load_public_key(pem: bytes) -> Ed25519PublicKey:
     try:
         key = load_pem_public_key(pem)
     except ValueError as error:
-        raise BundleError(f"the public key cannot be read: {error}") from error
+        raise BundleError(
+            f"the public key cannot be read; give the .pub of `policy keygen`: {error}"
+        ) from error
     if not isinstance(key, Ed25519PublicKey):
         raise BundleError("the public key is not one for Ed25519; make one: `policy keygen`")
     return key

@@ -61,7 +61,9 @@ def read_shape(folder: Path) -> ModelShape:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ModelConfigError(f"{path}: {error.strerror}; give the folder of a model") from error
+    except ValueError as error:
         raise ModelConfigError(f"{path}: {error}; give the folder of a model") from error
     config = config.get("text_config", config) if isinstance(config, dict) else {}
     return ModelShape(

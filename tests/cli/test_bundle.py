@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,34 @@ def test_reload_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "engine-0.json").write_text(json.dumps(status))
     assert run("reload", tmp_path) == 2
     assert "no running server keeps its state here" in capsys.readouterr().err
+
+
+def test_policies_over_templates_are_signed(tmp_path: Path) -> None:
+    """The shipped library can be signed: what a server leaves out needs no feature set."""
+    folder = tmp_path / "policies"
+    shutil.copytree("policies", folder)
+    assert run("policy", "keygen", tmp_path / "key") == 0
+    assert run("policy", "sign", "--key", tmp_path / "key", folder) == 0
+    assert run("policy", "verify", "--key", tmp_path / "key.pub", folder) == 0
+
+
+def test_keys_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is not there is named; a public key on its own is not overwritten."""
+    assert run("policy", "keygen", tmp_path / "nowhere" / "key") == 3
+    assert capsys.readouterr().err == f"{tmp_path}/nowhere/key: No such file or directory\n"
+    (tmp_path / "key.pub").write_text("of another key")
+    assert run("policy", "keygen", tmp_path / "key") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["key.pub"]
+
+
+def test_signing_what_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing key, a policy in place of its folder, a revision below 1: each says what it is."""
+    key, policy = tmp_path / "key", "policies/unsafe-code/exposure.yaml"
+    assert run("policy", "sign", "--key", key, "policies") == 2
+    assert f"--key: {key}: No such file" in capsys.readouterr().err
+    assert run("policy", "keygen", key) == 0
+    assert run("policy", "sign", "--key", key, policy) == 2
+    assert "a whole folder is signed" in capsys.readouterr().err
+    assert run("policy", "sign", "--key", key, "policies", "--revision", "0") == 2
+    assert run("policy", "verify", "--key", f"{key}.pub", tmp_path / "nowhere") == 2
+    assert "there is no such folder" in capsys.readouterr().err

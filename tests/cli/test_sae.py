@@ -102,3 +102,22 @@ def test_l0_counts_what_fires(tmp_path: Path) -> None:
     pre = x @ tensors["W_enc"] + tensors["b_enc"]
     expected = float((pre > tensors["threshold"]).sum(1).float().mean())
     assert found["mean"] == pytest.approx(expected, abs=0.02)
+
+
+def test_numbers_that_are_none(tmp_path: Path) -> None:
+    """A factor or an L0 that is no positive number would spoil every row or verdict unseen."""
+    path = made.llama_scope(tmp_path, "openmoss").path
+    for option in ("--norm-factor", "--l0"):
+        for value in ("nan", "inf", "0"):
+            shown = _run("inspect", path, option, value)
+            assert shown.exit_code == 1, shown.output
+            assert f"{option} is {float(value)}; give a finite number above 0" in shown.output
+
+
+def test_a_text_that_is_none(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8 are told before the model is loaded."""
+    path = made.llama_scope(tmp_path, "openmoss").path
+    (tmp_path / "text").write_bytes(b"\xff")
+    shown = _run("inspect", path, "--text", tmp_path / "text", "--model", tmp_path)
+    assert shown.exit_code == 1
+    assert "not UTF-8; give a file of plain text" in " ".join(shown.output.split())

@@ -123,3 +123,26 @@ def test_what_else_fired(tmp_path: Path) -> None:
     refused = CliRunner().invoke(verb, [str(a) for a in ("fired", *common, "--token", 99)])
     assert refused.exit_code == 1
     assert "tokens 0 to" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("calibrate", "--for", "3 in 8"), "3 of 8 tokens"),
+        (("calibrate", "--for", "20 tokens in the request"), "a window is calibrated"),
+        (("fired",), "there is no text"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    """A window that is none, and no text at all, end the command before a model is loaded."""
+    features = feature_set(tmp_path / "sets", D)
+    benign = _texts(tmp_path / "benign.jsonl", "benign", 2, ordinary=True)
+    name, *more = arguments
+    given = ["--benign", str(benign)] if name == "calibrate" else []
+
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(
+        verb, [name, "--set", str(features.path), "--model", str(tmp_path), *given, *more]
+    )
+
+    assert result.exit_code == 2, result.output
+    assert said in result.output
