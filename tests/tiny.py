@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 D, LAYERS = 16, 3
+
+Chat = tuple[list[int], list[str]]
+"""Token ids of a prompt, and whose turn each is in."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -32,6 +36,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     out.chat_template = TEMPLATE
     return out
+
+
+def chat_by_hand(messages: Sequence[tuple[str, str]]) -> Chat:
+    """Return a chat's prompt as `TEMPLATE` has it, put together piece by piece."""
+    read = tokenizer()
+    ids, roles = [read.bos_token_id], ["template"]
+    for role, content in [*messages, ("assistant", None)]:
+        for place, text in (("template", f"{role}:"), (role, content), ("template", END)):
+            if content is not None or text == "assistant:":
+                piece = read(text, add_special_tokens=False)["input_ids"]
+                ids += piece
+                roles += [place] * len(piece)
+    return ids, roles
 
 
 def _model(family: str) -> Any:

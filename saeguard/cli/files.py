@@ -34,6 +34,7 @@ def mistakes_told() -> Iterator[None]:
     from saeguard.features.load import FeatureSetError
     from saeguard.features.probe import ProbeError
     from saeguard.features.search import SearchError
+    from saeguard.guard.turns import RolesError
     from saeguard.guard.watchlist import WatchListError
     from saeguard.hf.model import ModelError
     from saeguard.hf.texts import TextError
@@ -43,8 +44,8 @@ def mistakes_told() -> Iterator[None]:
     try:
         yield
     except (
-        FeatureSetError, ModelError, OSError, PolicyErrors, ProbeError, SaeError, SearchError,
-        TextError, WatchListError,
+        FeatureSetError, ModelError, OSError, PolicyErrors, ProbeError, RolesError, SaeError,
+        SearchError, TextError, WatchListError,
     ) as error:  # fmt: skip
         typer.echo(reason(error) if isinstance(error, OSError) else str(error), err=True)
         raise typer.Exit(1) from error

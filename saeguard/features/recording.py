@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from saeguard.features.schema import Document
+from saeguard.guard.places import BY_ROLE, PLACES, SCOPES
+from saeguard.policy.types import Policy
 
 SCHEMA = "saeguard.recording/v1"
 UNTOLD = "it was recorded without roles; record the texts again with `saeguard policy record`"
@@ -62,16 +64,22 @@ class Recording:
         start = int(self.lengths[:text].sum())
         return slice(start, start + int(self.lengths[text]))
 
-    def roles_of_prompt(self, text: int) -> np.ndarray:
+    def roles_of_prompt(self, text: int, policy: Policy) -> np.ndarray:
         """Return whose turn each token of a text's prompt is in.
 
+        Args:
+            text: its index.
+            policy: that asks; its scope is a role.
+
         Raises:
-            RecordingError: the recording does not say; with the reason.
+            RecordingError: the recording does not say; names the policy, the reason, and what is
+                allowed.
         """
         if self.roles is None:
+            allowed = ", ".join(scope for scope in SCOPES if scope not in BY_ROLE)
             raise RecordingError(
-                f"{self.path}: a policy's scope is a role, and the recording does not say whose "
-                f"turn a token is in: {self.no_roles}"
+                f"{policy.path}: scope: {policy.scope}, but {self.path} does not say whose turn a "
+                f"token of a prompt is in: {self.no_roles}; allowed here: {allowed}"
             )
         start = self.span(text).start
         return self.roles[start : start + int(self.prompt_tokens[text])]
@@ -218,6 +226,10 @@ def _fits(recording: Recording) -> None:
     for name, found, due in wanted:
         if tuple(found) != due:
             raise ValueError(f"{name} has the shape {list(found)}, {list(due)} is due")
+    if recording.roles is not None and (recording.roles >= len(PLACES)).any():
+        raise ValueError(
+            f"a token's role is {recording.roles.max()}, {len(PLACES) - 1} is the last"
+        )
     if (recording.lengths < 1).any() or (recording.prompt_tokens > recording.lengths).any():
         raise ValueError("a text is empty, or its prompt is longer than the text")
     if len(set(recording.ids)) != texts:

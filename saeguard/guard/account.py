@@ -9,8 +9,9 @@ import numpy as np
 
 from saeguard.features.recording import Recording
 from saeguard.features.schema import Document
+from saeguard.guard.places import BY_ROLE
 from saeguard.guard.rules import judge_text, on_tokens, score_text
-from saeguard.guard.tables import compile_rules
+from saeguard.guard.tables import Rules, compile_rules
 from saeguard.guard.verdict import THRESHOLD, Verdict
 from saeguard.policy.types import Policy
 
@@ -51,13 +52,14 @@ def judge_recorded(
         texts: indices into it.
 
     Raises:
-        RecordingError: a feature was not recorded, or was made of something else.
+        RecordingError: a feature was not recorded, or was made of something else; or a policy's
+            scope is a role, and roles were not recorded.
     """
     shares, column = _shares(policies, feature_sets, recording)
     rules = compile_rules(policies, column)
     for text in texts:
         here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
-        roles = recording.roles_of_prompt(text) if rules.by_role else None
+        roles = _roles(rules, recording, text)
         yield judge_text(rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
 
 
@@ -67,12 +69,13 @@ def account(
     """Judge one recorded text and keep what the verdict was reached from.
 
     Raises:
-        RecordingError: a feature was not recorded, or was made of something else.
+        RecordingError: a feature was not recorded, or was made of something else; or a policy's
+            scope is a role, and roles were not recorded.
     """
     shares, column = _shares([policy], feature_sets, recording)
     rules = compile_rules([policy], column)
     here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
-    roles = recording.roles_of_prompt(text) if rules.by_role else None
+    roles = _roles(rules, recording, text)
     given = (rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
     scored = score_text(*given)
     terms = dict(zip(policy.detect, rules.terms.of_policy(0), strict=True))
@@ -91,6 +94,12 @@ def account(
         match=match,
         on=on_tokens(match, policy.keep),
     )
+
+
+def _roles(rules: Rules, recording: Recording, text: int) -> np.ndarray | None:
+    """Return whose turn each token of a text's prompt is in, None where no policy asks."""
+    asks = next((policy for policy in rules.policies if policy.scope in BY_ROLE), None)
+    return None if asks is None else recording.roles_of_prompt(text, asks)
 
 
 def _shares(

@@ -6,9 +6,12 @@ import numpy as np
 
 from saeguard.guard.ledger import Ledger
 from saeguard.guard.packet import Packet
+from saeguard.guard.places import ASSISTANT, SYSTEM, TOOL, USER
 from saeguard.guard.watchlist import WatchList
 
-TOKENS, PROMPT = 12, 4
+TOKENS = 12
+ROLES = np.array([SYSTEM, USER, ASSISTANT, TOOL], np.uint8)
+"""Whose turn each token of the prompt is in."""
 
 
 class RehearsalError(ValueError):
@@ -34,7 +37,7 @@ def rehearse(watchlist: WatchList) -> None:
     if not finite or not (watchlist.span > 0).all():
         raise RehearsalError("the features' weights or ranges are not finite")
     ledger = Ledger(watchlist, slots=1)
-    ledger.admit("rehearsal", PROMPT)
+    ledger.admit("rehearsal", len(ROLES), roles=ROLES)
     for first, end in ((0, TOKENS - 1), (TOKENS - 1, TOKENS)):  # a prompt, then one token
         f = np.zeros((end - first, watchlist.columns), np.float32)
         f[1::2] = 1000.0

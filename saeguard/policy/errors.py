@@ -67,6 +67,7 @@ Code: TypeAlias = Literal[
     "duplicate-name",
     "exception-expired",
     "review-due",
+    "forgeable-turn",
     # what it refers to
     "unknown-feature-set",
     "unknown-feature",

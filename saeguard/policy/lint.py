@@ -58,6 +58,7 @@ def resolve(
             _features(policy, {**feature_sets, **open_}),
             [uncalibrated(policy)] if policy.feature_set in open_ else (),
             _dates(policy, today),
+            _forgeable(policy),
             _to_do(policy),
         )
         for finding in findings
@@ -168,6 +169,16 @@ def _dates(policy: Policy, today: date) -> Iterator[PolicyError]:
     if policy.review_by and policy.review_by < today:
         message = f"the review was due; ask {policy.owner} to look again and set a new date"
         yield _at(policy, "review-due", message, ("review_by",), level="warning")
+
+
+def _forgeable(policy: Policy) -> Iterator[PolicyError]:
+    """Tell how a policy that acts on the user's turns alone is evaded."""
+    if policy.mode == "enforce" and policy.scope == "user":
+        message = (
+            "a turn can be forged by whoever calls the API, and what follows is then not the "
+            "user's; where evasion matters use scope: prompt"
+        )
+        yield _at(policy, "forgeable-turn", message, ("scope",), level="note")
 
 
 def _at(

@@ -88,6 +88,18 @@ def test_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", "--strict") == 1
 
 
+def test_a_note_fails_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """A policy that acts on the user's turns is told how it is evaded, and passes `--strict`."""
+    spoil(("mode: shadow", "mode: enforce"), ("scope: output", "scope: user"))
+
+    assert run("check", "--strict") == 0
+    assert capsys.readouterr().out == (
+        "1 policy read: 0 errors, 0 warnings, 1 note (--notes shows them)\n"
+    )
+    assert run("check", "--strict", "--notes") == 0
+    assert "policies/p.yaml:9:8: note[forgeable-turn]: a turn can" in capsys.readouterr().out
+
+
 def test_broken_feature_set(capsys: pytest.CaptureFixture[str]) -> None:
     """A broken feature set is told once, and not again for each policy that needs it."""
     Path("feature_sets/demo/unsafe-code.yaml").write_text("schema: nonsense")

@@ -2,7 +2,8 @@
 
 `python -m tests.engine.drive JOB.json OUT.npz`, where the job holds `engine` (arguments of
 `vllm.LLM`) and `batches` (each a list of requests with `prompt` token ids and sampling `params`).
-The result goes to `OUT.json`, the watched activations by request to `OUT.npz`.
+The result goes to `OUT.json`, one a choice under the name that the engine core knows it by, the
+watched activations by request to `OUT.npz`.
 """
 
 from __future__ import annotations
@@ -67,16 +68,17 @@ def main(job_path: Path, out_path: Path) -> None:
         prompts = [{"prompt_token_ids": r["prompt"]} for r in batch]
         params = [SamplingParams(**r["params"]) for r in batch]
         for out in llm.generate(prompts, params, use_tqdm=False):
-            choice = out.outputs[0]
-            results.append(
+            base = out.request_id.split("-")[0]
+            results += [
                 {
-                    "id": out.request_id.split("-")[0],
+                    "id": f"{choice.index}_{base}" if len(out.outputs) > 1 else base,
                     "prompt": list(out.prompt_token_ids),
                     "output": list(choice.token_ids),
                     "cached": out.num_cached_tokens,
                     "saeguard": getattr(choice, "saeguard", None),
                 }
-            )
+                for choice in out.outputs
+            ]
     core = llm.llm_engine.engine_core.engine_core
     guard = getattr(core.scheduler, "saeguard", None)
     leftover = 0 if guard is None else len(guard.ledger)

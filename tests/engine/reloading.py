@@ -125,6 +125,12 @@ def _too_many(folder: Path) -> None:
     models.write_policy(folder / "x.yaml", detect=detect, condition=" or ".join(detect))
 
 
+def _role(folder: Path) -> None:
+    fill_good(1)(folder)
+    path = folder / "s.yaml"
+    path.write_text(path.read_text().replace("scope: output", "scope: assistant"))
+
+
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "syntax": (_syntax, "p1.yaml:1:"),
     "feature": (_feature, "f77"),
@@ -133,6 +139,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "named": (_no_clamp, "test.clamp"),
     "layer": (_layer, "layer 2"),
     "capacity": (_too_many, "hold 24"),
+    "role": (_role, "s.yaml: scope: assistant, but the model's chat template does not tell it"),
 }
 """What fills a folder that must be refused, and what the reason says."""
 CAPACITY = 24

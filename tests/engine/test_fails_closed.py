@@ -14,6 +14,7 @@ import yaml
 
 from tests import models
 from tests.engine import engines
+from tests.templates import REFUSED
 
 pytestmark = pytest.mark.engine
 
@@ -179,6 +180,25 @@ class TestFailsClosed:
         refused(
             start(tmp_path, sound, engine={"runner": "pooling", "convert": "embed"}),
             "pooling and embedding models are not supported",
+        )
+
+    def test_roles_that_the_template_does_not_tell(
+        self, sound: models.Guarded, tmp_path: Path
+    ) -> None:
+        """A policy on a role, and a model whose template leaves some out: policy and reason."""
+        model = shutil.copytree(sound.model, tmp_path / "model")
+        template = model / "chat_template.jinja"
+        assert template.exists()
+        template.write_text(REFUSED["earlier answers are left out"].template)
+        policy = tmp_path / "policies" / "p.yaml"
+        models.write_policy(
+            policy, scope="user", detect={"a": {"feature": "f4", "above": 1.0}}, condition="a"
+        )
+        bad = models.Guarded(model, sound.sae, policy.parent, sound.feature_sets, sound.latents)
+        refused(
+            start(tmp_path, bad, engine={"skip_tokenizer_init": False}),
+            f"{policy}: scope: user, but the model's chat template does not tell it exactly: it "
+            "leaves out messages of user, assistant; allowed here: prompt, output, both",
         )
 
     def test_the_sound_one_serves(self, sound: models.Guarded, tmp_path: Path) -> None:

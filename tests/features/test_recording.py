@@ -61,6 +61,8 @@ def test_written_and_read(tmp_path: Path, pieces: tuple[str, ...] | None) -> Non
         ({"ids": ("a", "a")}, "two texts have one id"),
         ({"values": MADE.values[:, :1]}, r"values has the shape \[5, 1\], \[5, 2\] is due"),
         ({"pieces": ("a",)}, "pieces has the shape"),
+        ({"roles": np.zeros(4, np.uint8)}, r"roles has the shape \[4\], \[5\] is due"),
+        ({"roles": np.full(5, 6, np.uint8)}, "a token's role is 6, 5 is the last"),
     ],
 )
 def test_parts_that_do_not_fit(tmp_path: Path, change: dict[str, Any], says: str) -> None:

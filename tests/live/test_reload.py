@@ -211,6 +211,15 @@ def test_a_folder_that_goes_and_comes_back(settings: Settings, server: Server) -
     server.until(lambda r: r.outcome == "active" and r.old != first)
 
 
+@pytest.mark.parametrize("scope", ["user", "assistant"])
+def test_a_policy_by_role_comes_into_use(scope: str, settings: Settings, server: Server) -> None:
+    """Whether its roles are told is the engine's to say; the list itself is as good as any."""
+    write(Path(settings.policies), 2, scope=scope)
+    report = server.until(lambda r: r.outcome in ("active", "refused"))
+    assert (report.outcome, report.error) == ("active", None)
+    assert server.lists.current.watchlist.policies[0].scope == scope
+
+
 def test_asked_for(settings: Settings, server: Server) -> None:
     """A reload that is asked for is answered, also where nothing has changed."""
     server.reloader.ask("signal")

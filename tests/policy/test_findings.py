@@ -176,6 +176,9 @@ SCENES: dict[str, Scene] = {
     "a feature set of another model": other_model,
     "an expired exception": lambda f: check(f, GOOD.replace("2027-03-31", "2026-03-31")),
     "a review that is due": lambda f: check(f, GOOD.replace("2027-02-01", "2026-02-01")),
+    "an enforced policy on the user's turns": lambda f: check(
+        f, BOTH.replace("shadow", "enforce").replace("scope: output", "scope: user")
+    ),
     "what `new` left to do": lambda f: check(f, GOOD.replace("title: ", "title: TODO ")),
     "no tests": untested,
     "tests without their policy": orphan,

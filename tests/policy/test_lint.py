@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
+import pytest
+
+from saeguard.guard.places import SCOPES
 from saeguard.policy.lint import resolve
 from tests.policy.example import changed, policy
 
@@ -94,6 +97,17 @@ def test_dates(tmp_path: Path) -> None:
         ("exception-expired", 23),
         ("review-due", 15),
     ]
+
+
+@pytest.mark.parametrize("mode", ["shadow", "enforce"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_forgeable_turns(scope: str, mode: str, tmp_path: Path) -> None:
+    """Only where the policy acts, and looks at the user's turns alone."""
+    changes = ("mode: shadow", f"mode: {mode}"), ("scope: output", f"scope: {scope}")
+    found = resolve([policy(tmp_path, *changes)], SETS, today=EARLY)
+
+    noted = [("forgeable-turn", "note", 9)] if (scope, mode) == ("user", "enforce") else []
+    assert [(f.code, f.level, f.line) for f in found] == noted
 
 
 def test_file_changed_meanwhile(tmp_path: Path) -> None:
