@@ -71,6 +71,10 @@ def add_stop(folder: Path, latent: int) -> None:
     )  # fmt: skip
 
 
+BROKEN = [kind for kind in BAD if kind != "role"]
+"""Ways to break the files: a policy by role is none where the chat template tells turns apart."""
+
+
 @dataclass
 class Storm:
     """What was written, and what the engine said of itself meanwhile."""
@@ -93,7 +97,7 @@ class Storm:
                 self.folder.turn(fill(i))
                 self.written[f"good {i}"] += 1
             else:
-                kind = rng.choice(list(BAD))
+                kind = rng.choice(BROKEN)
                 self.folder.turn(spoil(kind))
                 self.written[f"bad {kind}"] += 1
             status = json.loads(self.state.read_text())
