@@ -89,12 +89,10 @@ def of_text(
     with model_told():
         from saeguard.hf.model import load_model
         from saeguard.hf.recording import record_features
-        from saeguard.hf.texts import make_text
+        from saeguard.hf.texts import make_turn
 
         lm = load_model(model)
-        chat = bool(lm.tokenizer.chat_template) and bool(prompt)
-        given: Any = [("user", prompt)] if chat else prompt
-        text = make_text("text", lm.tokenizer, given, completion)
+        text = make_turn("text", lm.tokenizer, prompt, completion)
         names = sorted({policy.feature_set for policy in policies})
         files = [feature_sets / f"{name}.yaml" for name in names]
         return record_features(lm, files, [text], path=model, with_text=True)

@@ -40,7 +40,7 @@ def verb(
     from saeguard.features.load import load_feature_set
     from saeguard.hf.model import check_model, load_model
     from saeguard.hf.record import record
-    from saeguard.hf.texts import TextError, make_text
+    from saeguard.hf.texts import TextError, make_turn
     from saeguard.sae import what_fired
 
     if not (prompt or completion):
@@ -49,9 +49,7 @@ def verb(
         features = load_feature_set(set_)
         lm = load_model(model)
         check_model(lm, features)
-        chat = bool(lm.tokenizer.chat_template) and bool(prompt)
-        given: Any = [("user", prompt)] if chat else prompt
-        text = make_text("text", lm.tokenizer, given, completion)
+        text = make_turn("text", lm.tokenizer, prompt, completion)
         positions = range(len(text.tokens)) if token is None else token
         outside = [i for i in positions if not 0 <= i < len(text.tokens)]
         if outside:

@@ -129,6 +129,16 @@ def make_text(
     return Text(id_, (*before, *after), len(before))
 
 
+def make_turn(id_: str, tokenizer: Any, prompt: str, completion: str) -> Text:
+    """Tokenise a prompt as the user's turn of a chat, where the model has chats, and what follows.
+
+    Raises:
+        TextError: as `make_text`.
+    """
+    chat = bool(tokenizer.chat_template) and bool(prompt)
+    return make_text(id_, tokenizer, [("user", prompt)] if chat else prompt, completion)
+
+
 def _tokenise(line: _Line, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens of a line's prompt and of its completion."""
 

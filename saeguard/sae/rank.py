@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from saeguard.sae.compete import Reach, exactly
-from saeguard.sae.encode import products
+from saeguard.sae.encode import FILE_BLOCK, products
 from saeguard.sae.encoder import Encoder, encoder_in_memory, open_encoder, product, token_scale
 from saeguard.sae.info import SaeInfo
 from saeguard.sae.rows import EncoderRows
@@ -24,8 +24,6 @@ COMPARED = 1 << 22
 """Comparisons at once: questions times rivals of a block."""
 FIRST = 512
 """Rivals that every question meets at least."""
-READ = 8192
-"""Latents read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +61,9 @@ def read_rivals(
     groups = sorted({latent // encoder.group for latent in latents})
     spans = [(g * encoder.group, (g + 1) * encoder.group) for g in groups]
     pieces = [
-        encoder.block(start, min(start + READ, stop))
+        encoder.block(start, min(start + FILE_BLOCK, stop))
         for begin, stop in spans
-        for start in range(begin, stop, READ)
+        for start in range(begin, stop, FILE_BLOCK)
     ]
     rows = EncoderRows(
         _joined([piece.W for piece in pieces]).to(device),
