@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from saeguard.guard.ranked import Ranked, settle
+from saeguard.guard.ranked import Ranked
+from saeguard.guard.rows import allocate_rows
+from saeguard.guard.tap import Tap, kernels_for, read, set_floors
 from saeguard.sae import EncoderRows, encode_full, encoder_in_memory
 from saeguard.sae.rank import Rivals, read_rivals
 
@@ -129,42 +131,55 @@ def _on_gpu(encoder: Any, x: torch.Tensor) -> Call:
 
 
 def watched_rows(weights: Weights, x: torch.Tensor, watched: int) -> dict[str, Call]:
-    """Return what reads some latents of `x` as the tap does on a CPU.
+    """Return the tap's own reading of some latents of `x`.
 
-    `screened` adds the screen of a TopK SAE where no token passes it, `passed` where one in a
-    thousand does, at least one. On a GPU there is no such screen.
+    `screened` are latents that fire by rank where no token passes the screen, `passed` where one in
+    a thousand does, at least one.
     """
     W = weights.rivals.rows.W[:watched]
-    W = (W * torch.where(W @ x[0] < 0, -1.0, 1.0)[:, None]).t()  # even of one token some fire
-    b = torch.zeros(watched, device=x.device)
-    f, theta = torch.empty(len(x), watched, device=x.device), torch.zeros_like(b)
-
-    def read() -> torch.Tensor:
-        pre = torch.addmm(b, x, W)
-        return torch.mul(pre, pre > theta, out=f)
-
-    calls: dict[str, Call] = {f"watched {watched}": read}
-    if not x.is_cuda:
-        peak = torch.cat([read().amax(1), torch.tensor([-1.0])]).sort(descending=True).values
-        last = max(1, len(x) // ONE_IN)
-        for name, bar in (
-            ("screened", torch.inf),
-            ("passed", float(peak[last - 1 : last + 1].mean())),
-        ):
-            calls[f"{name} {watched}"] = partial(_screened, read, _ranked(weights, watched, bar), x)
-    return calls
+    W = W * torch.where(W @ x[0] < 0, -1.0, 1.0)[:, None]  # even of one token some fire
+    zero = torch.zeros(watched, device=x.device)
+    rows = EncoderRows(W, zero, zero)
+    peak = torch.cat([(x @ W.t()).amax(1).cpu(), torch.tensor([-1.0])]).sort(descending=True).values
+    last = max(1, len(x) // ONE_IN)
+    bars = {"screened": torch.inf, "passed": float(peak[last - 1 : last + 1].mean())}
+    taps = {"watched": make_tap(rows, x)}
+    taps |= {name: make_tap(rows, x, weights.rivals, bar) for name, bar in bars.items()}
+    return {f"{name} {watched}": partial(read, tap, x, None, tap.f) for name, tap in taps.items()}
 
 
-def _ranked(weights: Weights, watched: int, bar: float) -> Ranked:
-    rivals = weights.rivals
-    own = {key: getattr(rivals, key)[:watched] for key in ("start", "stop", "own")}
-    return Ranked(
-        rivals=replace(rivals, **own),
-        columns=slice(0, watched),
-        bar=torch.full((watched,), bar),
-        shown=torch.zeros((), dtype=torch.bool),
+def make_tap(
+    rows: EncoderRows, x: torch.Tensor, rivals: Rivals | None = None, bar: float = 0.0
+) -> Tap:
+    """Return a tap for passes of `len(x)` tokens, by rank where there are rivals."""
+    watched = len(rows.b)
+    kernels = kernels_for(x.device)
+    ranked: tuple[Ranked, ...] = ()
+    if rivals is not None:
+        own = {key: getattr(rivals, key)[:watched] for key in ("start", "stop", "own")}
+        mine = replace(rivals, **own)
+        part = Ranked(
+            rivals=mine,
+            columns=slice(0, watched),
+            rows=rows,
+            bar=torch.full((watched,), bar, device=x.device),
+            shown=torch.zeros((), dtype=torch.bool, device=x.device),
+            board=kernels and kernels.make_board(mine, watched, max_tokens=len(x)),
+        )
+        ranked = (part,)
+    tap = Tap(
+        layer=0,
+        W=rows.W.t(),
+        b=rows.b,
+        theta=rows.theta,
+        floor=rows.theta.clone(),
+        f=torch.empty(len(x), watched, device=x.device),
+        halves=torch.ones((), device=x.device),
+        ticks=torch.zeros((), dtype=torch.int64, device=x.device),
+        rows=allocate_rows(len(x), x.device),
+        clamps={},
+        kernels=kernels,
+        ranked=ranked,
     )
-
-
-def _screened(read: Callable[[], torch.Tensor], ranked: Ranked, x: torch.Tensor) -> None:
-    settle(ranked, x, read())
+    set_floors(tap)
+    return tap

@@ -15,11 +15,13 @@ import triton.language as tl
 
 WIDEST = 64
 """Rows and columns of a tile at most; `tl.dot` wants 16 at least."""
-INNER = 64
+INNER = 32
+WARPS = 8
+"""With 4, products in float32 spill registers (tests/kernels/check_compiles.py)."""
 
 
 @triton.jit
-def _load(hidden, residual, halves, row, stride_h, stride_r, k, inside, SECOND: tl.constexpr):
+def load_rows(hidden, residual, halves, row, stride_h, stride_r, k, inside, SECOND: tl.constexpr):
     """Load part of the residual stream in float32: [rows, inner]."""
     x = tl.load(hidden + row[:, None] * stride_h + k[None, :], mask=inside, other=0.0)
     x = x.to(tl.float32)
@@ -65,7 +67,7 @@ def _tap_kernel(
     for first in range(0, d_in, K):
         k = first + tl.arange(0, K)
         inside = here[:, None] & (k < d_in)[None, :]
-        x = _load(hidden, residual, halves, at, stride_h, stride_r, k, inside, SECOND)
+        x = load_rows(hidden, residual, halves, at, stride_h, stride_r, k, inside, SECOND)
         w = tl.load(
             W + column.to(tl.int64)[:, None] * stride_w + k[None, :],
             mask=mine[:, None] & (k < d_in)[None, :],
@@ -81,7 +83,7 @@ def _tap_kernel(
         for first in range(0, d_in, K):  # once more: a difference of squares would lose digits
             k = first + tl.arange(0, K)
             inside = here[:, None] & (k < d_in)[None, :]
-            x = _load(hidden, residual, halves, at, stride_h, stride_r, k, inside, SECOND)
+            x = load_rows(hidden, residual, halves, at, stride_h, stride_r, k, inside, SECOND)
             away = tl.where(inside, x - mean[:, None], 0.0)
             spread += tl.sum(away * away, 1)
         layer_norm = 1.0 / (tl.sqrt(spread / (d_in - 1)) + eps)
@@ -196,6 +198,7 @@ def read(
         ROWS=height,
         COLUMNS=width,
         K=INNER,
+        num_warps=WARPS,
     )
 
 

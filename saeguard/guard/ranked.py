@@ -9,17 +9,23 @@ their watched latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from saeguard.features.types import Feature
+from saeguard.sae.encode import activate
 from saeguard.sae.encoder import Encoder
 from saeguard.sae.errors import SaeError
 from saeguard.sae.info import SaeInfo
 from saeguard.sae.rank import Rivals, drop, read_rivals
+from saeguard.sae.rows import EncoderRows
+
+if TYPE_CHECKING:
+    from saeguard.guard.fused_rank import Board
 
 ROUNDING = 1e-5
 """By how much, relatively, a bar lies below where real numbers would put it: the rules round."""
@@ -49,31 +55,48 @@ class Ranked:
 
     rivals: Rivals
     columns: slice
+    rows: EncoderRows
+    """Of the latents: views of what the tap holds."""
     bar: torch.Tensor
     shown: torch.Tensor
     """[] bool: whether activations show whatever their rank, for the start-up self-test."""
+    board: Board | None = None
+    """On a GPU: where its kernels count."""
 
 
-def make_ranked(rows: RankedRows, device: torch.device) -> Ranked:
+def make_ranked(
+    part: RankedRows,
+    rows: EncoderRows,
+    device: torch.device,
+    *,
+    make_board: Callable[[Rivals, int], Board] | None = None,
+) -> Ranked:
     """Bring what competes to the device.
 
+    Args:
+        part: which of the hook's columns.
+        rows: of all the hook's columns, on the device.
+        device: of the model.
+        make_board: `saeguard.guard.fused_rank.make_board` for passes of some size, on a GPU.
+
     Raises:
-        SaeError: the weights are damaged, or the tap runs on a GPU, where which tokens pass would
-            have to be asked of the device in every pass.
+        SaeError: the weights are damaged, or the tap runs on a GPU without Triton, where which
+            tokens pass would have to be asked of the device in every pass.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and make_board is None:
         raise SaeError(
-            "latents of TopK and groupmax SAEs are not ranked on a GPU yet by this version: serve "
-            "on a CPU, scan with Transformers, use an SAE with thresholds, or let measured "
-            "thresholds stand for ranks, an approximation: `saeguard features calibrate --topk "
-            "approximate`"
+            "ranking the latents of TopK and groupmax SAEs on a GPU needs Triton, which is not "
+            "installed: `pip install triton`, or let measured thresholds stand for ranks, an "
+            "approximation: `saeguard features calibrate --topk approximate`"
         )
-    rivals = rivals_of(rows.source, rows.latents, device)
+    rivals = rivals_of(part.source, part.latents, device)
     return Ranked(
         rivals=rivals,
-        columns=rows.columns,
-        bar=rows.bar.to(device),
+        columns=part.columns,
+        rows=EncoderRows(*(t[part.columns] for t in (rows.W, rows.b, rows.theta))),
+        bar=part.bar.to(device),
         shown=torch.zeros((), dtype=torch.bool, device=device),
+        board=None if make_board is None else make_board(rivals, len(part.latents)),
     )
 
 
@@ -83,25 +106,33 @@ def rivals_of(source: SaeInfo | Encoder, latents: tuple[int, ...], device: torch
     return read_rivals(source, latents, device)
 
 
+def set_floor(ranked: Ranked, floor: torch.Tensor) -> None:
+    """Write from where on the latents' activations show, into [watched] float32.
+
+    Above its threshold and its bar: so the screen is the comparison that the tap makes anyway.
+    """
+    theta = ranked.rows.theta
+    high = torch.maximum(theta, ranked.bar)
+    floor[ranked.columns] = torch.where(ranked.shown, theta, high)
+
+
 def settle(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
     """Leave of `f` [rows, watched] what fires, in place.
 
     Args:
         ranked: which columns, and their rivals.
         x: [rows, d_in] float32.
-        f: `z * (z > theta)` on entry, NaN where it cannot be known, which it stays.
+        f: `z * (z > floor)` on entry, NaN where it cannot be known, which it stays.
     """
     mine = f[:, ranked.columns]
-    over = mine > ranked.bar
-    if not over.any():  # nearly always, so this comes first and launches little
-        mine.mul_(ranked.shown)
+    # Nearly always nothing passes. Nothing is negative, and a sum is the cheapest that tells.
+    if float(mine.sum()) == 0.0 or ranked.shown:
         return
-    passed = over.any(1)
-    mine.mul_((passed | ranked.shown)[:, None])
-    rows = (passed & ~ranked.shown).nonzero()[:, 0]
+    rows = (mine > 0).any(1).nonzero()[:, 0]
     if len(rows):
-        some = mine[rows]
-        drop(ranked.rivals, x[rows], some)
+        passed = x[rows]
+        some = activate(ranked.rows, passed, ranked.rivals.encoder.norm)
+        drop(ranked.rivals, passed, some)
         mine[rows] = some
 
 

@@ -11,8 +11,9 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import torch
@@ -21,12 +22,22 @@ from saeguard.guard import clamp as clamping
 from saeguard.guard.clamp import Clamp
 from saeguard.guard.columns import Write
 from saeguard.guard.generations import clamps_digest
-from saeguard.guard.ranked import Ranked, make_ranked, settle
+from saeguard.guard.ranked import Ranked, make_ranked, set_floor, settle
 from saeguard.guard.rows import Rows, allocate_rows
 from saeguard.guard.watchlist import WatchList
 from saeguard.sae.encoder import column_scales
+from saeguard.sae.rows import EncoderRows
 
 log = structlog.get_logger("saeguard")
+
+
+class Kernels(NamedTuple):
+    """What a GPU runs: functions of `saeguard.guard.fused` and `fused_rank`."""
+
+    read: Callable[..., None]
+    edit: Callable[..., None]
+    make_board: Callable[..., Any]
+    settle: Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,9 @@ class Tap:
     """[d_in, watched] float32, a transposed view of contiguous encoder rows."""
     b: torch.Tensor
     theta: torch.Tensor
+    floor: torch.Tensor
+    """[watched] float32: from where on an activation shows. `theta`, but for columns that fire by
+    rank: see `ranked.set_floor`."""
     f: torch.Tensor
     """[max_tokens, watched] float32: activations of the last pass."""
     halves: torch.Tensor
@@ -53,8 +67,8 @@ class Tap:
     """[watched] int64, which of `NORMS` a column's token is under; None where it is none."""
     ranked: tuple[Ranked, ...] = ()
     """Columns that fire by rank."""
-    fused: Callable[..., None] | None = None
-    """`saeguard.guard.fused.read`, where the tap runs on a GPU."""
+    kernels: Kernels | None = None
+    """Where the tap runs on a GPU."""
     scale: torch.Tensor | None = None
     """[max_tokens, watched] float32, room for `column_scales` where it is used."""
 
@@ -89,7 +103,6 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
     hidden = as_rows(hidden)
     f = tap.f[: hidden.shape[0]]
     try:
-        read = _read_plainly if tap.fused is None else _read_fused
         scale = read(tap, hidden, None if residual is None else as_rows(residual), f)
         for clamp in tap.clamps.values():  # a row belongs to one request, which one of them edits
             clamping.apply(clamp, hidden, f, tap.rows, scale)
@@ -119,44 +132,63 @@ def _tell(tap: Tap, error: RuntimeError) -> None:
         )
 
 
-def _read_plainly(
+def read(
     tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None, f: torch.Tensor
 ) -> torch.Tensor | None:
-    """Write the activations of a pass to `f`; return `column_scales`."""
+    """Write the activations of a pass to `f`; return `column_scales`.
+
+    Args:
+        tap: what is watched.
+        hidden: [rows, d_in], any floating dtype.
+        residual: the second half, alike; None where a block returns one tensor.
+        f: [rows, watched] float32.
+    """
+    if tap.kernels is not None:
+        return _read_fused(tap, tap.kernels, hidden, residual, f)
     x = hidden.float()
     if residual is not None:
         x = torch.addcmul(x, residual.float(), tap.halves)
     scale = column_scales(tap.norm, x)
-    pre = pre_activations(tap, x, scale)
+    pre_activations(tap, x, scale, out=f)
     # A product rather than a choice, so that NaN stays NaN and is seen.
-    torch.mul(pre, pre > tap.theta, out=f)
+    f.mul_(f > tap.floor)
     for ranked in tap.ranked:
         settle(ranked, x, f)
     return scale
 
 
 def _read_fused(
-    tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None, f: torch.Tensor
+    tap: Tap,
+    kernels: Kernels,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    f: torch.Tensor,
 ) -> torch.Tensor | None:
-    """Do the same in one launch."""
-    assert tap.fused is not None
+    """Do the same in one launch, and a few more where latents fire by rank."""
     scale = None if tap.scale is None else tap.scale[: len(f)]
-    tap.fused(hidden, residual, tap.halves, tap.W.t(), tap.b, tap.theta, f, tap.norm, scale)
+    W = tap.W.t()
+    kernels.read(hidden, residual, tap.halves, W, tap.b, tap.theta, f, tap.norm, scale)
+    for ranked in tap.ranked:
+        kernels.settle(ranked, hidden, residual, tap.halves, f, scale)
     return scale
 
 
-def _kernels(device: torch.device) -> Any:
-    """Return the module of Triton kernels where it can run."""
+def kernels_for(device: torch.device) -> Kernels | None:
+    """Return the Triton kernels where they can run."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("saeguard.guard.fused")
+    fused = importlib.import_module("saeguard.guard.fused")
+    rank = importlib.import_module("saeguard.guard.fused_rank")
+    return Kernels(fused.read, fused.edit, rank.make_board, rank.settle)
 
 
-def pre_activations(tap: Tap, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def pre_activations(
+    tap: Tap, x: torch.Tensor, scale: torch.Tensor | None, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return [rows, watched] float32 for `x` [rows, d_in] float32 and its `column_scales`."""
     if scale is None:
-        return torch.addmm(tap.b, x, tap.W)
-    return torch.addcmul(tap.b, torch.mm(x, tap.W), scale)
+        return torch.addmm(tap.b, x, tap.W, out=out)
+    return torch.mm(x, tap.W, out=out).mul_(scale).add_(tap.b)
 
 
 def _capturing() -> bool:
@@ -190,25 +222,32 @@ def install_taps(
     """
     TAPS.clear()
     rows = allocate_rows(max_tokens, device)
-    kernels = _kernels(device)
+    kernels = kernels_for(device)
+    board = None if kernels is None else partial(kernels.make_board, max_tokens=max_tokens)
     for hook in watchlist.hooks:
-        TAPS[hook.layer] = Tap(
+        W, b, theta = (t.to(device) for t in (hook.W, hook.b, hook.theta))
+        rows_ = EncoderRows(W, b, theta)
+        TAPS[hook.layer] = tap = Tap(
             layer=hook.layer,
-            W=hook.W.to(device).t(),
-            b=hook.b.to(device),
-            theta=hook.theta.to(device),
-            f=torch.zeros(max_tokens, hook.W.shape[0], device=device),
+            W=W.t(),
+            b=b,
+            theta=theta,
+            floor=theta.clone(),
+            f=torch.zeros(max_tokens, len(b), device=device),
             halves=torch.ones((), device=device),
             ticks=torch.zeros((), dtype=torch.int64, device=device),
             rows=rows,
             clamps={},
             norm=None if hook.norm is None else hook.norm.to(device),
-            fused=None if kernels is None else kernels.read,
+            kernels=kernels,
             scale=None
             if hook.norm is None or kernels is None
-            else torch.zeros(max_tokens, hook.W.shape[0], device=device),
-            ranked=tuple(make_ranked(rows, device) for rows in hook.ranked),
+            else torch.zeros(max_tokens, len(b), device=device),
+            ranked=tuple(
+                make_ranked(part, rows_, device, make_board=board) for part in hook.ranked
+            ),
         )
+        set_floors(tap)
     clamps = clamps_digest(watchlist)
     if clamps:
         add_clamps(TAPS.values(), clamps, watchlist, slots=slots)
@@ -228,7 +267,15 @@ def add_clamps(taps: Iterable[Tap], digest: str, watchlist: WatchList, *, slots:
                 slots=slots + 1,
                 max_tokens=len(tap.f),
                 device=tap.f.device,
+                launch=None if tap.kernels is None else tap.kernels.edit,
             )
+
+
+def set_floors(tap: Tap) -> None:
+    """Write from where on activations show."""
+    tap.floor.copy_(tap.theta)
+    for ranked in tap.ranked:
+        set_floor(ranked, tap.floor)
 
 
 def write_rows(taps: Iterable[Tap], write: Write) -> None:
@@ -245,6 +292,7 @@ def write_rows(taps: Iterable[Tap], write: Write) -> None:
                     continue
                 held = tap.W.t() if name == "W" else getattr(tap, name)
                 held[columns] = values.to(held.dtype)
+            set_floors(tap)
 
 
 def _lower_bars(tap: Tap, columns: torch.Tensor, bars: torch.Tensor) -> None:

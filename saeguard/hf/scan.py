@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from saeguard.guard.ranked import make_ranked, settle
+from saeguard.guard.ranked import make_ranked, set_floor, settle
 from saeguard.guard.rules import judge_all
 from saeguard.guard.template import turns_of
 from saeguard.guard.turns import Turns, check_roles, roles_of
@@ -62,8 +62,13 @@ def activations(watchlist: WatchList, residuals: Mapping[int, torch.Tensor]) -> 
 def hook_activations(hook: Hook, x: torch.Tensor) -> torch.Tensor:
     """Return [tokens, rows of the hook] float32 for `x` [tokens, d_in]."""
     x = x.float()
-    pre = product(EncoderRows(hook.W, hook.b, hook.theta), x, column_scales(hook.norm, x))
-    f = pre * (pre > hook.theta)
-    for rows in hook.ranked:
-        settle(make_ranked(rows, x.device), x, f)
+    rows = EncoderRows(hook.W, hook.b, hook.theta)
+    ranked = [make_ranked(part, rows, x.device) for part in hook.ranked]
+    floor = hook.theta.clone()
+    for part in ranked:
+        set_floor(part, floor)
+    pre = product(rows, x, column_scales(hook.norm, x))
+    f = pre * (pre > floor)
+    for part in ranked:
+        settle(part, x, f)
     return f

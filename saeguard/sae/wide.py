@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 
 TILE = 64
+INNER = 32
+WARPS = 8
+"""With 4, products in float32 spill registers (tests/kernels/check_compiles.py)."""
 
 
 @triton.jit
@@ -121,5 +124,6 @@ def encode_into(
         SCALED=scale is not None,
         ROWS=TILE,
         COLUMNS=TILE,
-        K=TILE,
+        K=INNER,
+        num_warps=WARPS,
     )

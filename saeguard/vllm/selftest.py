@@ -19,7 +19,7 @@ import structlog
 import torch
 from torch import nn
 
-from saeguard.guard.tap import Tap, as_rows, pre_activations
+from saeguard.guard.tap import Tap, as_rows, pre_activations, set_floors
 from saeguard.sae.encoder import column_scales
 from saeguard.vllm.layers import decoder_layers, is_here
 
@@ -209,6 +209,7 @@ def _show_unranked(taps: tuple[Tap, ...], *, shown: bool) -> None:
     for tap in taps:
         for ranked in tap.ranked:
             ranked.shown.fill_(shown)
+        set_floors(tap)
 
 
 def _ran_once(tap: Tap) -> None:

@@ -256,6 +256,7 @@ def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float
     for tap in guard.taps:
         clamps = tap.clamps.values()
         parts: list[Any] = [tap, tap.rows, *clamps, *(clamp.edits for clamp in clamps)]
+        parts += [ranked.board for ranked in tap.ranked if ranked.board is not None]
         for part in parts:
             values = [getattr(part, f.name) for f in fields(part)]
             tensors |= {v for v in values if isinstance(v, torch.Tensor)}

@@ -13,12 +13,12 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-def check(module: str) -> str:
-    """Run a child in the interpreter, which must be chosen before Triton is imported."""
+def check(module: str, *, interpret: bool = True) -> str:
+    """Run a child; the interpreter must be chosen before Triton is imported."""
     done = subprocess.run(
         [sys.executable, "-m", f"tests.kernels.{module}"],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -36,3 +36,13 @@ def test_the_tap_and_its_edit() -> None:
 def test_all_latents_with_compaction() -> None:
     """What fires is appended once and counted, also where the buffer is too small: 24 cases."""
     assert check("check_wide").split() == ["wide", "24"]
+
+
+def test_ranks() -> None:
+    """What TopK and groupmax keep is what float64 says, ties and near ties too: 24 cases."""
+    assert check("check_rank").split() == ["rank", "24"]
+
+
+def test_they_compile_for_gpus_and_fit() -> None:
+    """Triton and NVIDIA's assembler take every launch, and no product spills registers."""
+    assert check("check_compiles", interpret=False).split()[-1] == "fit"
