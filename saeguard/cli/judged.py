@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,6 +71,24 @@ def not_judged(ids: Sequence[str]) -> list[str]:
         return []
     policies = f"{len(ids)} policies are" if len(ids) > 1 else "1 policy is"
     return [f"{policies} not judged, as the features are templates: {', '.join(ids)}"]
+
+
+def approximations(policies: Iterable[Policy], sets: FeatureSets) -> dict[str, str]:
+    """Return how well thresholds stand for ranks, by the feature sets of which policies read them.
+
+    Args:
+        policies: that are judged.
+        sets: those that they name are known.
+    """
+    from saeguard.policy.lint import stand_ins_read
+
+    found = ((p.feature_set, stand_ins_read(p, sets.known[p.feature_set])) for p in policies)
+    return {name: read.told for name, read in sorted(found, key=itemgetter(0)) if read is not None}
+
+
+def approximate_told(found: Mapping[str, str]) -> list[str]:
+    """Return a line on each feature set, as at a server's start."""
+    return [f"feature set {name}: TopK latents are {told}" for name, told in found.items()]
 
 
 def open_corpus(
