@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 """Requests that the text output names at most; JSON names all."""
+NO_VERDICT = (
+    "there is no verdict in it, so there is nothing to replay. Either this is not the file that "
+    "the server's `events` (--events of `saeguard serve`) names, or no request has ended under the "
+    "guard yet: send one, and look for `saeguard ready` in the server's log"
+)
 
 
 def verb(
@@ -111,7 +116,8 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
     changed: list[Shift] = []
     unread: Counter[str] = Counter()
     approximate: Counter[str] = Counter()
-    for event in read_log(path):
+    events = 0
+    for events, event in enumerate(read_log(path), 1):
         pair = both.get(event.policy_digest)
         if pair is None:
             unread[f"{event.policy} {event.policy_digest[:12]}"] += 1
@@ -124,6 +130,8 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
                 Shift(event.request_id, pair.name, event.verdict, after, event.score, score,
                       event.first_token)
             )  # fmt: skip
+    if not events:
+        stop(f"{path}: {NO_VERDICT}", BAD_INPUT)
     unasked = [pair.name for pair in pairs(old, new) if pair.old is None]
     return _report(tally, changed, []) | {
         "unread": dict(unread),

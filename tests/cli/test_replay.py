@@ -120,6 +120,22 @@ def test_bad_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("policy", "replay", "log.jsonl", "--policies", "new") == 2
 
 
+@pytest.mark.parametrize("content", ["", "\n", "refusal"])
+def test_a_log_without_verdicts(capsys: pytest.CaptureFixture[str], content: str) -> None:
+    """Nothing was judged, which is not the same as that nothing would change."""
+    line = {
+        "event": "request.refused", "schema": "saeguard.event/v1", "time": "2026-01-01T00:00:00Z",
+        "model": "tiny", "tenant": None, "reason": "because",
+    }  # fmt: skip
+    LINE.validate_python(line)
+    Path("log.jsonl").write_text(json.dumps(line) + "\n" if content == "refusal" else content)
+
+    assert run("policy", "replay", "log.jsonl", "--policies", "policies", "--was", "policies") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("log.jsonl: there is no verdict in it")
+
+
 EXPLAINED = """\
 Text near
 
