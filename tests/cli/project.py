@@ -69,6 +69,11 @@ def run(*arguments: str) -> int:
     return exited.value.code
 
 
+def plain(text: str) -> str:
+    """Return what a person reads of a message that was set in a frame and wrapped."""
+    return " ".join(text.replace("\u2502", " ").split())
+
+
 def record(
     path: Path, texts: Mapping[str, Sequence[Sequence[float]]], *, spelt: bool = False
 ) -> Recording:

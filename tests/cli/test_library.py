@@ -12,7 +12,7 @@ from saeguard.live.source import SourceError
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import load_policies
 from saeguard.vllm.config import Settings, load_watchlist
-from tests.cli.project import BOTH, lay_out, run
+from tests.cli.project import BOTH, lay_out, plain, run
 
 ROOT = Path.cwd()
 BEYOND = {
@@ -113,6 +113,13 @@ def test_list(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [record] = json.loads(capsys.readouterr().out)
     assert record["path"] == "policies/p.yaml"
     assert record["calibrated"] is True
+
+    for folder in ("gone", "feature_sets/demo/unsafe-code.yaml"):
+        capsys.readouterr()
+        assert run("policy", "list", "--feature-sets", folder) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert f"{folder} is no folder; give the folder of feature sets" in plain(said.err)
 
     (project / "policies" / "q.yaml").write_text("id: 12")
     assert run("policy", "list") == 2
