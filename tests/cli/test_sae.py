@@ -45,6 +45,15 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert "known: openmoss, saelens" in _run("inspect", path, "--convention", "mine").output
 
 
+def test_k_of_an_sae_that_does_not_rank(tmp_path: Path) -> None:
+    """It would change nothing, so it is said of another SAE: refused, not passed over."""
+    shown = _run("inspect", made.gemma_scope(tmp_path).path, "--k", 9)
+    assert shown.exit_code == 1
+    told = " ".join(shown.output.split())
+    assert "k was stated as 9, but this SAE does not rank its latents (jumprelu)." in told
+    assert "`--k` of a command" in told
+
+
 def test_convert(tmp_path: Path) -> None:
     """A pickle becomes a folder that can be inspected; the digest is told."""
     pickled = made.goodfire(tmp_path).path
