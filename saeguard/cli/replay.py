@@ -116,8 +116,7 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
     changed: list[Shift] = []
     unread: Counter[str] = Counter()
     approximate: Counter[str] = Counter()
-    events = 0
-    for events, event in enumerate(read_log(path), 1):
+    for event in read_log(path):
         pair = both.get(event.policy_digest)
         if pair is None:
             unread[f"{event.policy} {event.policy_digest[:12]}"] += 1
@@ -130,7 +129,7 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
                 Shift(event.request_id, pair.name, event.verdict, after, event.score, score,
                       event.first_token)
             )  # fmt: skip
-    if not events:
+    if not unread and not any(tally.values()):
         stop(f"{path}: {NO_VERDICT}", BAD_INPUT)
     unasked = [pair.name for pair in pairs(old, new) if pair.old is None]
     return _report(tally, changed, []) | {
