@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from saeguard.cli import fired
-from saeguard.cli.files import mistakes_told, write_atomically
+from saeguard.cli.files import mistakes_told
+from saeguard.whole import write_atomically
 
 if TYPE_CHECKING:
     from saeguard.features.corpus import Corpus

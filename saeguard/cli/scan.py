@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeguard.cli.files import mistakes_told, write_atomically
+from saeguard.cli.files import mistakes_told
+from saeguard.whole import write_atomically
 
 if TYPE_CHECKING:
     from saeguard.guard.verdict import Verdict
