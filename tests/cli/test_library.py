@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,29 @@ def test_new_refuses(
     assert says in capsys.readouterr().err
     assert (project / "policies" / "p.yaml").read_text() == BOTH
     assert [p.name for p in (project / "policies").iterdir()] == ["p.yaml"]
+
+
+@pytest.mark.parametrize("which", ["z.yaml", "z.test.yaml", "saeguard.policy.v1.json"])
+def test_new_leaves_nothing_half_done(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
+) -> None:
+    """Whichever of its files cannot be written, neither files nor folders are left behind."""
+    link = os.link
+
+    def full(source: Path, path: Path) -> None:
+        if Path(path).name == which:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        link(source, path)
+
+    monkeypatch.setattr(os, "link", full)
+    before = sorted(project.rglob("*"))
+
+    assert run("policy", "new", "x.y.z", "--set", "demo/unsafe-code") == 3
+    assert capsys.readouterr().err.endswith(f"{which}: No space left on device\n")
+    assert sorted(project.rglob("*")) == before
 
 
 def test_fmt(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
