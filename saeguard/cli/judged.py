@@ -115,14 +115,15 @@ def open_corpus(
         stop(f"{path}: these are texts; give the --model that reads them, or a recording that "
              "`saeguard policy record` made", BAD_INPUT)  # fmt: skip
     with model_told():
-        from saeguard.hf.model import load_model
+        from saeguard.hf.model import load_model, load_tokenizer
         from saeguard.hf.recording import record_features
         from saeguard.hf.texts import read_texts
 
-        lm = load_model(model)
-        texts = read_texts(path, lm.tokenizer)
+        tokenizer = load_tokenizer(model)
+        texts = read_texts(path, tokenizer)
         if not texts:
             stop(f"{path}: there is no text in it", BAD_INPUT)
+        lm = load_model(model, tokenizer)
         names = sorted({policy.feature_set for policy in policies})
         files = [feature_sets / f"{name}.yaml" for name in names]
         return record_features(lm, files, texts, path=path, with_text=True)
