@@ -123,6 +123,9 @@ def test_list(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert said.out == ""
         assert f"{folder} is no folder; give the folder of feature sets" in plain(said.err)
 
+    assert run("test", "--feature-sets", "gone") == 2
+    assert "gone is no folder" in plain(capsys.readouterr().err)
+
     (project / "policies" / "q.yaml").write_text("id: 12")
     assert run("policy", "list") == 2
 
