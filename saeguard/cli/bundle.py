@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from saeguard.cli.exits import BAD_INPUT, COULD_NOT_RUN, reason, stop
+from saeguard.whole import write_new
 
 NO_CRYPTOGRAPHY = (
     "keys and signatures need the package `cryptography`: pip install 'saeguard[sign]'"
@@ -29,12 +30,13 @@ def keygen(
 
     beside = path.with_name(f"{path.name}.pub")
     for file in (path, beside):
-        if file.exists():
+        if os.path.lexists(file):  # also a link to nowhere
             stop(f"{file}: is there already; keys are not overwritten", BAD_INPUT)
+    if not path.parent.is_dir():
+        stop(f"{path.parent}: there is no such folder", COULD_NOT_RUN)
     try:
         private, public = bundle.keygen()
-        _write_new(path, private, 0o600)
-        _write_new(beside, public, 0o644)
+        write_new({path: private.decode(), beside: public.decode()}, private=[path])
     except ImportError:
         stop(NO_CRYPTOGRAPHY, COULD_NOT_RUN)
     except OSError as error:
@@ -91,11 +93,6 @@ def _key(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         stop(f"--key: {reason(error)}", BAD_INPUT)
-
-
-def _write_new(path: Path, content: bytes, mode: int) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
 
 
 def _signed_now(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +40,9 @@ def must_be_there(path: Path) -> None:
     Raises:
         typer.Exit: with `BAD_INPUT`.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - pathlib raises at names that are too long
         stop(f"{path}: this is a folder, a file is due", BAD_INPUT)
-    if not path.exists():  # a pipe is there
+    if not os.path.exists(path):  # noqa: PTH110 - the same; a pipe is there
         stop(f"{path}: there is no such file", BAD_INPUT)
 
 

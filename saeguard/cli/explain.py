@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saeguard.cli.exits import BAD_INPUT, model_told, must_be_there, stop, told
-from saeguard.cli.judged import ModelOption, judgeable, open_corpus, read_all
+from saeguard.cli.judged import (
+    ModelOption,
+    approximate_told,
+    approximations,
+    judgeable,
+    open_corpus,
+    read_all,
+)
 from saeguard.cli.report import columns, count
 from saeguard.cli.sets import FEATURE_SETS, FeatureSets, FeatureSetsOption, read_feature_sets
 
@@ -112,7 +119,10 @@ def of_recording(
         for policy in policies:
             found = account(policy, sets.known, recording, text)
             lines = [f"Text {recording.ids[text]}", "", *in_words(found, pieces, written(policy))]
-            yield _record(recording.ids[text], found), lines
+            approximate = approximations([policy], sets)
+            if approximate:
+                lines += ["", *approximate_told(approximate)]
+            yield _record(recording.ids[text], found, bool(approximate)), lines
 
 
 def of_log(
@@ -170,6 +180,8 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     yield f"{looked} (not: {left})." if left else f"{looked}."
     if event.error:
         yield f"Error: {event.error}."
+    if event.approximate:
+        yield "Its TopK latents were approximate: measured thresholds stood for ranks."
     yield ""
     rows = [("selection", "feature", "holds above", "highest", "at token", "tokens above")]
     for name, selection in policy.detect.items():
@@ -193,7 +205,7 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     )
 
 
-def _record(id_: str, found: Account) -> dict[str, Any]:
+def _record(id_: str, found: Account, approximate: bool) -> dict[str, Any]:
     import numpy as np
 
     v = found.verdict
@@ -207,6 +219,7 @@ def _record(id_: str, found: Account) -> dict[str, Any]:
         "mode": v.mode,
         "verdict": v.outcome,
         "score": v.score,
+        "approximate": approximate,
         "first_token": v.first_token,
         "on": at(found.on),
         "condition_holds": at(found.evidence > 1),

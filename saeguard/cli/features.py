@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from saeguard.cli import fired
-from saeguard.cli.files import mistakes_told, write_atomically
+from saeguard.cli.files import mistakes_told
+from saeguard.whole import write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from saeguard.features.corpus import Corpus
     from saeguard.features.search import Search
     from saeguard.features.types import Feature
+    from saeguard.hf.model import LanguageModel
 
 verb = typer.Typer(
     help="Find what detects a behaviour, and set thresholds for a wished false-positive rate.",
@@ -60,12 +64,11 @@ def search(
     from saeguard.features.corpus import with_ordinary
     from saeguard.features.search import search as find
     from saeguard.hf.corpus import read_corpus
-    from saeguard.hf.model import load_model
     from saeguard.sae import inspect
 
     with mistakes_told():
         info = inspect(sae)
-        lm = load_model(model)
+        lm = _load_after(model, [data, holdout, *([] if benign is None else [benign])])
 
         def read(path: Path) -> Corpus:
             return read_corpus(lm, path, info.layer, lm.special_tokens).scoped(scope)
@@ -127,7 +130,7 @@ def calibrate(
     from saeguard.features.calibrate import calibrate as set_thresholds
     from saeguard.features.load import load_feature_set, pin, save_feature_set
     from saeguard.hf.corpus import read_corpus
-    from saeguard.hf.model import check_model, load_model
+    from saeguard.hf.model import check_model
     from saeguard.policy.phrases import window
 
     with mistakes_told():
@@ -139,7 +142,17 @@ def calibrate(
         if span.n is None:
             message = 'a window is calibrated: write it as "3 of 8 tokens"'
             raise typer.BadParameter(message, param_hint="--for")
-        lm = load_model(model)
+        behaviours = dict.fromkeys(f.behaviour for f in features.features.values())
+        pairs = {
+            behaviour: (
+                labelled / f"{behaviour}.search.jsonl",
+                labelled / f"{behaviour}.holdout.jsonl",
+            )
+            for behaviour in behaviours
+            if labelled is not None
+        }
+        given = [benign, *([] if check is None else [check])]
+        lm = _load_after(model, [*given, *(path for pair in pairs.values() for path in pair)])
         check_model(lm, features)
 
         def read(path: Path) -> Corpus:
@@ -147,13 +160,11 @@ def calibrate(
 
         ordinary, checked = read(benign), read(check) if check else None
         splits: dict[str, tuple[Corpus | None, Corpus | None]] = {}
-        for behaviour in dict.fromkeys(f.behaviour for f in features.features.values()):
+        for behaviour in behaviours:
             splits[behaviour] = (None, None)
-            if labelled is not None:
-                splits[behaviour] = (
-                    read(labelled / f"{behaviour}.search.jsonl"),
-                    read(labelled / f"{behaviour}.holdout.jsonl"),
-                )
+            if behaviour in pairs:
+                found, held_out = pairs[behaviour]
+                splits[behaviour] = read(found), read(held_out)
         ranks = replace(features.sae, approximation=None)
         stand_ins = None
         if topk == "approximate" or (topk is None and features.sae.approximation is not None):
@@ -184,6 +195,17 @@ def calibrate(
     if stand_ins is not None:
         typer.echo(f"TopK latents are {stand_ins.told}.")
     typer.echo(f"Written to {target}.")
+
+
+def _load_after(model: Path, texts: Sequence[Path]) -> LanguageModel:
+    """Load a model once every text that it will read has been found to be one."""
+    from saeguard.hf.corpus import read_outputs
+    from saeguard.hf.model import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    for path in texts:
+        read_outputs(path, tokenizer)
+    return load_model(model, tokenizer)
 
 
 def _print_table(found: Search, title: str) -> None:

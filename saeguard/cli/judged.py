@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,6 +73,24 @@ def not_judged(ids: Sequence[str]) -> list[str]:
     return [f"{policies} not judged, as the features are templates: {', '.join(ids)}"]
 
 
+def approximations(policies: Iterable[Policy], sets: FeatureSets) -> dict[str, str]:
+    """Return how well thresholds stand for ranks, by the feature sets of which policies read them.
+
+    Args:
+        policies: that are judged.
+        sets: those that they name are known.
+    """
+    from saeguard.policy.lint import stand_ins_read
+
+    found = ((p.feature_set, stand_ins_read(p, sets.known[p.feature_set])) for p in policies)
+    return {name: read.told for name, read in sorted(found, key=itemgetter(0)) if read is not None}
+
+
+def approximate_told(found: Mapping[str, str]) -> list[str]:
+    """Return a line on each feature set, as at a server's start."""
+    return [f"feature set {name}: TopK latents are {told}" for name, told in found.items()]
+
+
 def open_corpus(
     path: Path, policies: Iterable[Policy], model: Path | None, feature_sets: Path
 ) -> Recording:
@@ -96,14 +115,15 @@ def open_corpus(
         stop(f"{path}: these are texts; give the --model that reads them, or a recording that "
              "`saeguard policy record` made", BAD_INPUT)  # fmt: skip
     with model_told():
-        from saeguard.hf.model import load_model
+        from saeguard.hf.model import load_model, load_tokenizer
         from saeguard.hf.recording import record_features
         from saeguard.hf.texts import read_texts
 
-        lm = load_model(model)
-        texts = read_texts(path, lm.tokenizer)
+        tokenizer = load_tokenizer(model)
+        texts = read_texts(path, tokenizer)
         if not texts:
             stop(f"{path}: there is no text in it", BAD_INPUT)
+        lm = load_model(model, tokenizer)
         names = sorted({policy.feature_set for policy in policies})
         files = [feature_sets / f"{name}.yaml" for name in names]
         return record_features(lm, files, texts, path=path, with_text=True)

@@ -47,7 +47,7 @@ def verb(
     places = paths or [Path("policies")]
     with told():
         policies = sorted(read_all(places), key=lambda p: (p.id, p.mode))
-        sets = read_feature_sets(feature_sets) if feature_sets.is_dir() else FeatureSets()
+        sets = read_feature_sets(feature_sets)
     if as_json:
         typer.echo(json.dumps([record(p, sets) for p in policies], indent=2))
     elif markdown:

@@ -14,6 +14,7 @@ import typer
 
 from saeguard.cli.exits import BAD_INPUT, stop, told
 from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
+from saeguard.whole import write_new
 
 if TYPE_CHECKING:
     from saeguard.cli.sets import FeatureSets
@@ -58,11 +59,7 @@ def verb(
         texts = draft(
             id_, set_, thresholds, f"{Path(schema).as_posix()}/", datetime.now(UTC).date()
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file, text in zip((path, tests), texts, strict=True):
-            with file.open("x", encoding="utf-8") as out:
-                out.write(text)
-        write_schemas(folder)
+        write_new(dict(zip((path, tests), texts, strict=True)) | missing_schemas(folder))
     typer.echo(f"Written: {path} and {tests.name}. `saeguard check {path}` tells what is to do.")
 
 
@@ -87,14 +84,16 @@ def chosen(sets: FeatureSets, name: str, features: list[str]) -> dict[str, float
     return {f: math.ceil(known.features[f].threshold * 1000) / 1000 for f in picked}
 
 
-def write_schemas(folder: Path) -> None:
-    """Write the JSON Schemas that the files point their editors to, where they are not there."""
+def missing_schemas(folder: Path) -> dict[Path, str]:
+    """Return the JSON Schemas that the files point their editors to, where they are not there."""
     from saeguard.policy import case_schema, schema
 
-    for name, content in (
-        ("saeguard.policy.v1.json", schema.json_schema()),
-        ("saeguard.test.v1.json", case_schema.json_schema()),
-    ):
-        path = folder / name
-        if not path.exists():
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    schemas = {
+        "saeguard.policy.v1.json": schema.json_schema(),
+        "saeguard.test.v1.json": case_schema.json_schema(),
+    }
+    return {
+        folder / name: json.dumps(content, indent=2) + "\n"
+        for name, content in schemas.items()
+        if not os.path.lexists(folder / name)
+    }

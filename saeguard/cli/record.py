@@ -48,11 +48,15 @@ def verb(
         stop(f"there is no feature set {', '.join(unknown)}; there are: {known}", BAD_INPUT)
     with model_told():
         from saeguard.features.recording import write_recording
-        from saeguard.hf.model import load_model
+        from saeguard.hf.model import load_model, load_tokenizer
         from saeguard.hf.recording import record_features
         from saeguard.hf.texts import read_texts
 
-        lm = load_model(model)
+        tokenizer = load_tokenizer(model)
+        read = read_texts(texts, tokenizer)
+        if not read:
+            stop(f"{texts}: there is no text in it", BAD_INPUT)
+        lm = load_model(model, tokenizer)
         shape = lm.hidden_size, len(lm.layers)
         of_model = [
             name
@@ -66,9 +70,6 @@ def verb(
                 f"and has {shape[1]} layers; name one with --set",
                 BAD_INPUT,
             )
-        read = read_texts(texts, lm.tokenizer)
-        if not read:
-            stop(f"{texts}: there is no text in it", BAD_INPUT)
         files = [feature_sets / f"{name}.yaml" for name in names]
         recording = record_features(lm, files, read, path=out, with_text=with_text)
         write_recording(recording, out)

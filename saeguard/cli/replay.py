@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from saeguard.cli.exits import BAD_INPUT, must_be_there, stop, told
-from saeguard.cli.judged import judge_corpus, judgeable, not_judged, read_all
+from saeguard.cli.judged import (
+    approximate_told,
+    approximations,
+    judge_corpus,
+    judgeable,
+    not_judged,
+    read_all,
+)
 from saeguard.cli.report import columns, count
 from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
@@ -24,6 +31,11 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 """Requests that the text output names at most; JSON names all."""
+NO_VERDICT = (
+    "there is no verdict in it, so there is nothing to replay. Either this is not the file that "
+    "the server's `events` (--events of `saeguard serve`) names, or no request has ended under the "
+    "guard yet: send one, and look for `saeguard ready` in the server's log"
+)
 
 
 def verb(
@@ -89,7 +101,8 @@ def of_recording(
             tally[pair.name][f"{before_} -> {after}"] += 1
         changed += shifts(id_, beside)
     left_out = {policy.id for policy in new} - {policy.id for policy in ready}
-    return _report(tally, changed, sorted(left_out))
+    read = approximations([*before, *ready], sets)
+    return _report(tally, changed, sorted(left_out)) | {"approximate": read}
 
 
 def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[str, Any]:
@@ -102,11 +115,13 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
     tally: dict[str, Counter[str]] = {pair.name: Counter() for pair in both.values()}
     changed: list[Shift] = []
     unread: Counter[str] = Counter()
+    approximate: Counter[str] = Counter()
     for event in read_log(path):
         pair = both.get(event.policy_digest)
         if pair is None:
             unread[f"{event.policy} {event.policy_digest[:12]}"] += 1
             continue
+        approximate[pair.name] += event.approximate
         after, score = answer(event, pair)
         tally[pair.name][f"{event.verdict} -> {after}"] += 1
         if after not in {event.verdict, "unknown"}:
@@ -114,8 +129,14 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
                 Shift(event.request_id, pair.name, event.verdict, after, event.score, score,
                       event.first_token)
             )  # fmt: skip
+    if not unread and not any(tally.values()):
+        stop(f"{path}: {NO_VERDICT}", BAD_INPUT)
     unasked = [pair.name for pair in pairs(old, new) if pair.old is None]
-    return _report(tally, changed, []) | {"unread": dict(unread), "not_in_log": unasked}
+    return _report(tally, changed, []) | {
+        "unread": dict(unread),
+        "not_in_log": unasked,
+        "approximate_events": dict(+approximate),
+    }
 
 
 def answer(event: Event, pair: Pair) -> tuple[str, float | None]:
@@ -163,6 +184,12 @@ def _told(report: dict[str, Any]) -> Iterator[str]:
             f"{count(unknown, 'verdict')} cannot be told from the log: an event holds a score and "
             "each feature's highest share, not every token. Record the texts with "
             "`saeguard policy record` to know."
+        )
+    yield from approximate_told(report.get("approximate", {}))
+    for policy, n in report.get("approximate_events", {}).items():
+        yield (
+            f"{count(n, 'event')} of {policy}: TopK latents were approximate: measured thresholds "
+            "stood for ranks"
         )
     for policy, n in report.get("unread", {}).items():
         yield f"{n} events of {policy} are passed over: no policy under --was has this digest"

@@ -30,7 +30,12 @@ _Factor = Annotated[
 _Convention = Annotated[
     str | None, typer.Option(help="Reading of Llama Scope: openmoss (default) or saelens.")
 ]
-MIB = 1 << 20
+UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
+PER_TOKEN = {
+    "none": "nothing, the residual is read as it is",
+    "layer_norm": "layer norm over the residual",
+    "constant_norm_rescale": "the residual is brought to the norm sqrt(d_in)",
+}
 TOKENS_A_PIECE = 256
 EXACT_RANKS = "exact, unless a feature set says `topk: approximate`: inspect that file"
 
@@ -187,6 +192,11 @@ def _measure(info: SaeInfo, text: Path, model: Path, published: float | None) ->
     except UnicodeDecodeError as error:
         raise SaeError(f"{text}: this is not UTF-8; give a file of plain text") from error
     lm = load_model(model)
+    if lm.hidden_size != info.d_in:
+        raise SaeError(
+            f"{model}: its residual is {lm.hidden_size} wide, but the SAE reads {info.d_in}: it "
+            "is not of this model; name the one that it was trained on"
+        )
     ids = lm.tokenizer(content)["input_ids"]
     pieces = [ids[i : i + TOKENS_A_PIECE] for i in range(0, len(ids), TOKENS_A_PIECE)]
     kept = []
@@ -196,8 +206,6 @@ def _measure(info: SaeInfo, text: Path, model: Path, published: float | None) ->
     x = torch.cat(kept or [torch.empty(0, info.d_in)])
     if not len(x):
         raise SaeError(f"{text}: no text")
-    if x.shape[1] != info.d_in:
-        raise SaeError(f"{model}: width {x.shape[1]}, but the SAE reads {info.d_in}")
     return measure_l0(info, x, published)
 
 
@@ -258,24 +266,28 @@ def _l0_json(found: L0) -> dict[str, Any]:
 def _print(facts: dict[str, Any], found: L0 | None) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    watched = facts["watched"]
+    from saeguard.sae.l0 import by_construction
+
+    watched = {
+        name: _size(bytes_) for name, bytes_ in facts["watched"].items() if name != "latents"
+    }
     kept = f", k = {facts['k']}" if facts["k"] else ""
     rows = {
         "family": f"{facts['family']}, {facts['architecture']}",
-        "reads": facts["hook_point"] + (f" of {facts['model']}" if facts["model"] else ""),
+        "reads": f"{facts['hook_point']} (counted from 0)"
+        + (f" of {facts['model']}" if facts["model"] else ""),
         "size": f"d_in {facts['d_in']}, {facts['d_sae']} latents, {facts['dtype']}",
         "activation": f"{facts['activation']}{kept}",
         **({"ranks": facts["ranks"]} if "ranks" in facts else {}),
-        "per token": facts["per_token_norm"],
+        "per token": PER_TOKEN[facts["per_token_norm"]],
         "folded": "\n".join(facts["folded"]) or "nothing",
         "clamps": "no: a transcoder writes elsewhere" if facts["transcoder"] else "yes",
-        f"{watched['latents']} latents": (
-            f"{watched['encoder_bytes'] / MIB:.2f} MiB to watch, "
-            f"{watched['clamped_bytes'] / MIB:.2f} MiB more to clamp "
-            f"(all of the encoder: {watched['whole_encoder_bytes'] / MIB:,.0f} MiB)"
+        f"{facts['watched']['latents']} latents": (
+            f"{watched['encoder_bytes']} to watch, {watched['clamped_bytes']} more to clamp "
+            f"(all of the encoder: {watched['whole_encoder_bytes']})"
         ),
-        "sha256": facts["sha256"],
     }
     if found is not None:
         rows["L0"] = (
@@ -284,9 +296,23 @@ def _print(facts: dict[str, Any], found: L0 | None) -> None:
         )
     elif facts["published_l0"] is not None:
         rows["L0"] = f"published: {facts['published_l0']:g}; --text and --model measure it"
-    table = Table(show_header=False, title=facts["path"], title_justify="left")
+    elif facts["k"]:
+        rows["L0"] = by_construction(facts["k"])
+    else:
+        rows["L0"] = (
+            "no file says it; --text and --model measure it, --l0 states what was published"
+        )
+    # A path and a digest are for copying: neither is wrapped.
+    typer.echo(facts["path"])
+    table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, told in rows.items():
-        table.add_row(name, told)
+        table.add_row(name, Text(told))
     Console().print(table)
+    typer.echo(f"sha256: {facts['sha256']}")
+
+
+def _size(bytes_: int) -> str:
+    unit = next((name for name, size in UNITS.items() if bytes_ >= size), "KiB")
+    return f"{bytes_ / UNITS[unit]:.1f} {unit}"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeguard.cli.files import mistakes_told, write_atomically
+from saeguard.cli.files import mistakes_told
+from saeguard.whole import write_atomically
 
 if TYPE_CHECKING:
     from saeguard.guard.verdict import Verdict
@@ -34,9 +35,9 @@ def verb(
 
     from saeguard.features.load import load_feature_set
     from saeguard.guard.watchlist import build_watchlist
-    from saeguard.hf.model import check_model, load_model
+    from saeguard.hf.model import check_model, load_model, load_tokenizer
     from saeguard.hf.scan import scan
-    from saeguard.hf.texts import read_texts
+    from saeguard.hf.texts import TextError, read_texts
     from saeguard.policy.calibrated import leave_out_templates
     from saeguard.policy.load import load_policies
 
@@ -54,10 +55,13 @@ def verb(
             )
         }
         watchlist = build_watchlist(loaded, sets)
-        lm = load_model(model)
+        tokenizer = load_tokenizer(model)
+        inputs = read_texts(texts, tokenizer)
+        if not inputs:
+            raise TextError(f"{texts}: there is no text in it")
+        lm = load_model(model, tokenizer)
         for features in sets.values():
             check_model(lm, features)
-        inputs = read_texts(texts, lm.tokenizer)
         judged = tqdm(scan(lm, watchlist, inputs), desc="scan", total=len(inputs), unit="text")
         verdicts: dict[int, Sequence[Verdict]] = dict(judged)
         lines = [

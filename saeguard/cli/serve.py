@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from importlib import metadata
@@ -21,6 +22,8 @@ TEMPLATES = {"--chat-template", "--trust-request-chat-template"}
 """Options of vLLM by which prompts are written with another chat template than the tokenizer's."""
 
 CONFIG = "--additional-config"
+SETTING = re.compile(r"(?:additional-config: )?\bsaeguard\.([a-z_]+)(?:\.[a-z_]+)?(?=[:, ])")
+"""How the guard names a setting; here it is an option."""
 
 
 def verb(
@@ -70,9 +73,18 @@ def verb(
         settings["verify"] = {"public_key": str(verify.resolve())}
     try:
         rest, additional = split_additional(context.args)
+        check_model_named_once(model, rest)
+        if watch_capacity is not None and watch_capacity < 1:
+            raise ValueError(  # noqa: TRY301 - told as the others are
+                f"--watch-capacity: found {watch_capacity}; give a number of encoder rows from 1, "
+                "or leave it out: half as many again as the policies need"
+            )
+        check_paths(policies, feature_sets=feature_sets, events=events, state=state, access=access,
+                    verify=verify)  # fmt: skip
         report = startup_report(settings, rest)
     except (ValueError, PolicyErrors) as error:
-        console.print(str(error), markup=False, highlight=False, style="red")
+        told = SETTING.sub(lambda m: f"--{m[1].replace('_', '-')}", str(error))
+        console.print(told, markup=False, highlight=False, style="red")
         raise typer.Exit(1) from error
     for line in report:
         console.print(f"saeguard: {line}", markup=False, highlight=False)
@@ -109,8 +121,11 @@ def split_additional(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Take `--additional-config` out of the user's own options, to be joined with ours.
 
     Raises:
-        ValueError: it is not a JSON object, or names `saeguard` itself.
+        ValueError: it is not a JSON object, names `saeguard` itself, or is there twice.
     """
+    given = sum(word == CONFIG or word.startswith(f"{CONFIG}=") for word in arguments)
+    if given > 1:
+        raise ValueError(f"{CONFIG}: found {given} times; give one JSON object that holds all")
     rest, raw = [], "{}"
     words = iter(arguments)
     for word in words:
@@ -132,6 +147,79 @@ def split_additional(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, value
 
 
+def check_model_named_once(model: str, options: Sequence[str]) -> None:
+    """Refuse a second name of the model, which would be the one that is served.
+
+    Raises:
+        ValueError: names both.
+    """
+    for i, word in enumerate(options):
+        name, _, value = word.partition("=")
+        if name == "--model":
+            other = value or " ".join(options[i + 1 : i + 2])
+            raise ValueError(
+                f"--model: found {other}, but the model is {model}, named first; leave --model out"
+            )
+
+
+def check_paths(
+    policies: Path,
+    *,
+    feature_sets: Path,
+    events: Path | None = None,
+    state: Path | None = None,
+    access: Path | None = None,
+    verify: Path | None = None,
+) -> None:
+    """Refuse options whose files cannot be what they are for; the server would tell much later.
+
+    Raises:
+        ValueError: names the option, what was found, and what to do.
+    """
+    from saeguard.policy.files import find_files
+
+    if not os.path.lexists(policies):
+        raise ValueError(
+            f"--policies: {policies} is not there; name a policy file, or a folder of them"
+        )
+    if policies.is_dir() and find_files(policies) == ([], []):
+        raise ValueError(
+            f"--policies: {policies} holds no NAME.yaml; write policies (`saeguard policy new`), "
+            "or name the folder that holds them"
+        )
+    if not feature_sets.is_dir():
+        raise ValueError(
+            f"--feature-sets: {feature_sets} is no folder; give the folder of feature sets that "
+            "the policies name"
+        )
+    if events is not None:
+        check_events(events)
+    if state is not None and os.path.lexists(state) and not state.is_dir():
+        raise ValueError(f"--state: {state} is a file; name a folder, which is made where there is "
+                         "none")  # fmt: skip
+    for option, path in (("--access", access), ("--verify", verify)):
+        if path is not None and not path.is_file():
+            what = "is a folder" if path.is_dir() else "is not there"
+            raise ValueError(f"{option}: {path} {what}; name a file, or leave the option out")
+
+
+def check_events(events: Path) -> None:
+    """Refuse a file that no event could be appended to.
+
+    Raises:
+        ValueError: says why, and what to do.
+    """
+    if events.is_dir():
+        raise ValueError(f"--events: {events} is a folder; name a file in it, such as "
+                         f"{events / 'events.jsonl'}")  # fmt: skip
+    if not events.parent.is_dir():
+        raise ValueError(f"--events: there is no folder {events.parent}; make it, or name a "
+                         "file in one that is there")  # fmt: skip
+    if not os.access(events if events.exists() else events.parent, os.W_OK):
+        raise ValueError(f"--events: {events} cannot be written by this user; name a file that "
+                         "can")  # fmt: skip
+
+
 def startup_report(settings: dict[str, Any], options: Sequence[str] = ()) -> list[str]:
     """Load everything the server will load and say what it amounts to.
 
@@ -142,9 +230,13 @@ def startup_report(settings: dict[str, Any], options: Sequence[str] = ()) -> lis
     Raises:
         ValueError: policies, feature sets, checkpoints or options are wrong; it says where.
     """
+    from saeguard.guard.columns import allocate
     from saeguard.vllm.config import load_watchlist, parse_settings
 
-    watchlist = load_watchlist(parse_settings(settings))
+    parsed = parse_settings(settings)
+    watchlist = load_watchlist(parsed)
+    allocate(watchlist, parsed.watch_capacity)
+    check_enforceable(parsed.request_may_enforce, watchlist.policies)
     check_templates(options, watchlist.policies)
     lines = [
         (
@@ -162,6 +254,21 @@ def startup_report(settings: dict[str, Any], options: Sequence[str] = ()) -> lis
     ]
     lines += [f"{p.mode:8} {p.action:6} {p.severity:9} {p.id}" for p in watchlist.policies]
     return lines
+
+
+def check_enforceable(ids: Sequence[str], policies: Sequence[Policy]) -> None:
+    """Refuse to let requests have enforced what is enforced for all of them.
+
+    Raises:
+        ValueError: names the policy, and those that are in shadow.
+    """
+    shadow = sorted({policy.id for policy in policies if policy.mode == "shadow"})
+    for id_ in ids:
+        if id_ not in shadow:
+            raise ValueError(
+                f"--request-may-enforce: {id_} is enforced for every request already; leave it "
+                f"out, or name a policy in shadow: {', '.join(shadow) or 'there is none'}"
+            )
 
 
 def check_templates(options: Sequence[str], policies: Sequence[Policy]) -> None:

@@ -65,7 +65,8 @@ def verb(
         cases, found, absent = gather(places, policies, require_tests=require_tests)
         if errors or found:
             raise PolicyErrors([*errors, *found, *absent])
-        sets = read_feature_sets(feature_sets) if feature_sets.is_dir() else None
+        absent_default = feature_sets == FEATURE_SETS and not feature_sets.is_dir()
+        sets = None if absent_default else read_feature_sets(feature_sets)  # traces need none
         results = run_cases(cases, sets, model, feature_sets)
         alarms: list[Alarm] = []
         if benign is not None:

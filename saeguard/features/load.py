@@ -67,8 +67,8 @@ def save_feature_set(features: FeatureSet, path: str | Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     text = yaml.safe_dump(_plain(features, file.parent), sort_keys=False, allow_unicode=True)
-    part.write_text(text, encoding="utf-8")
     try:
+        part.write_text(text, encoding="utf-8")
         read_document(part)
         part.replace(file)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,19 @@ def read_corpus(
     Raises:
         TextError: a line is malformed, or there is none.
     """
-    texts = [t for t in read_texts(path, lm.tokenizer) if len(t.tokens) > t.prompt_tokens]
+    return make_corpus(lm, read_outputs(path, lm.tokenizer), layer, exclude_tokens, str(path))
+
+
+def read_outputs(path: str | Path, tokenizer: Any) -> list[Text]:
+    """Return the texts of `path` that have output tokens.
+
+    Raises:
+        TextError: a line is malformed, or there is none.
+    """
+    texts = [t for t in read_texts(path, tokenizer) if len(t.tokens) > t.prompt_tokens]
     if not texts:
         raise TextError(f"{path}: no text with output tokens")
-    return make_corpus(lm, texts, layer, exclude_tokens, str(path))
+    return texts
 
 
 def make_corpus(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,19 +74,32 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def load_model(path: str | Path) -> LanguageModel:
-    """Load the model and tokenizer in folder `path`, in float32; nothing is downloaded.
+def load_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer of the model in folder `path`: to read texts before the weights are.
+
+    Raises:
+        ModelError: the folder holds no model, or none with a tokenizer.
+    """
+    # Seconds to import, and the commands that need no model shall not wait.
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    with _told(path) as folder:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_model(path: str | Path, tokenizer: Any = None) -> LanguageModel:
+    """Load the model in folder `path`, in float32; nothing is downloaded.
+
+    Args:
+        path: of the model.
+        tokenizer: its tokenizer, where that has been loaded already.
 
     Raises:
         ModelError: the folder holds no causal language model with safetensors weights.
     """
-    # Seconds to import, and the commands that need no model shall not wait.
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - as above
 
-    folder = Path(path).resolve()
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{path}: no config.json; give the folder of a Hugging Face model")
-    try:
+    with _told(path) as folder:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         # Transformers' default attention leaves out Gemma 2's soft cap; vLLM does not.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -95,10 +110,21 @@ def load_model(path: str | Path) -> LanguageModel:
             use_safetensors=True,
             attn_implementation="eager" if capped else None,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path)
+    return LanguageModel(folder, model.eval(), tokenizer, find_layers(model))
+
+
+@contextmanager
+def _told(path: str | Path) -> Iterator[Path]:
+    """Give the folder of a model, and say what keeps Transformers from loading what is in it."""
+    folder = Path(path).resolve()
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json; give the folder of a Hugging Face model")
+    try:
+        yield folder
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(f"{path}: Transformers cannot load it: {error}") from error
-    return LanguageModel(folder, model.eval(), tokenizer, find_layers(model))
 
 
 def check_model(lm: LanguageModel, features: FeatureSet) -> None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from saeguard.policy.errors import PolicyError, PolicyErrors
 from saeguard.policy.files import find_files, is_test, read_bytes
 from saeguard.policy.types import Policy
+from saeguard.whole import write_atomically
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -125,7 +126,7 @@ def sign(
         "payload": base64.b64encode(payload).decode(),
         "signatures": [{"sig": base64.b64encode(key.sign(_pae(payload))).decode()}],
     }
-    (folder / BUNDLE).write_text(json.dumps(envelope, indent=1) + "\n")
+    write_atomically(folder / BUNDLE, json.dumps(envelope, indent=1) + "\n")
     return manifest
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, date, datetime
 from typing import Protocol
 
 from saeguard.features.schema import Document
-from saeguard.features.stand_ins import approximation
+from saeguard.features.stand_ins import Approximation, approximation
 from saeguard.policy.errors import Code, Level, PolicyError, did_you_mean, show
 from saeguard.policy.load import locate
 from saeguard.policy.types import Policy
@@ -88,16 +88,29 @@ def of_feature_set(policy: Policy, document: Document) -> Iterator[PolicyError]:
     """
     if document.status == "published" and policy.mode == "enforce" and policy.action != "log":
         yield unmeasured(policy)
+    stand_ins = stand_ins_read(policy, document)
+    if stand_ins is not None:
+        message = (
+            f"TopK latents of {show(policy.feature_set)} are {stand_ins.told}; "
+            "`saeguard features calibrate --topk exact` ranks them exactly"
+        )
+        yield _at(policy, "approximate-topk", message, ("feature_set",), level="warning")
+
+
+def stand_ins_read(policy: Policy, document: Document) -> Approximation | None:
+    """Return the thresholds that stand for ranks where a policy reads any, None where it does not.
+
+    Args:
+        policy: over the set; its probes need none.
+        document: the set as its file says it.
+    """
     measured = document.sae.topk_measured
     clamped = policy.clamp.features if policy.clamp else ()
     names = [*(s.feature for s in policy.detect.values()), *clamped]
     read = [document.features[name] for name in names if name in document.features]
-    if measured is not None and any(part.detect or part.clamp for part in read):
-        message = (
-            f"TopK latents of {show(policy.feature_set)} are {approximation(measured).told}; "
-            "`saeguard features calibrate --topk exact` ranks them exactly"
-        )
-        yield _at(policy, "approximate-topk", message, ("feature_set",), level="warning")
+    if measured is None or not any(part.detect or part.clamp for part in read):
+        return None
+    return approximation(measured)
 
 
 def unmeasured(policy: Policy) -> PolicyError:

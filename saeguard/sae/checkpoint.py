@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from saeguard.sae.errors import SaeError
@@ -25,7 +26,7 @@ def inspect(path: str | Path, stated: Stated | None = None) -> SaeInfo:
 
     Raises:
         SaeError: the folder holds no checkpoint of a recognised form, or one that cannot be read
-            rightly.
+            rightly, or what is stated of it is not so.
     """
     folder = Path(path).resolve()
     if not folder.is_dir():
@@ -47,7 +48,41 @@ def inspect(path: str | Path, stated: Stated | None = None) -> SaeInfo:
         config=read_json(config) if config else {},
         stated=stated or Stated(),
     )
-    return family.describe(source)
+    return as_stated(family.describe(source), source.stated)
+
+
+def as_stated(info: SaeInfo, stated: Stated) -> SaeInfo:
+    """Return `info`, where what is stated of the checkpoint went into it.
+
+    Raises:
+        SaeError: it says otherwise, or has no use for it: whoever states it takes the SAE for
+            another one.
+    """
+    for name, found in _otherwise(info, stated):
+        raise SaeError(
+            f"{info.path}: {name} was stated as {getattr(stated, name)}, but {found}. Leave it out "
+            f"(`{name}:` in a feature set's `sae:`, `--{name.replace('_', '-')}` of a command), or "
+            "name the checkpoint that is meant"
+        )
+    return info
+
+
+def _otherwise(info: SaeInfo, stated: Stated) -> Iterator[tuple[str, str]]:
+    """Yield each field of `stated` that did not go into `info`, and what is so instead."""
+    if stated.k not in {None, info.k}:
+        ranks = f"its files say {info.k}"
+        yield "k", ranks if info.k else f"this SAE does not rank its latents ({info.activation})"
+    factor = info.layout.W_enc_factor
+    if stated.norm_factor not in {None, factor}:
+        yield (
+            "norm_factor",
+            f"its files leave no factor open: the input is multiplied by {factor:g}",
+        )
+    read = [told for told in info.folded if told.startswith(f"convention {stated.convention!r}")]
+    if stated.convention is not None and not read:
+        other = f"this is {info.format}; only Llama Scope is read in more than one way"
+        converted = info.format == "llama_scope"
+        yield "convention", "it was converted under the other one" if converted else other
 
 
 def _no_folder(path: str | Path, folder: Path) -> str:

@@ -24,7 +24,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from saeguard.sae.checkpoint import PICKLES, inspect
+from saeguard.sae.checkpoint import PICKLES, as_stated, inspect
 from saeguard.sae.errors import SaeError
 from saeguard.sae.files import read_json, read_safetensors
 from saeguard.sae.formats import converted, pickled
@@ -134,7 +134,8 @@ def _unpickled(
         stated=stated,
     )
     values = json.loads((scratch / VALUES).read_text())
-    return pickled.describe(found, source.as_posix(), values), source
+    info = pickled.describe(found, source.as_posix(), values)
+    return as_stated(info, stated), source
 
 
 def _write(info: SaeInfo, file: Path, scratch: Path) -> None:

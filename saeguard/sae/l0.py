@@ -28,10 +28,14 @@ class L0:
     median: float
     tokens: int
     published: float | None
+    k: int | None = None
+    """Latents that the SAE keeps on any token, where it ranks them."""
 
     @property
     def verdict(self) -> str:
         """What the comparison says, in one sentence."""
+        if self.published is None and self.k is not None:
+            return by_construction(self.k)
         if self.published is None:
             return "no published L0 to compare with; state one with --l0"
         ratio = max(self.mean, 1e-9) / self.published
@@ -57,7 +61,15 @@ def measure_l0(info: SaeInfo, x: torch.Tensor, published: float | None = None) -
     counts = torch.bincount(encode_full(info, x).token, minlength=len(x))
     if published is None:
         published = published_l0(info)
-    return L0(float(counts.float().mean()), float(counts.median()), len(x), published)
+    return L0(float(counts.float().mean()), float(counts.median()), len(x), published, info.k)
+
+
+def by_construction(k: int) -> str:
+    """Say what the L0 of an SAE that ranks its latents can tell."""
+    return (
+        f"at most k = {k} on any token, whatever the model: it cannot tell whether this is the SAE "
+        "you think it is; look at what fires on texts you know (`saeguard features fired`)"
+    )
 
 
 def published_l0(info: SaeInfo) -> float | None:

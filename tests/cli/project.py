@@ -35,6 +35,15 @@ features:
     high: 2.0
     threshold: 0.5
 """
+RATE = "{rate: 0.9, interval: [0.8, 0.95], hits: 90, tokens: 100}"
+BY_THRESHOLD = FEATURES.replace(
+    "d_sae: 16}",
+    f"""d_sae: 16, topk: approximate, topk_measured: {{
+  k: 4, sha256: {"a" * 64}, texts_sha256: {"b" * 64}, texts: 10, tokens: 1000, latents: {{
+    3: {{threshold: 0.5, precision: {RATE}, recall: {RATE}}},
+    4: {{threshold: 0.5, precision: {RATE}, recall: {RATE}}}}}}}}}""",
+)
+"""The same set over a TopK SAE whose latents are read by thresholds in place of ranks."""
 SET = Path("feature_sets/demo/unsafe-code.yaml")
 BOTH = GOOD.replace("2027", "2999")
 PLAIN = BOTH.replace("for: 3 of 8 tokens\nkeep: 16 tokens\n", "")
@@ -58,6 +67,11 @@ def run(*arguments: str) -> int:
         main(arguments)
     assert isinstance(exited.value.code, int)
     return exited.value.code
+
+
+def plain(text: str) -> str:
+    """Return what a person reads of a message that was set in a frame and wrapped."""
+    return " ".join(text.replace("\u2502", " ").split())
 
 
 def record(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -47,6 +49,32 @@ def test_sign_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "two.yaml:1:" in capsys.readouterr().err
 
 
+def test_a_bundle_is_there_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is written, and where that ends half-way, a server sees the signed one before."""
+    key, folder, sets = tmp_path / "key", tmp_path / "policies", tmp_path / "sets"
+    models.write_feature_set(sets / "tiny.yaml", models.make_sae(tmp_path / "sae"), latents=(0,))
+    detect = {"a": {"feature": "f0", "above": 0.5}}
+    models.write_policy(folder / "one.yaml", detect=detect, condition="a")
+    sign = ["policy", "sign", "--key", key, folder, "--feature-sets", sets]
+    assert run("policy", "keygen", key) == 0
+    assert run(*sign) == 0
+    before = (folder / "saeguard.bundle.json").read_bytes()
+    seen = []
+
+    def full(_: int) -> None:
+        seen.append((folder / "saeguard.bundle.json").read_bytes())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert run(*sign) == 3
+    assert seen == [before]
+    assert (folder / "saeguard.bundle.json").read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir()) == ["one.yaml", "saeguard.bundle.json"]
+    assert run(*sign) == 0
+    assert run("policy", "verify", "--key", f"{key}.pub", folder, "--feature-sets", sets) == 0
+
+
 def test_reload_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder without a state, or with one of a process that is gone: nobody is signalled."""
     assert run("reload", tmp_path) == 2
@@ -68,9 +96,13 @@ def test_policies_over_templates_are_signed(tmp_path: Path) -> None:
 def test_keys_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder that is not there is named; a public key on its own is not overwritten."""
     assert run("policy", "keygen", tmp_path / "nowhere" / "key") == 3
-    assert capsys.readouterr().err == f"{tmp_path}/nowhere/key: No such file or directory\n"
+    assert capsys.readouterr().err == f"{tmp_path}/nowhere: there is no such folder\n"
     (tmp_path / "key.pub").write_text("of another key")
     assert run("policy", "keygen", tmp_path / "key") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["key.pub"]
+    long = "k" * 253  # with .pub behind it, too long a name
+    assert run("policy", "keygen", tmp_path / long) == 3
+    assert capsys.readouterr().err.endswith(f"{long}.pub: File name too long\n")
     assert [path.name for path in tmp_path.iterdir()] == ["key.pub"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from saeguard.live.source import SourceError
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import load_policies
 from saeguard.vllm.config import Settings, load_watchlist
-from tests.cli.project import BOTH, lay_out, run
+from tests.cli.project import BOTH, lay_out, plain, run
 
 ROOT = Path.cwd()
 BEYOND = {
@@ -114,6 +116,16 @@ def test_list(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["path"] == "policies/p.yaml"
     assert record["calibrated"] is True
 
+    for folder in ("gone", "feature_sets/demo/unsafe-code.yaml"):
+        capsys.readouterr()
+        assert run("policy", "list", "--feature-sets", folder) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert f"{folder} is no folder; give the folder of feature sets" in plain(said.err)
+
+    assert run("test", "--feature-sets", "gone") == 2
+    assert "gone is no folder" in plain(capsys.readouterr().err)
+
     (project / "policies" / "q.yaml").write_text("id: 12")
     assert run("policy", "list") == 2
 
@@ -167,6 +179,29 @@ def test_new_refuses(
     assert says in capsys.readouterr().err
     assert (project / "policies" / "p.yaml").read_text() == BOTH
     assert [p.name for p in (project / "policies").iterdir()] == ["p.yaml"]
+
+
+@pytest.mark.parametrize("which", ["z.yaml", "z.test.yaml", "saeguard.policy.v1.json"])
+def test_new_leaves_nothing_half_done(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
+) -> None:
+    """Whichever of its files cannot be written, neither files nor folders are left behind."""
+    link = os.link
+
+    def full(source: Path, path: Path) -> None:
+        if Path(path).name == which:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        link(source, path)
+
+    monkeypatch.setattr(os, "link", full)
+    before = sorted(project.rglob("*"))
+
+    assert run("policy", "new", "x.y.z", "--set", "demo/unsafe-code") == 3
+    assert capsys.readouterr().err.endswith(f"{which}: No space left on device\n")
+    assert sorted(project.rglob("*")) == before
 
 
 def test_fmt(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from saeguard.events.event import verdict_event
 from saeguard.events.schema import LINE
 from saeguard.guard.rules import judge
 from saeguard.policy.load import read_policy
-from tests.cli.project import BOTH, ONE, lay_out, record, run
+from tests.cli.project import BOTH, BY_THRESHOLD, ONE, SET, lay_out, record, run
 
 SHARES = {"weak": [0, 0, 0.3, 0.5], "strong": [0, 0, 0.9, 0.2]}
 
@@ -120,6 +120,22 @@ def test_bad_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("policy", "replay", "log.jsonl", "--policies", "new") == 2
 
 
+@pytest.mark.parametrize("content", ["", "\n", "refusal"])
+def test_a_log_without_verdicts(capsys: pytest.CaptureFixture[str], content: str) -> None:
+    """Nothing was judged, which is not the same as that nothing would change."""
+    line = {
+        "event": "request.refused", "schema": "saeguard.event/v1", "time": "2026-01-01T00:00:00Z",
+        "model": "tiny", "tenant": None, "reason": "because",
+    }  # fmt: skip
+    LINE.validate_python(line)
+    Path("log.jsonl").write_text(json.dumps(line) + "\n" if content == "refusal" else content)
+
+    assert run("policy", "replay", "log.jsonl", "--policies", "policies", "--was", "policies") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("log.jsonl: there is no verdict in it")
+
+
 EXPLAINED = """\
 Text near
 
@@ -193,3 +209,56 @@ def test_explain_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("policy", "explain", "policies/p.yaml", "r.safetensors", "--request", "x") == 2
     assert "there is no text 'x'; there are: a" in capsys.readouterr().err
     assert run("policy", "explain", "policies/p.yaml") == 2
+
+
+TOLD = (
+    "feature set demo/unsafe-code: TopK latents are approximate: measured thresholds stand for "
+    "ranks (k = 4); worst of 2 latents on 1,000 tokens: precision 0.9 (95 %: 0.8 to 0.95), recall "
+    "0.9 (95 %: 0.8 to 0.95)"
+)
+
+
+def test_approximate_ranks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where thresholds stand for ranks, `explain` and `replay` say so, as serving does."""
+    shares = {"a": ([0, 0, 0.9, 0.1], [0] * 4)}
+    record(Path("r.safetensors"), shares)
+    explain = ("policy", "explain", "policies/p.yaml", "r.safetensors")
+    replay = ("policy", "replay", "r.safetensors", "--policies", "policies")
+    for command in (explain, replay):
+        assert run(*command) == 0
+        assert "approximate" not in capsys.readouterr().out
+
+    SET.write_text(BY_THRESHOLD)
+    record(Path("r.safetensors"), shares)
+    for command in (explain, replay):
+        assert run(*command) == 0
+        assert TOLD in capsys.readouterr().out.splitlines()
+    assert run(*explain, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["approximate"] is True
+    assert run(*replay, "--format", "json") == 0
+    told = json.loads(capsys.readouterr().out)["approximate"]
+    assert told == {"demo/unsafe-code": TOLD.split("latents are ", 1)[1]}
+
+
+def test_approximate_events_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a log, by what its events say, whatever the feature set says today."""
+    changed()
+    explain = ("policy", "explain", "policies/p.yaml", "log.jsonl")
+    replay = ("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies")
+    for command in (explain, replay):
+        assert run(*command) == 0
+        assert "approximate" not in capsys.readouterr().out
+
+    log = Path("log.jsonl").read_text()
+    Path("log.jsonl").write_text(log.replace('"approximate": false', '"approximate": true'))
+    assert run(*explain) == 0
+    out = capsys.readouterr().out
+    assert out.count("latents were approximate: measured thresholds stood for ranks.") == 2
+    assert run(*replay) == 0
+    assert (
+        "2 events of unsafe-code.shell-injection shadow: TopK latents were approximate: measured "
+        "thresholds stood for ranks"
+    ) in capsys.readouterr().out.splitlines()
+    assert run(*replay, "--format", "json") == 0
+    told = json.loads(capsys.readouterr().out)["approximate_events"]
+    assert told == {"unsafe-code.shell-injection shadow": 2}

@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 from saeguard.cli.sae import verb
 from saeguard.sae import inspect as read
+from tests import models
+from tests.cli.project import plain
 from tests.guarded import LATENTS, feature_set
 from tests.sae import made
 from tests.tiny import D, save_model
@@ -43,6 +45,60 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     path = made.gemma_scope(tmp_path).path
     assert "belong together" in _run("inspect", path, "--text", pickled).output
     assert "known: openmoss, saelens" in _run("inspect", path, "--convention", "mine").output
+
+
+def test_k_of_an_sae_that_does_not_rank(tmp_path: Path) -> None:
+    """It would change nothing, so it is said of another SAE: refused, not passed over."""
+    shown = _run("inspect", made.gemma_scope(tmp_path).path, "--k", 9)
+    assert shown.exit_code == 1
+    told = " ".join(shown.output.split())
+    assert "k was stated as 9, but this SAE does not rank its latents (jumprelu)." in told
+    assert "`--k` of a command" in told
+
+
+def test_a_terminal_of_80(tmp_path: Path) -> None:
+    """Path and digest can be copied whole; sizes are told in units that show them."""
+    path = made.gemma_scope(tmp_path / "a [red] folder").path
+    shown = CliRunner().invoke(verb, ["inspect", str(path)], env={"COLUMNS": "80"})
+    lines = shown.output.splitlines()
+    assert lines[0] == str(path.resolve())
+    assert lines[-1] == f"sha256: {read(path).sha256}"
+    assert max(map(len, lines[1:])) <= 80
+    told = plain(shown.output)
+    assert "resid_post of block 1 (counted from 0)" in told
+    assert "9.2 KiB to watch, 8.0 KiB more to clamp (all of the encoder: 23.1 KiB)" in told
+    assert "nothing, the residual is read as it is" in told
+    assert "published: 30; --text and --model measure it" in told
+    r1 = made.llama_scope_r1(tmp_path, 0.6).path
+    assert "no file says it" in _run("inspect", r1, "--norm-factor", 0.6).output
+
+
+def test_l0_of_an_sae_that_ranks(tmp_path: Path) -> None:
+    """It is at most k on every model's texts, so it is no evidence for the SAE."""
+    model = save_model(tmp_path / "model")
+    path = models.make_sae(tmp_path / "sae", layer=1, d_in=D, d_sae=64, kind="topk", k=7)
+    text = tmp_path / "text.txt"
+    text.write_text("some ordinary words about nothing in particular. ")
+    says = "at most k = 7 on any token, whatever the model: it cannot tell"
+    assert says in plain(_run("inspect", path).output)
+    measured = ("inspect", path, "--text", text, "--model", model)
+    shown = _run(*measured)
+    assert shown.exit_code == 0, shown.output
+    assert says in plain(shown.output)
+    assert "a token (median" in shown.output
+    assert "this does not look like" in plain(_run(*measured, "--l0", 70).output)
+
+
+def test_another_models_sae(tmp_path: Path) -> None:
+    """Another width is another model: both are told, and what to do."""
+    path, text = made.gemma_scope(tmp_path).path, tmp_path / "text.txt"
+    text.write_text("words")
+    model = save_model(tmp_path / "model")
+    shown = _run("inspect", path, "--text", text, "--model", model)
+    assert shown.exit_code == 1
+    assert f"its residual is {D} wide, but the SAE reads {made.D}: it is not of this model" in (
+        plain(shown.output)
+    )
 
 
 def test_convert(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from saeguard.cli import serve
 from saeguard.cli.serve import startup_report
 from tests import models
+from tests.cli.project import plain, run
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,69 @@ def test_another_chat_template_and_a_role(tmp_path: Path, options: list[str]) ->
         startup_report(settings, options)
     assert "r.yaml has `scope: user`" in str(caught.value)
     assert len(startup_report(settings, ["--dtype", "float32"])) == len(plain) + 1
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lay out a guarded model and return where the commands that start vLLM are noted."""
+    models.make_guarded(tmp_path)
+    for mode in ("shadow", "enforce"):
+        models.write_policy(
+            tmp_path / "policies" / f"{mode}.yaml", id=f"in.{mode}", mode=mode, action="flag",
+            on_error="allow", detect={"a": {"feature": "f0", "above": 0.5}}, condition="a",
+        )  # fmt: skip
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    commands: list[str] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: commands.append(" ".join(command)))
+    monkeypatch.setattr(serve, "preflight", lambda _: None)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    return commands
+
+
+SERVE = ("serve", "model", "--policies", "policies", "--feature-sets", "feature_sets")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--events gone/e.jsonl", "--events: there is no folder gone; make it, or name"),
+        ("--events empty", "--events: empty is a folder; name a file in it, such as empty/events"),
+        ("--watch-capacity -5", "--watch-capacity: found -5; give a number of encoder rows from 1"),
+        ("--watch-capacity 1", "hold 1: watch fewer, or set --watch-capacity and start"),
+        ("--request-may-enforce x", "--request-may-enforce: no policy has the id x; loaded: in.e"),
+        (
+            "--request-may-enforce in.enforce",
+            "in.enforce is enforced for every request already; leave it out, or name a policy in",
+        ),
+        ("--policies empty", "--policies: empty holds no NAME.yaml; write policies"),
+        ("--policies gone", "--policies: gone is not there; name a policy file, or a folder"),
+        ("--feature-sets gone", "--feature-sets: gone is no folder; give the folder of feature"),
+        ("--state file", "--state: file is a file; name a folder"),
+        ("--access gone", "--access: gone is not there; name a file, or leave the option out"),
+        ("--verify gone --state empty", "--verify: gone is not there; name a file"),
+        ("--verify file", "--verify needs --state, a folder that keeps the highest revision"),
+        ("--additional-config {} --additional-config={}", "found 2 times; give one JSON object"),
+        ("--model other", "--model: found other, but the model is model, named first"),
+        ("--model=other", "--model: found other, but the model is model, named first"),
+    ],
+)
+def test_wrong_values_are_told_at_once(
+    started: list[str], capsys: pytest.CaptureFixture[str], options: str, says: str
+) -> None:
+    """Before vLLM starts: the option, what was found, and what to do."""
+    assert run(*SERVE, *options.split()) == 1
+    assert says in plain(capsys.readouterr().err)
+    assert started == []
+
+
+def test_right_values_start(started: list[str]) -> None:
+    """The same options with values that can be used go to the server."""
+    assert run(
+        *SERVE, "--events", "empty/events.jsonl", "--watch-capacity", "40", "--state", "new",
+        "--request-may-enforce", "in.shadow", "--additional-config", '{"a": 1}',
+    ) == 0  # fmt: skip
+    [command] = started
+    assert '"watch_capacity": 40' in command
+    assert '"request_may_enforce": ["in.shadow"]' in command

@@ -30,6 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("policy explain policies gone.jsonl", "gone.jsonl: there is no such file"),
         ("policy explain policies gone.safetensors", "gone.safetensors: there is no such file"),
         ("policy explain policies spelt.safetensors", "spelt.safetensors: this is no recording"),
+        (f"policy explain policies {'x' * 300}", "xxx: there is no such file"),
         ("policy explain policies x.yaml --prompt a", "x.yaml: there is no such file"),
         ("policy explain policies spelt.safetensors --prompt a", "not both"),
         ("policy explain policies --id x", "no policy with the id x; there are: "),

@@ -97,6 +97,28 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "o.json").exists()
 
 
+def test_texts_are_read_before_the_model(tmp_path: Path) -> None:
+    """The last file of several is at fault: told at once, though the weights are minutes away."""
+    model = save_model(tmp_path / "model")
+    features = feature_set(tmp_path / "sets", D)
+    (model / "model.safetensors").unlink()
+    benign = _texts(tmp_path / "benign.jsonl", "b", ordinary=True)
+    data = _texts(tmp_path / "noise.search.jsonl", "s")
+    bad = tmp_path / "noise.holdout.jsonl"
+    bad.write_text('{"id": "a", "prompt": "Say: ", "completion": 3}\n')
+    search = ("search", "--model", model, "--sae", features.sae.path, "--data", data, "--holdout",
+              bad, "--behaviour", "noise", "--out", tmp_path / "o.json")  # fmt: skip
+    calibrate = ("calibrate", "--set", features.path, "--model", model, "--benign", benign,
+                 "--labelled", tmp_path)  # fmt: skip
+    for command in (search, calibrate):
+        result = CliRunner().invoke(verb, [str(a) for a in command])
+        assert result.exit_code == 1
+        assert "noise.holdout.jsonl:1: completion: Input should be a valid string" in result.output
+    bad.unlink()
+    result = CliRunner().invoke(verb, [str(a) for a in calibrate])
+    assert "noise.holdout.jsonl: No such file or directory" in result.output
+
+
 def test_what_else_fired(tmp_path: Path) -> None:
     """Each token's strongest latents are SAELens's own, and those of features carry their names."""
     model = save_model(tmp_path / "model")

@@ -174,3 +174,20 @@ def test_saving_is_atomic(tmp_path: Path) -> None:
         save_feature_set(replace(features, features={"planted": broken}), file)
     assert file.read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.yaml", "sae"]
+
+
+def test_a_full_disk_leaves_no_half_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writing ends half-way, the set is as it was, and the half is taken away."""
+    file = _saved(tmp_path)
+    before, there = file.read_bytes(), sorted(tmp_path.rglob("*"))
+    write = Path.write_text
+
+    def full(path: Path, text: str, **how: Any) -> int:
+        write(path, text[: len(text) // 2], **how)
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_feature_set(load_feature_set(file), file)
+    assert file.read_bytes() == before
+    assert sorted(tmp_path.rglob("*")) == there

@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from saeguard.cli.scan import verb
+from tests.cli.project import run
 from tests.guarded import feature_set
 from tests.tiny import D, save_model
 
@@ -28,6 +29,15 @@ rationale: Fires on loud texts.
 detect:
   loud: {{feature: loud, above: {above}}}
 condition: loud
+"""
+
+
+CASES = """\
+schema: saeguard.test/v1
+policy: noise.loud
+cases:
+  - {name: loud, shares: {loud: 0 0.9}, prompt_tokens: 1, expect: match}
+  - {name: low, shares: {loud: 0 0.1}, prompt_tokens: 1, expect: no_match}
 """
 
 
@@ -109,6 +119,43 @@ def test_bad_line_writes_nothing(setup: Setup) -> None:
     assert "in.jsonl:2: line: give either `text`" in result.output
     assert setup.out.read_text() == before
     assert [p.name for p in setup.out.parent.iterdir()] == ["verdicts.jsonl"]
+
+
+def test_texts_are_read_before_the_model(setup: Setup) -> None:
+    """A bad line, or no line at all, is told at once, though the weights are minutes away."""
+    (setup.folder / "model" / "model.safetensors").unlink()
+    result = setup.run({"id": "a", "text": "x"}, {"id": "b"})
+    assert result.exit_code == 1
+    assert "in.jsonl:2: line: give either `text`" in result.output
+    result = setup.run()
+    assert result.exit_code == 1
+    assert "in.jsonl: there is no text in it" in result.output
+    result = setup.run({"id": "a", "text": "x"})
+    assert result.exit_code == 1
+    assert "Transformers cannot load it" in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["policy record in.jsonl --out r.safetensors", "test policies --benign in.jsonl"],
+)
+def test_policy_tools_read_texts_first_too(
+    setup: Setup,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    """The same of the tools that record, or judge texts as if recorded."""
+    setup.run({"id": "a", "text": "x"}, {"id": "b"})
+    (setup.folder / "policies" / "loud.test.yaml").write_text(CASES)
+    (setup.folder / "model" / "model.safetensors").unlink()
+    monkeypatch.chdir(setup.folder)
+    with_model = [*command.split(), "--model", "model", "--feature-sets", "sets"]
+    assert run(*with_model) == 2
+    assert "in.jsonl:2: line: give either `text`" in capsys.readouterr().err
+    Path("in.jsonl").write_text("")
+    assert run(*with_model) == 2
+    assert "in.jsonl: there is no text in it" in capsys.readouterr().err
 
 
 def test_other_model_is_refused(setup: Setup) -> None:

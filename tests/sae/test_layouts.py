@@ -145,6 +145,42 @@ class TestRefusals:
             inspect(moved)
         assert inspect(moved, Stated(layer=2)).layer == 2
 
+    @pytest.mark.parametrize(
+        ("stated", "says"),
+        [
+            (
+                Stated(k=9),
+                r"k was stated as 9, but this SAE does not rank its latents \(jumprelu\)",
+            ),
+            (Stated(norm_factor=0.5), "norm_factor was stated as 0.5, but its files leave no"),
+            (Stated(convention="saelens"), "convention was stated as saelens, but this is gemma"),
+        ],
+    )
+    def test_stated_for_another_sae(self, tmp_path: Path, stated: Stated, says: str) -> None:
+        """What an SAE has no use for is said of another one, and not passed over."""
+        path = made.gemma_scope(tmp_path).path
+        with pytest.raises(SaeError, match=says):
+            inspect(path, stated)
+
+    def test_stated_against_the_files(self, tmp_path: Path) -> None:
+        """Files win, and say so: of a pickle that holds k, and of what converting settled."""
+        pickle = made.openai(tmp_path / "p").path
+        with pytest.raises(SaeError, match=f"k was stated as {K + 1}, but its files say {K}"):
+            convert(pickle, tmp_path / "rows", stated=Stated(layer=5, k=K + 1))
+        assert not (tmp_path / "rows").exists()
+        assert convert(pickle, tmp_path / "rows", stated=Stated(layer=5, k=K)).k == K
+        convert(made.llama_scope(tmp_path / "l", "openmoss").path, tmp_path / "llama")
+        assert inspect(tmp_path / "llama", Stated(convention="openmoss")).d_sae == N
+        with pytest.raises(SaeError, match="it was converted under the other one"):
+            inspect(tmp_path / "llama", Stated(convention="saelens"))
+        convert(
+            made.llama_scope_r1(tmp_path / "r", 0.6).path,
+            tmp_path / "r1",
+            stated=Stated(norm_factor=0.6),
+        )
+        with pytest.raises(SaeError, match=r"the input is multiplied by 0\.6"):
+            inspect(tmp_path / "r1", Stated(norm_factor=0.7))
+
     def test_threshold_never_calibrated(self, tmp_path: Path) -> None:
         """A BatchTopK threshold of -1 means that a verdict would depend on the batch."""
         path = made.dictionary_learning(tmp_path / "p", "BatchTopKSAE").path

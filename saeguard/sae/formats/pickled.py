@@ -126,8 +126,6 @@ def _qwen_scope(source: Source, name: str) -> SaeInfo:
     layer = _QWEN_LAYER.match(name.rsplit("/", 1)[-1])
     told = _QWEN_K.search(name.rsplit("/", 1)[0])
     k, stated = int(told[1]) if told else None, source.stated.k
-    if k is not None and stated is not None and k != stated:
-        raise SaeError(f"{source.folder}: {name} says k is {k}, but {stated} was stated")
     if k is None and stated is None:
         raise SaeError(
             f"{source.folder}: k is part of the repository's name only (`-L0_50` is 50); state it "
