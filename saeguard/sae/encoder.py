@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -150,35 +151,51 @@ def column_scales(norm: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | 
     return scales
 
 
-def product(rows: EncoderRows, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def product(
+    rows: EncoderRows,
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return pre-activations [tokens, latents] float32 of `x` [tokens, d_in] float32.
 
     Args:
         rows: of the latents.
         x: the tokens.
         scale: [tokens, 1] or [tokens, latents]; None for 1.
+        out: [tokens, latents] float32 that may be overwritten; the result need not be in it.
     """
     W = rows.W.float()
-    if scale is None:
-        return _affine(x, W, rows.b)
-    return _affine(x, W, None).mul_(scale).add_(rows.b)
+    if scale is None and ONEDNN is not None and _fit(W, x):
+        return ONEDNN(x, W, rows.b, "none", [], "")
+    # Not `addmm`, which at 512 tokens takes a tenth longer.
+    z = torch.mm(x, W.t(), out=out)
+    if scale is not None:
+        z.mul_(scale)
+    return z.add_(rows.b)
 
 
-def _affine(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    """Return `x @ W.T + b`, in float32 throughout, by the faster of torch's two libraries.
+def _fit(W: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether oneDNN computes `x @ W.T` faster than torch.mm.
 
-    `torch.mm` is MKL's on a CPU. oneDNN's product, which torch.compile uses, takes 0.5 to 0.9 of
-    its time on AMD (benchmarks/encode.py), but more for one token under a transposed `W`, and
-    hundreds of times more where `W` is part of a wider transposed one. It knows no gradients.
+    It takes longer for one token under a transposed `W`, hundreds of times longer where `W` is
+    part of a wider transposed one, and knows no gradients.
     """
-    fit = W.is_contiguous() or (len(x) > 1 and W.t().is_contiguous())
-    if _ONEDNN is None or not fit or x.device.type != "cpu" or torch.is_grad_enabled():
-        return torch.mm(x, W.t()) if b is None else torch.addmm(b, x, W.t())
-    return _ONEDNN(x, W, b, "none", [], "")
+    lies_well = W.is_contiguous() or (len(x) > 1 and W.t().is_contiguous())
+    return lies_well and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-_ONEDNN: Callable[..., torch.Tensor] | None = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    else None
-)
+def _onednn() -> Callable[..., torch.Tensor] | None:
+    """Return oneDNN's product, which torch.compile uses, where it is faster than torch.mm.
+
+    On a CPU that is MKL's, which on AMD takes 1.1 to 2 times as long as oneDNN's; on its maker's
+    own processors it is oneDNN's that takes longer, up to 1.2 times (benchmarks/encode.py).
+    """
+    cpu = Path("/proc/cpuinfo")
+    intel = cpu.exists() and "GenuineIntel" in cpu.read_text()
+    if intel or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+ONEDNN = _onednn()

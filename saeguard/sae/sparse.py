@@ -32,20 +32,28 @@ class Sparse:
         return Sparse(self.token[keep], self.latent[keep], self.value[keep])
 
 
-def nonzero(mask: torch.Tensor, z: torch.Tensor, first_token: int, first_latent: int) -> Sparse:
-    """Return the entries of `z` [tokens, latents], contiguous, where `mask` holds."""
-    width = mask.shape[1]
-    if mask.device.type == "cpu":  # many times faster than torch's
-        where = np.flatnonzero(mask.numpy())
+def above(z: torch.Tensor, floor: torch.Tensor, token: int, latent: int) -> Sparse:
+    """Return the entries of `z` that lie above `floor`.
+
+    Args:
+        z: [tokens, latents], contiguous; the latents may be split into groups.
+        floor: broadcasts to `z`.
+        token: the first token of `z`.
+        latent: the first latent of `z`.
+    """
+    width = z[0].numel()
+    if z.device.type == "cpu":  # NumPy compares and finds several times faster than torch
+        values = z.numpy()
+        where = np.flatnonzero(values > floor.numpy())
         row = where // width
         return Sparse(
-            torch.from_numpy(row + first_token),
-            torch.from_numpy(where - row * width + first_latent),
-            torch.from_numpy(z.numpy().reshape(-1)[where]),
+            torch.from_numpy(row + token),
+            torch.from_numpy(where - row * width + latent),
+            torch.from_numpy(values.reshape(-1)[where]),
         )
-    at = mask.reshape(-1).nonzero().reshape(-1)
-    token = torch.div(at, width, rounding_mode="floor")
-    return Sparse(token + first_token, at - token * width + first_latent, z.reshape(-1)[at])
+    at = (z > floor).reshape(-1).nonzero().reshape(-1)
+    row = torch.div(at, width, rounding_mode="floor")
+    return Sparse(row + token, at - row * width + latent, z.reshape(-1)[at])
 
 
 def concatenate(parts: Sequence[Sparse], device: torch.device) -> Sparse:
