@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from saeguard.sae.encoder import Encoder, row_norm, token_scale
+from saeguard.sae.encoder import Encoder, extent, token_scale
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, above, concatenate
 
@@ -48,9 +48,12 @@ class Contest:
         if token in self.found:
             part = concatenate([self.found[token], part], z.device)
         if len(part) > 4 * self.k * len(z):
-            self.floor[at] = _last(part.token - token, part.value, self.k, len(z))
-            least = self.floor - self.reach.margin
-            part = part.pick(part.value >= least[part.token])
+            host = part.cpu()
+            row, value = host.token.numpy() - token, host.value.numpy()
+            last = _last(row, value, self.k, len(z))
+            self.floor[at] = torch.from_numpy(last)
+            least = last - self.reach.margin[at].cpu().numpy()
+            part = part.pick(np.flatnonzero(value >= least[row]))
         self.found[token] = part
 
     def decide(self) -> Sparse:
@@ -104,20 +107,20 @@ def _opening(z: torch.Tensor, k: int) -> torch.Tensor:
     return torch.from_numpy(peak[:, groups - k]).to(z.device)
 
 
-def _last(owner: torch.Tensor, value: torch.Tensor, k: int, owners: int) -> torch.Tensor:
+def _last(owner: np.ndarray, value: np.ndarray, k: int, owners: int) -> np.ndarray:
     """Return the k-th largest of each owner's values, [owners]; -inf where there are fewer."""
-    who, bits = owner.cpu().numpy(), value.cpu().numpy().view(np.int32)
     # An integer that falls as the float rises, below its owner: one sort of integers, which is
     # several times faster than one by two keys.
-    key = (who << 32) - (bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    bits = value.view(np.int32)
+    key = (owner << 32) - (bits ^ ((bits >> 31) & 0x7FFFFFFF))
     key.sort()
-    sizes = np.bincount(who, minlength=owners)
+    sizes = np.bincount(owner, minlength=owners)
     enough = np.flatnonzero(sizes >= k)
     at = (np.cumsum(sizes) - sizes)[enough] + k - 1
     rising = ((enough << 32) - key[at]).astype(np.int32)
     last = np.full(owners, -np.inf, np.float32)
     last[enough] = (rising ^ ((rising >> 31) & 0x7FFFFFFF)).view(np.float32)
-    return torch.from_numpy(last).to(value.device)
+    return last
 
 
 class Reach:
@@ -127,23 +130,25 @@ class Reach:
     """
 
     def __init__(self, encoder: Encoder, x: torch.Tensor) -> None:
-        """Know the tokens; `widen` tells of the latents."""
+        """Know the tokens; `widen` tells of the latents, where the encoder does not know them."""
         wide = x.float()
         length = torch.linalg.vector_norm(wide, dim=1)
         scale = token_scale(encoder.norm, wide)
         self._length = length if scale is None else length * scale[:, 0]
         self._gamma = (encoder.d_in + 4) * 2.0**-24
-        self._longest = encoder.longest
-        self._w, self._b = encoder.longest or 0.0, 0.0
-        self.margin = torch.zeros_like(length)
-        """[tokens] float32."""
+        self._known = encoder.longest is not None
+        self._take(encoder.longest or (0.0, 0.0))
 
     def widen(self, rows: EncoderRows) -> None:
         """Take the latents `rows` in."""
-        if self._longest is None:
-            self._w = max(self._w, row_norm(rows.W))
-        self._b = max(self._b, float(rows.b.abs().max()))
-        self.margin = 2.0 * self._gamma * (self._length * self._w + self._b)
+        if not self._known:
+            w, b = extent(rows)
+            self._take((max(self._w, w), max(self._b, b)))
+
+    def _take(self, longest: tuple[float, float]) -> None:
+        self._w, self._b = longest
+        self.margin = (self._length * self._w + self._b).mul_(2.0 * self._gamma)
+        """[tokens] float32."""
 
 
 def exactly(
@@ -160,7 +165,7 @@ def exactly(
             tokens.split(EXACT_AT_ONCE), which.split(EXACT_AT_ONCE), strict=True
         ):
             wide = x[some].float()
-            z = wide.double().mul_(rows.W[row]).sum(1)
+            z = wide.double().mul_(rows.W[row].double()).sum(1)
             scale = token_scale(encoder.norm, wide)
             if scale is not None:
                 z *= scale[:, 0].double()
@@ -188,22 +193,22 @@ def choose(
         limit: how many stay.
         reach: what counts as close.
     """
-    last = _last(owner, entries.value, limit, owners)
-    gap = entries.value - last[owner]
-    margin = reach.margin[entries.token]
-    sure, near = gap > margin, gap.abs() <= margin
-    left = limit - torch.bincount(owner[sure], minlength=owners)
-    close = torch.bincount(owner[near], minlength=owners)
-    keep = sure | (near & (close <= left)[owner])
-    open_ = (near & (close > left)[owner]).nonzero()[:, 0]
+    host, who = entries.cpu(), owner.cpu().numpy()
+    token, latent, value = host.token.numpy(), host.latent.numpy(), host.value.numpy()
+    gap = value - _last(who, value, limit, owners)[who]
+    margin = reach.margin.cpu().numpy()[token]
+    sure, near = gap > margin, np.abs(gap) <= margin
+    left = limit - np.bincount(who[sure], minlength=owners)
+    close = np.bincount(who[near], minlength=owners)
+    open_ = np.flatnonzero(near & (close > left)[who])
+    keep = sure | near
     if len(open_):
-        some = entries.pick(open_)
-        exact = exactly(encoder, x, some.token, some.latent).cpu().numpy()
-        who = owner[open_].cpu().numpy()
-        order = np.lexsort((some.latent.cpu().numpy(), -exact, who))
-        stays = _place(who[order]) < left.cpu().numpy()[who[order]]
-        keep[open_[torch.from_numpy(order[stays]).to(x.device)]] = True
-    return entries.pick(keep)
+        at = torch.from_numpy(open_).to(x.device)
+        exact = exactly(encoder, x, entries.token[at], entries.latent[at]).cpu().numpy()
+        order = np.lexsort((latent[open_], -exact, who[open_]))
+        open_ = open_[order]
+        keep[open_] = _place(who[open_]) < left[who[open_]]
+    return entries.pick(np.flatnonzero(keep))
 
 
 def _place(who: np.ndarray) -> np.ndarray:

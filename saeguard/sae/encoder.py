@@ -49,8 +49,8 @@ class Encoder:
     norm: Norm = "none"
     in_memory: bool = False
     """Whether a block costs nothing to get."""
-    longest: float | None = None
-    """The largest norm of a row of `W`, where latents compete and it is known."""
+    longest: tuple[float, float] | None = None
+    """`extent` of all rows, where latents compete and it is known."""
 
     @property
     def group(self) -> int:
@@ -106,15 +106,17 @@ def encoder_in_memory(
         at = torch.as_tensor(latents, device=rows.b.device)
         return EncoderRows(rows.W[at], rows.b[at], rows.theta[at])
 
-    longest = (
-        None if k is None else max(row_norm(rows.W[i : i + 8192]) for i in range(0, d_sae, 8192))
-    )
+    longest = None
+    if k is not None:
+        parts = [extent(block(i, i + 8192)) for i in range(0, d_sae, 8192)]
+        longest = max(w for w, _ in parts), max(b for _, b in parts)
     return Encoder(d_in, d_sae, block, take, k, groups, norm, in_memory=True, longest=longest)
 
 
-def row_norm(W: torch.Tensor) -> float:
-    """Return the largest norm of a row."""
-    return float(torch.linalg.vector_norm(W.float(), dim=1).max())
+def extent(rows: EncoderRows) -> tuple[float, float]:
+    """Return the largest norm of a row of `W`, and the largest `|b|`."""
+    length = torch.linalg.vector_norm(rows.W.float(), dim=1).max()
+    return float(length), float(rows.b.abs().max())
 
 
 def centred(W: torch.Tensor) -> torch.Tensor:
