@@ -30,9 +30,9 @@ class Contest:
         assert encoder.k is not None
         self.encoder, self.x, self.k = encoder, x, encoder.k
         self.reach = Reach(encoder, x)
-        self.floor = torch.full((len(x),), -torch.inf, device=x.device)
+        self.floor = np.full(len(x), -np.inf, np.float32)
         """[tokens] what the k-th largest is at least."""
-        self.found: dict[int, Sparse] = {}
+        self.found: dict[int, list[Sparse]] = {}
         """What may stay, by the first of the tokens."""
 
     def enter(self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows) -> None:
@@ -42,26 +42,24 @@ class Contest:
             self.reach.widen(rows)
         if latent == 0:
             self.floor[at] = _opening(z, self.k)
+        margin = self.reach.margin[at].cpu().numpy()
         # TopK has one threshold for all latents: 0, or none where it keeps what is below.
-        floor = torch.maximum(self.floor[at] - self.reach.margin[at], rows.theta[0])
-        part = above(z, floor[:, None], token, latent)
-        if token in self.found:
-            part = concatenate([self.found[token], part], z.device)
-        if len(part) > 4 * self.k * len(z):
-            host = part.cpu()
+        floor = np.maximum(self.floor[at] - margin, float(rows.theta[0]))
+        parts = self.found.setdefault(token, [])
+        parts.append(above(z, torch.from_numpy(floor[:, None]).to(z.device), token, latent))
+        if sum(map(len, parts)) > 4 * self.k * len(z):
+            found = concatenate(parts, z.device)
+            host = found.cpu()
             row, value = host.token.numpy() - token, host.value.numpy()
-            last = _last(row, value, self.k, len(z))
-            self.floor[at] = torch.from_numpy(last)
-            least = last - self.reach.margin[at].cpu().numpy()
-            part = part.pick(np.flatnonzero(value >= least[row]))
-        self.found[token] = part
+            self.floor[at] = _last(row, value, self.k, len(z))
+            parts[:] = [found.pick(np.flatnonzero(value >= (self.floor[at] - margin)[row]))]
 
     def decide(self) -> Sparse:
         """Return what stays."""
-        entries = concatenate(list(self.found.values()), self.x.device)
-        return choose(
-            self.encoder, self.x, entries, entries.token, len(self.x), self.k, self.reach
+        entries = concatenate(
+            [part for parts in self.found.values() for part in parts], self.x.device
         )
+        return choose(self.encoder, self.x, entries, entries.token, len(self.x), self.k, self.reach)
 
 
 class GroupContest:
@@ -87,12 +85,10 @@ class GroupContest:
         entries = concatenate(self.found, self.x.device)
         groups = self.encoder.d_sae // self.encoder.group
         owner = entries.token * groups + entries.latent // self.encoder.group
-        return choose(
-            self.encoder, self.x, entries, owner, len(self.x) * groups, 1, self.reach
-        )
+        return choose(self.encoder, self.x, entries, owner, len(self.x) * groups, 1, self.reach)
 
 
-def _opening(z: torch.Tensor, k: int) -> torch.Tensor:
+def _opening(z: torch.Tensor, k: int) -> np.ndarray | float:
     """Return what the k-th largest of each row of `z` is at least, [rows].
 
     It is the k-th largest of the maxima of 4 k groups: close to that of all, in a fraction of the
@@ -100,11 +96,12 @@ def _opening(z: torch.Tensor, k: int) -> torch.Tensor:
     """
     groups = min(4 * k, z.shape[1])
     if groups < k:
-        return z.new_full((len(z),), -torch.inf)
+        return -np.inf
     spans = z.shape[1] // groups
-    peak = z[:, : spans * groups].view(len(z), spans, groups).amax(1).cpu().numpy()
+    grouped = z[:, : spans * groups].view(len(z), spans, groups)
+    peak: np.ndarray = grouped.amax(1).cpu().numpy()
     peak.partition(groups - k, axis=1)
-    return torch.from_numpy(peak[:, groups - k]).to(z.device)
+    return peak[:, groups - k]
 
 
 def _last(owner: np.ndarray, value: np.ndarray, k: int, owners: int) -> np.ndarray:
@@ -155,22 +152,21 @@ def exactly(
     encoder: Encoder, x: torch.Tensor, token: torch.Tensor, latent: torch.Tensor
 ) -> torch.Tensor:
     """Return the pre-activations [entries] of `latent` at the rows `token` of `x`, in float64."""
-    parts = []
-    for tokens, latents in zip(
-        token.split(EXACT_ENTRIES), latent.split(EXACT_ENTRIES), strict=True
-    ):
-        wanted, which = torch.unique(latents, return_inverse=True)
+    out = torch.empty(len(latent), dtype=torch.float64, device=x.device)
+    for first in range(0, len(latent), EXACT_ENTRIES):
+        last = min(first + EXACT_ENTRIES, len(latent))
+        wanted, which = torch.unique(latent[first:last], return_inverse=True)
         rows = encoder.take(wanted.tolist())
-        for some, row in zip(
-            tokens.split(EXACT_AT_ONCE), which.split(EXACT_AT_ONCE), strict=True
-        ):
-            wide = x[some].float()
+        for start in range(first, last, EXACT_AT_ONCE):
+            at = slice(start, min(start + EXACT_AT_ONCE, last))
+            row = which[at.start - first : at.stop - first]
+            wide = x[token[at]].float()
             z = wide.double().mul_(rows.W[row].double()).sum(1)
             scale = token_scale(encoder.norm, wide)
             if scale is not None:
                 z *= scale[:, 0].double()
-            parts.append(z.add_(rows.b[row]))
-    return torch.cat(parts)
+            out[at] = z + rows.b[row].double()
+    return out
 
 
 def choose(

@@ -125,9 +125,8 @@ def encode_full(
         for part in products(encoder, x, block=block, rows=rows):
             contest.enter(part.token, part.latent, part.z, part.rows)
         return contest.decide()
-    found = []
-    for part in products(encoder, x, block=block, rows=rows):
-        found.append(above(part.z, part.rows.theta, part.token, part.latent))
+    parts = products(encoder, x, block=block, rows=rows)
+    found = [above(part.z, part.rows.theta, part.token, part.latent) for part in parts]
     return concatenate(found, x.device)
 
 
