@@ -144,7 +144,8 @@ class Reach:
 
     def _take(self, longest: tuple[float, float]) -> None:
         self._w, self._b = longest
-        self.margin = (self._length * self._w + self._b).mul_(2.0 * self._gamma)
+        twice = 2.0 * self._gamma
+        self.margin = self._length * (twice * self._w) + twice * self._b
         """[tokens] float32."""
 
 

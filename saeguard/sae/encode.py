@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from saeguard.sae.compete import Contest, GroupContest
-from saeguard.sae.encoder import ONEDNN, Encoder, open_encoder, product, token_scale
+from saeguard.sae.encoder import Encoder, open_encoder, product, token_scale, worth_a_copy
 from saeguard.sae.info import Norm, SaeInfo
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, above, concatenate
@@ -27,8 +27,6 @@ ROWS = 512
 """Tokens per block."""
 ELEMENTS = 1 << 20
 """Pre-activations per block: 4 MiB."""
-COPIED = 256
-"""Tokens from which on oneDNN's product is worth a copy of a block of transposed weights."""
 FILE_BLOCK = 8192
 """Most latents that are read from a file at once."""
 
@@ -79,7 +77,7 @@ def products(
     for start in range(0, encoder.d_sae, block):
         part = encoder.block(start, min(start + block, encoder.d_sae))
         W = part.W.float()
-        if ONEDNN and len(x) >= COPIED and not W.is_contiguous():  # part of a wider `W_enc.t()`
+        if worth_a_copy(W, len(x)):
             W = W.t().contiguous().t()
         part = EncoderRows(W, part.b, part.theta)
         for i, (chunk, scale) in enumerate(zip(chunks, scales, strict=True)):

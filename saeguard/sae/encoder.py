@@ -168,8 +168,8 @@ def product(
         out: [tokens, latents] float32 that may be overwritten; the result need not be in it.
     """
     W = rows.W.float()
-    if scale is None and ONEDNN is not None and _fit(W, x):
-        return ONEDNN(x, W, rows.b, "none", [], "")
+    if scale is None and _ONEDNN is not None and _fit(W, x):
+        return _ONEDNN(x, W, rows.b, "none", [], "")
     # Not `addmm`, which at 512 tokens takes a tenth longer.
     z = torch.mm(x, W.t(), out=out)
     if scale is not None:
@@ -177,27 +177,36 @@ def product(
     return z.add_(rows.b)
 
 
+def worth_a_copy(W: torch.Tensor, tokens: int) -> bool:
+    """Return whether rows that lie transposed in a wider matrix are copied for so many tokens.
+
+    oneDNN takes hundreds of times longer for such, torch.mm does not mind.
+    """
+    return _ONEDNN is not None and not _INTEL and tokens >= MANY and not W.is_contiguous()
+
+
 def _fit(W: torch.Tensor, x: torch.Tensor) -> bool:
-    """Return whether oneDNN computes `x @ W.T` faster than torch.mm.
+    """Return whether oneDNN computes `x @ W.T`, without a gradient, faster than torch.mm.
 
-    It takes longer for one token under a transposed `W`, hundreds of times longer where `W` is
-    part of a wider transposed one, and knows no gradients.
+    torch.mm is MKL's on a CPU. oneDNN's product, which torch.compile uses, takes 0.5 to 0.9 of its
+    time on AMD, but more for one token under a transposed `W`. On Intel it takes 0.4 to 0.9 of it
+    for some tokens, more for one or for many (benchmarks/encode.py).
     """
-    lies_well = W.is_contiguous() or (len(x) > 1 and W.t().is_contiguous())
-    return lies_well and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if x.device.type != "cpu" or torch.is_grad_enabled() or (_INTEL and not 1 < len(x) < MANY):
+        return False
+    return W.is_contiguous() or (len(x) > 1 and W.t().is_contiguous())
 
 
-def _onednn() -> Callable[..., torch.Tensor] | None:
-    """Return oneDNN's product, which torch.compile uses, where it is faster than torch.mm.
-
-    On a CPU that is MKL's, which on AMD takes 1.1 to 2 times as long as oneDNN's; on its maker's
-    own processors it is oneDNN's that takes longer, up to 1.2 times (benchmarks/encode.py).
-    """
+def _intel() -> bool:
     cpu = Path("/proc/cpuinfo")
-    intel = cpu.exists() and "GenuineIntel" in cpu.read_text()
-    if intel or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return cpu.exists() and "GenuineIntel" in cpu.read_text()
 
 
-ONEDNN = _onednn()
+MANY = 256
+"""Tokens that are too many for oneDNN on Intel, and enough for a copy of the weights elsewhere."""
+_INTEL = _intel()
+_ONEDNN: Callable[..., torch.Tensor] | None = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    else None
+)

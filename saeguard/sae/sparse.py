@@ -47,9 +47,15 @@ def above(z: torch.Tensor, floor: torch.Tensor, token: int, latent: int) -> Spar
     """
     width = z.numel() // len(z)
     if z.device.type == "cpu":  # NumPy compares and finds several times faster than torch
-        at = torch.from_numpy(_indices((z.numpy() > floor.numpy()).reshape(-1)))
-    else:
-        at = (z > floor).reshape(-1).nonzero().reshape(-1)
+        values = z.numpy()
+        where = _indices((values > floor.numpy()).reshape(-1))
+        of = where // width
+        return Sparse(
+            torch.from_numpy(of + token),
+            torch.from_numpy(where - of * width + latent),
+            torch.from_numpy(values.reshape(-1)[where]),
+        )
+    at = (z > floor).reshape(-1).nonzero().reshape(-1)
     row = torch.div(at, width, rounding_mode="floor")
     return Sparse(row + token, at - row * width + latent, z.reshape(-1)[at])
 
