@@ -25,8 +25,8 @@ from saeguard.sae.sparse import Sparse, above, concatenate
 
 ROWS = 512
 """Tokens per block."""
-ELEMENTS = 1 << 20
-"""Pre-activations per block: 4 MiB."""
+ELEMENTS = 1 << 21
+"""Pre-activations per block: 8 MiB."""
 FILE_BLOCK = 8192
 """Most latents that are read from a file at once."""
 
