@@ -18,17 +18,15 @@ import numpy as np
 import torch
 
 from saeguard.sae.compete import Contest, GroupContest
-from saeguard.sae.encoder import Encoder, open_encoder, product, token_scale
+from saeguard.sae.encoder import Encoder, open_encoder, product, token_scale, worth_a_copy
 from saeguard.sae.info import Norm, SaeInfo
 from saeguard.sae.rows import EncoderRows
-from saeguard.sae.sparse import Sparse, concatenate, nonzero
+from saeguard.sae.sparse import Sparse, above, concatenate
 
 ROWS = 512
 """Tokens per block."""
-ELEMENTS = 1 << 22
-"""Pre-activations per block: 16 MiB."""
-COPIED = 256
-"""Tokens from which on the faster product is worth a copy of a block of transposed weights."""
+ELEMENTS = 1 << 21
+"""Pre-activations per block: 8 MiB."""
 FILE_BLOCK = 8192
 """Most latents that are read from a file at once."""
 
@@ -42,7 +40,7 @@ class Block:
     latent: int
     """The first latent."""
     z: torch.Tensor
-    """[tokens, latents] float32."""
+    """[tokens, latents] float32; the next block overwrites it."""
     rows: EncoderRows
 
 
@@ -74,14 +72,17 @@ def products(
         block = max(1, block // encoder.group) * encoder.group
     chunks = [x[first : first + rows].float() for first in range(0, len(x), rows)]
     scales = [token_scale(encoder.norm, chunk) for chunk in chunks]
+    # One memory for all: a new one would cost more than what is done in it.
+    out = torch.empty(rows * block, device=x.device)
     for start in range(0, encoder.d_sae, block):
         part = encoder.block(start, min(start + block, encoder.d_sae))
         W = part.W.float()
-        if len(x) >= COPIED and not W.is_contiguous():  # part of a wider `W_enc.t()`
+        if worth_a_copy(W, len(x)):
             W = W.t().contiguous().t()
         part = EncoderRows(W, part.b, part.theta)
         for i, (chunk, scale) in enumerate(zip(chunks, scales, strict=True)):
-            yield Block(i * rows, start, product(part, chunk, scale), part)
+            z = out[: len(chunk) * len(W)].view(len(chunk), len(W))
+            yield Block(i * rows, start, product(part, chunk, scale, z), part)
 
 
 def encode_blocks(
@@ -99,7 +100,7 @@ def encode_blocks(
     if encoder.k is not None:
         raise ValueError("latents of TopK and groupmax compete across blocks; use encode_full")
     for part in products(encoder, x, block=block, rows=rows):
-        yield part.token, part.latent, part.z.mul_(part.z > part.rows.theta)
+        yield part.token, part.latent, part.z * (part.z > part.rows.theta)
 
 
 def encode_full(
@@ -122,10 +123,8 @@ def encode_full(
         for part in products(encoder, x, block=block, rows=rows):
             contest.enter(part.token, part.latent, part.z, part.rows)
         return contest.decide()
-    found = []
-    for part in products(encoder, x, block=block, rows=rows):
-        fires = part.z > part.rows.theta
-        found.append(nonzero(fires, part.z, part.token, part.latent))
+    parts = products(encoder, x, block=block, rows=rows)
+    found = [above(part.z, part.rows.theta, part.token, part.latent) for part in parts]
     return concatenate(found, x.device)
 
 

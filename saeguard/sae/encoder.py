@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -48,8 +49,8 @@ class Encoder:
     norm: Norm = "none"
     in_memory: bool = False
     """Whether a block costs nothing to get."""
-    longest: float | None = None
-    """The largest norm of a row of `W`, where latents compete and it is known."""
+    longest: tuple[float, float] | None = None
+    """`extent` of all rows, where latents compete and it is known."""
 
     @property
     def group(self) -> int:
@@ -105,15 +106,17 @@ def encoder_in_memory(
         at = torch.as_tensor(latents, device=rows.b.device)
         return EncoderRows(rows.W[at], rows.b[at], rows.theta[at])
 
-    longest = (
-        None if k is None else max(row_norm(rows.W[i : i + 8192]) for i in range(0, d_sae, 8192))
-    )
+    longest = None
+    if k is not None:
+        parts = [extent(block(i, i + 8192)) for i in range(0, d_sae, 8192)]
+        longest = max(w for w, _ in parts), max(b for _, b in parts)
     return Encoder(d_in, d_sae, block, take, k, groups, norm, in_memory=True, longest=longest)
 
 
-def row_norm(W: torch.Tensor) -> float:
-    """Return the largest norm of a row."""
-    return float(torch.linalg.vector_norm(W.float(), dim=1).max())
+def extent(rows: EncoderRows) -> tuple[float, float]:
+    """Return the largest norm of a row of `W`, and the largest `|b|`."""
+    length = torch.linalg.vector_norm(rows.W.float(), dim=1).max()
+    return float(length), float(rows.b.abs().max())
 
 
 def centred(W: torch.Tensor) -> torch.Tensor:
@@ -150,33 +153,58 @@ def column_scales(norm: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | 
     return scales
 
 
-def product(rows: EncoderRows, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def product(
+    rows: EncoderRows,
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return pre-activations [tokens, latents] float32 of `x` [tokens, d_in] float32.
 
     Args:
         rows: of the latents.
         x: the tokens.
         scale: [tokens, 1] or [tokens, latents]; None for 1.
+        out: [tokens, latents] float32 that may be overwritten; the result need not be in it.
     """
     W = rows.W.float()
-    if scale is None:
-        return _affine(x, W, rows.b)
-    return _affine(x, W, None).mul_(scale).add_(rows.b)
+    if scale is None and _ONEDNN is not None and _fit(W, x):
+        return _ONEDNN(x, W, rows.b, "none", [], "")
+    # Not `addmm`, which at 512 tokens takes a tenth longer.
+    z = torch.mm(x, W.t(), out=out)
+    if scale is not None:
+        z.mul_(scale)
+    return z.add_(rows.b)
 
 
-def _affine(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    """Return `x @ W.T + b`, in float32 throughout, by the faster of torch's two libraries.
+def worth_a_copy(W: torch.Tensor, tokens: int) -> bool:
+    """Return whether rows that lie transposed in a wider matrix are copied for so many tokens.
 
-    `torch.mm` is MKL's on a CPU. oneDNN's product, which torch.compile uses, takes 0.5 to 0.9 of
-    its time on AMD (benchmarks/encode.py), but more for one token under a transposed `W`, and
-    hundreds of times more where `W` is part of a wider transposed one. It knows no gradients.
+    oneDNN takes hundreds of times longer for such, torch.mm does not mind.
     """
-    fit = W.is_contiguous() or (len(x) > 1 and W.t().is_contiguous())
-    if _ONEDNN is None or not fit or x.device.type != "cpu" or torch.is_grad_enabled():
-        return torch.mm(x, W.t()) if b is None else torch.addmm(b, x, W.t())
-    return _ONEDNN(x, W, b, "none", [], "")
+    return _ONEDNN is not None and not _INTEL and tokens >= MANY and not W.is_contiguous()
 
 
+def _fit(W: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether oneDNN computes `x @ W.T`, without a gradient, faster than torch.mm.
+
+    torch.mm is MKL's on a CPU. oneDNN's product, which torch.compile uses, takes 0.5 to 0.9 of its
+    time on AMD, but more for one token under a transposed `W`. On Intel it takes 0.4 to 0.9 of it
+    for some tokens, more for one or for many (benchmarks/encode.py).
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or (_INTEL and not 1 < len(x) < MANY):
+        return False
+    return W.is_contiguous() or (len(x) > 1 and W.t().is_contiguous())
+
+
+def _intel() -> bool:
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "GenuineIntel" in cpu.read_text()
+
+
+MANY = 256
+"""Tokens that are too many for oneDNN on Intel, and enough for a copy of the weights elsewhere."""
+_INTEL = _intel()
 _ONEDNN: Callable[..., torch.Tensor] | None = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

@@ -133,8 +133,8 @@ def outranked(
     ask, other = ask[open_], other[open_]
     if len(ask):
         mine = rivals.own[watched[ask]]
-        theirs = exactly(encoder, x[row[ask]], other)
-        ours = exactly(encoder, x[row[ask]], mine)
+        theirs = exactly(encoder, x, row[ask], other)
+        ours = exactly(encoder, x, row[ask], mine)
         beats = (theirs > ours) | ((theirs == ours) & (other < mine))
         above.index_add_(0, ask, beats.long())
     return above >= rivals.limit

@@ -12,6 +12,7 @@ from saeguard.sae import (
     Encoder,
     EncoderRows,
     Sparse,
+    encode_blocks,
     encode_full,
     encode_latents,
     encoder_in_memory,
@@ -191,3 +192,41 @@ def test_impossible_k(k: int, groups: bool, says: str) -> None:
     rows = EncoderRows(torch.randn(6, 2), torch.zeros(6), torch.zeros(6))
     with pytest.raises(ValueError, match=says):
         encoder_in_memory(rows, k=k, groups=groups)
+
+
+def test_blocks_may_be_kept() -> None:
+    """What a block holds stays when the next ones come."""
+    torch.manual_seed(4)
+    W, b = torch.randn(90, 12), torch.randn(90)
+    x = torch.randn(20, 12)
+    blocks = list(encode_blocks(encoder_in_memory(EncoderRows(W, b, b * 0)), x, block=30, rows=8))
+    f = torch.zeros(20, 90)
+    for token, latent, part in blocks:
+        f[token : token + len(part), latent : latent + part.shape[1]] = part
+    torch.testing.assert_close(f, (x @ W.t() + b).relu(), rtol=1e-5, atol=1e-5)
+
+
+def test_topk_may_keep_what_is_below_zero() -> None:
+    """Without a threshold, exactly `k` stay, negative ones in their order."""
+    torch.manual_seed(5)
+    W, b, x = torch.randn(400, 16), torch.full((400,), -30.0), torch.randn(50, 16)
+    encoder = encoder_in_memory(EncoderRows(W, b, torch.full((400,), -torch.inf)), k=9)
+    value, at = (x @ W.t() + b).topk(9)
+    assert (value < 0).any()
+    expected = torch.zeros(50, 400).scatter(1, at, value)
+    for block in (None, 20):
+        found = dense(encode_full(encoder, x, block=block), 50, 400)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_of_many_equals_the_lower_stay() -> None:
+    """However many have to be computed again: here 100 a token, in parts."""
+    torch.manual_seed(6)
+    W = torch.randn(1, 16).expand(100, 16).contiguous()
+    x = torch.randn(60, 16).abs() * W[0].sign()
+    encoder = encoder_in_memory(EncoderRows(W, torch.zeros(100), torch.zeros(100)), k=7)
+    expected = torch.zeros(60, 100)
+    expected[:, :7] = (x @ W[0])[:, None]
+    for block in (None, 11):
+        found = dense(encode_full(encoder, x, block=block), 60, 100)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
