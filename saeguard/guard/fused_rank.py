@@ -61,10 +61,8 @@ class Board:
     """[max_tokens, watched] int32: rivals too close to tell."""
     pair: torch.Tensor
     """[PAIRS, 2] int32: place in `above`, and the rival."""
-    longest: float
-    """The largest norm of a rival's row."""
-    highest: float
-    """The largest absolute bias of a rival."""
+    extent: tuple[float, float]
+    """The largest norm of a rival's row, and the largest absolute bias."""
 
 
 def make_board(rivals: Rivals, watched: int, *, max_tokens: int, pairs: int = PAIRS) -> Board:
@@ -83,8 +81,7 @@ def make_board(rivals: Rivals, watched: int, *, max_tokens: int, pairs: int = PA
         above=room(max_tokens, watched),
         near=room(max_tokens, watched),
         pair=room(pairs, 2),
-        longest=rivals.encoder.longest,
-        highest=float(rivals.rows.b.abs().max()),
+        extent=rivals.encoder.longest,
     )
 
 
@@ -404,8 +401,7 @@ def settle(
         d_in,
         *strides,
         f.stride(0),
-        board.longest,
-        board.highest,
+        *board.extent,
         # Wider than `Reach` by what rounding can do to the length itself.
         (d_in + 16) * 2.0**-24,
         **kind,

@@ -39,8 +39,8 @@ def test_all_latents_with_compaction() -> None:
 
 
 def test_ranks() -> None:
-    """What TopK and groupmax keep is what float64 says, ties and near ties too: 24 cases."""
-    assert check("check_rank").split() == ["rank", "24"]
+    """What TopK and groupmax keep is what float64 says, ties and near ties too: 12 cases."""
+    assert check("check_rank").split() == ["rank", "12"]
 
 
 def test_they_compile_for_gpus_and_fit() -> None:
