@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saeguard.sae.compete import Contest, GroupContest
-from saeguard.sae.encoder import Encoder, open_encoder, product, token_scale, worth_a_copy
+from saeguard.sae.compete import Contest, GroupContest, largest
+from saeguard.sae.encoder import FEW, Encoder, open_encoder, product, token_scale, worth_a_copy
 from saeguard.sae.info import Norm, SaeInfo
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, above, concatenate
@@ -119,13 +119,18 @@ def encode_full(
         if bad.any():
             raise ValueError(f"token {int(bad.nonzero()[0])} is not finite (NaN or infinite)")
     if encoder.k is not None:
+        if len(x) < FEW and encoder.in_memory and not encoder.groups and block is None:
+            (part,) = products(encoder, x, block=encoder.d_sae)
+            found = largest(encoder, x, part.z, part.rows)
+            if found is not None:
+                return found
         contest = GroupContest(encoder, x) if encoder.groups else Contest(encoder, x)
         for part in products(encoder, x, block=block, rows=rows):
             contest.enter(part.token, part.latent, part.z, part.rows)
         return contest.decide()
     parts = products(encoder, x, block=block, rows=rows)
-    found = [above(part.z, part.rows.theta, part.token, part.latent) for part in parts]
-    return concatenate(found, x.device)
+    fired = [above(part.z, part.rows.theta, part.token, part.latent) for part in parts]
+    return concatenate(fired, x.device)
 
 
 def what_fired(

@@ -192,7 +192,7 @@ def _fit(W: torch.Tensor, x: torch.Tensor) -> bool:
     time on AMD, but more for one token under a transposed `W`. On Intel it takes 0.4 to 0.9 of it
     for some tokens, more for one or for many (benchmarks/encode.py).
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or (_INTEL and not 1 < len(x) < MANY):
+    if x.device.type != "cpu" or torch.is_grad_enabled() or (_INTEL and not FEW <= len(x) < MANY):
         return False
     return W.is_contiguous() or (len(x) > 1 and W.t().is_contiguous())
 
@@ -202,6 +202,8 @@ def _intel() -> bool:
     return cpu.exists() and "GenuineIntel" in cpu.read_text()
 
 
+FEW = 4
+"""Tokens from which on several at once pay on Intel, and sorting all latents of each does not."""
 MANY = 256
 """Tokens that are too many for oneDNN on Intel, and enough for a copy of the weights elsewhere."""
 _INTEL = _intel()
