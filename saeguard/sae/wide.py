@@ -4,7 +4,8 @@ A tile's pre-activations never leave the chip; what fires is appended to a buffe
 in no order, and all that fired is counted, so that nothing is lost unnoticed. The grid depends on
 shapes only and the host is not asked, so a CUDA graph can hold it.
 
-Not run on a GPU so far: the kernel is tested in Triton's interpreter against `encode_full`.
+Not run on a GPU so far: the kernel is tested in Triton's interpreter against `encode_full`, and
+compiled for three generations of GPUs.
 """
 
 from __future__ import annotations

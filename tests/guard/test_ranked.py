@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard.features.types import Feature, Term
-from saeguard.guard.ranked import RankedRows, bars, make_ranked, settle
+from saeguard.guard.ranked import Ranked, RankedRows, bars, make_ranked, set_floor, settle
 from saeguard.sae import EncoderRows, encode_latents, encoder_in_memory
 
 CPU = torch.device("cpu")
@@ -23,6 +23,21 @@ def random_feature(rng: np.random.Generator, watched: int) -> Feature:
     )
     low = float(rng.choice([0.0, 0.3, -0.5]))
     return Feature("f", "", "", terms, None, (), low, low + 2.0, 0.5, {})
+
+
+def take_in(part: RankedRows, rows: EncoderRows) -> Ranked:
+    """Return what a tap holds of columns that are `rows`."""
+    return make_ranked(part, rows, CPU)
+
+
+def seen(ranked: Ranked, rows: EncoderRows, x: torch.Tensor) -> torch.Tensor:
+    """Return what a tap shows of tokens, [tokens, columns]."""
+    floor = rows.theta.clone()
+    set_floor(ranked, floor)
+    z = x @ rows.W.t() + rows.b
+    f = z * (z > floor)
+    settle(ranked, x, f)
+    return f
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -40,10 +55,9 @@ def test_no_policy_sees_the_difference(seed: int) -> None:
     lowest = [(g, g.low + a * (g.high - g.low)) for g, a in zip(features, above, strict=True)]
     bar = bars(range(watched), lowest)
     exact = encode_latents(encoder, range(watched), x)
-    z = x @ rows.W[:watched].t()
-    f = z * (z > 0)
-    ranked = make_ranked(RankedRows(encoder, slice(0, watched), tuple(range(watched)), bar), CPU)
-    settle(ranked, x, f)
+    mine = encoder.take(range(watched))
+    ranked = take_in(RankedRows(encoder, slice(0, watched), tuple(range(watched)), bar), mine)
+    f = seen(ranked, mine, x)
     assert ((f == 0) | (exact != 0)).all(), "what shows as firing fires"
     for feature, value in lowest:
         weights = torch.zeros(watched)
@@ -56,27 +70,35 @@ def test_what_cannot_be_known_stays_visible() -> None:
     """A token with NaN is not silenced for its rank."""
     rows = EncoderRows(torch.eye(4), torch.zeros(4), torch.zeros(4))
     encoder = encoder_in_memory(rows, k=1)
-    ranked = make_ranked(RankedRows(encoder, slice(0, 2), (0, 1), torch.ones(2)), CPU)
+    mine = encoder.take((0, 1))
+    ranked = take_in(RankedRows(encoder, slice(0, 2), (0, 1), torch.ones(2)), mine)
     x = torch.tensor([[torch.nan, 0.0, 0.0, 0.0], [3.0, 2.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0]])
-    z = x @ rows.W[:2].t()
-    f = z * (z > 0)
-    settle(ranked, x, f)
+    f = seen(ranked, mine, x)
     assert f[0].isnan().all()
     assert f[1:].tolist() == [[3.0, 0.0], [0.0, 0.0]]
 
 
-def test_where_no_token_passes() -> None:
-    """The short way: silent, but for what cannot be known, and for the self-test."""
+def test_a_token_that_passes_shows_what_lies_below_its_bar() -> None:
+    """Of it, every watched latent that stays counts: a condition may ask for two of them."""
     rows = EncoderRows(torch.eye(4), torch.zeros(4), torch.zeros(4))
-    latents = RankedRows(encoder_in_memory(rows, k=1), slice(1, 3), (0, 1), torch.ones(2))
-    ranked, x = make_ranked(latents, CPU), torch.zeros(2, 4)
-    before = torch.tensor([[7.0, torch.nan, 0.5, 7.0], [7.0, 0.9, 0.0, 7.0]])
-    f = before.clone()
-    settle(ranked, x, f)
-    expected = torch.tensor([[7.0, torch.nan, 0.0, 7.0], [7.0, 0.0, 0.0, 7.0]])
-    torch.testing.assert_close(f, expected, equal_nan=True)
-    ranked.shown.fill_(value=True)
-    f = before.clone()
+    encoder = encoder_in_memory(rows, k=2)
+    mine, bar = encoder.take((0, 1)), torch.tensor([1.0, torch.inf])
+    ranked = take_in(RankedRows(encoder, slice(0, 2), (0, 1), bar), mine)
+    x = torch.tensor([[3.0, 0.25, 0.0, 0.0], [0.5, 0.25, 0.0, 0.0], [3.0, 0.25, 0.5, 0.0]])
+    assert seen(ranked, mine, x).tolist() == [[3.0, 0.25], [0.0, 0.0], [3.0, 0.0]]
+
+
+def test_columns_of_others_stay_as_they_are() -> None:
+    """Where no token passes, what cannot be known stays, and so do columns beside."""
+    encoder = encoder_in_memory(EncoderRows(torch.eye(4), torch.zeros(4), torch.zeros(4)), k=1)
+    rows = encoder.take((3, 0, 1, 2))
+    rows = EncoderRows(rows.W, rows.b, torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf]))
+    ranked = take_in(RankedRows(encoder, slice(1, 3), (0, 1), torch.ones(2)), rows)
+    x = torch.tensor([[0.5, 0.9, -7.0, -7.0], [3.0, 2.0, -7.0, 7.0]])
+    f = seen(ranked, rows, x)
+    assert f.tolist() == [[-7.0, 0.0, 0.0, -7.0], [7.0, 0.0, 0.0, -7.0]]
+    f = torch.tensor([[7.0, torch.nan, 0.0, 7.0], [7.0, 0.0, 0.0, 7.0]])
+    before = f.clone()
     settle(ranked, x, f)
     torch.testing.assert_close(f, before, equal_nan=True)
 
@@ -85,11 +107,9 @@ def test_the_self_test_sees_what_ranks_hide() -> None:
     """While it runs, activations show whatever their rank."""
     rows = EncoderRows(torch.eye(3), torch.zeros(3), torch.zeros(3))
     encoder = encoder_in_memory(rows, k=1)
-    ranked = make_ranked(RankedRows(encoder, slice(0, 3), (0, 1, 2), torch.ones(3)), CPU)
-    f = torch.tensor([[3.0, 2.0, 0.5]])
+    ranked = take_in(RankedRows(encoder, slice(0, 3), (0, 1, 2), torch.ones(3)), rows)
+    x = torch.tensor([[3.0, 2.0, 0.5]])
     ranked.shown.fill_(value=True)
-    settle(ranked, f.clone(), f)
-    assert f.tolist() == [[3.0, 2.0, 0.5]]
+    assert seen(ranked, rows, x).tolist() == [[3.0, 2.0, 0.5]]
     ranked.shown.fill_(value=False)
-    settle(ranked, f.clone(), f)
-    assert f.tolist() == [[3.0, 0.0, 0.0]]
+    assert seen(ranked, rows, x).tolist() == [[3.0, 0.0, 0.0]]
