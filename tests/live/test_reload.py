@@ -277,6 +277,8 @@ def test_clamps_come_back_between_two_passes(
     orders = server.outbox.take({"r": Admitted(first, frozenset())})
     assert (orders.dropped, orders.swap) == ((), None)
     worker.carry_out(orders)
+    with pytest.raises(RuntimeError, match=r"carried out swap 3 .* believes 7"):
+        worker.carry_out(orders._replace(after=7))
     with pytest.raises(RuntimeError, match=r"clamps \['other'\], which this rank does not have"):
         worker.carry_out(server.outbox.take({"r": Admitted("other", frozenset())}))
 
