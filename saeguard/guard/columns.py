@@ -38,7 +38,36 @@ class Write(NamedTuple):
     columns: np.ndarray
     """[rows] int64, within the layer."""
     rows: Mapping[str, np.ndarray]
-    """By name of a `Hook`'s tensor: [rows, ...]."""
+    """By name of a `Hook`'s tensor: [rows, ...]; or `bar`, of columns that fire by rank, which
+    lowers what is there."""
+
+
+def merge_writes(earlier: Sequence[Write], later: Sequence[Write]) -> tuple[Write, ...]:
+    """Return writes that leave the taps as both would, one after the other; no column twice."""
+    lowered = [w for w in (*earlier, *later) if "bar" in w.rows]
+    over = [w for w in later if "bar" not in w.rows]
+    writes = [
+        Write(layer, *_lowest([w for w in lowered if w.layer == layer]))
+        for layer in sorted({w.layer for w in lowered})
+    ]
+    for write in earlier:
+        if "bar" in write.rows:
+            continue
+        again = [w.columns for w in over if w.layer == write.layer]
+        left = ~np.isin(write.columns, np.concatenate([*again, write.columns[:0]]))
+        if left.any():
+            rows = {name: values[left] for name, values in write.rows.items()}
+            writes.append(Write(write.layer, write.columns[left], rows))
+    return (*writes, *over)
+
+
+def _lowest(writes: Sequence[Write]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return columns of one layer and the lowest bar that is written to each."""
+    bars = np.concatenate([w.rows["bar"] for w in writes])
+    columns, which = np.unique(np.concatenate([w.columns for w in writes]), return_inverse=True)
+    lowest = np.full(len(columns), np.inf, bars.dtype)
+    np.minimum.at(lowest, which, bars)
+    return columns, {"bar": lowest}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.columns import Write
+from saeguard.guard.columns import Write, merge_writes
 from saeguard.guard.watchlist import WatchList
 
 
@@ -29,12 +29,13 @@ class Admitted(NamedTuple):
 
 
 class Swap(NamedTuple):
-    """What a new list needs on the device."""
+    """What new lists need on the device."""
 
     number: int
+    """Of the last of them."""
     writes: tuple[Write, ...] = ()
-    clamps: tuple[str, WatchList] | None = None
-    """Digest, and the list that they are of; None where the workers have them."""
+    clamps: Mapping[str, WatchList] = {}
+    """By digest, those that the workers do not have: a list that they are of."""
 
 
 class Orders(NamedTuple):
@@ -42,40 +43,52 @@ class Orders(NamedTuple):
 
     after: int
     """Number of the last swap that must have been carried out before."""
-    swaps: tuple[Swap, ...] = ()
     dropped: tuple[str, ...] = ()
-    """Digests of clamps that no request needs any more."""
+    """Digests of clamps that no request needs any more; to go before the swap, which may bring
+    some of them back."""
+    swap: Swap | None = None
     admitted: Mapping[str, Admitted] = {}
     """By request id, of those that start in this pass."""
 
 
 class Outbox:
-    """Orders that wait for the next pass."""
+    """Orders that wait for the next pass; without requests it may be long in coming.
+
+    So lists that come meanwhile are one swap, which is no larger than what the taps hold.
+    """
 
     def __init__(self) -> None:
         """Start with the list that the workers were started with."""
         self.number = 0
         """Of the last swap told."""
         self._lock = threading.Lock()
-        self._swaps: list[Swap] = []
+        self._swap: Swap | None = None
         self._dropped: list[str] = []
+        """Clamps that the workers have."""
 
     def put(self, swap: Swap) -> None:
         """Tell of a swap; from any thread, before the list is made the present one."""
         with self._lock:
-            self._swaps.append(swap)
+            if self._swap is not None:
+                writes = merge_writes(self._swap.writes, swap.writes)
+                swap = Swap(swap.number, writes, {**self._swap.clamps, **swap.clamps})
+            self._swap = swap
 
     def drop(self, clamps: str) -> None:
-        """Tell that clamps are not needed any more."""
+        """Tell that clamps are not needed any more, unless the workers never heard of them."""
         with self._lock:
-            self._dropped.append(clamps)
+            if self._swap is None or clamps not in self._swap.clamps:
+                self._dropped.append(clamps)
+                return
+            left = {d: over for d, over in self._swap.clamps.items() if d != clamps}
+            self._swap = self._swap._replace(clamps=left)
 
     def take(self, admitted: Mapping[str, Admitted]) -> Orders:
         """Return what comes with the pass that was just laid out."""
         with self._lock:
-            swaps, self._swaps = tuple(self._swaps), []
+            swap, self._swap = self._swap, None
             dropped, self._dropped = tuple(self._dropped), []
-        orders = Orders(self.number, swaps, dropped, admitted)
-        if swaps:
-            self.number = swaps[-1].number
+        orders = Orders(self.number, dropped, swap, admitted)
+        if swap is not None:
+            self.number = swap.number
         return orders

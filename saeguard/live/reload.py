@@ -250,7 +250,7 @@ class Reloader:
             memory=where.memory,
             needs=needs,
         )
-        clamps = None
+        clamps = {}
         if generation.clamps and generation.clamps not in {
             g.clamps for g in where.generations.live
         }:
@@ -261,7 +261,7 @@ class Reloader:
                     "while serving"
                 )
             if not where.graphs_hold_clamps:
-                clamps = generation.clamps, whole
+                clamps = {generation.clamps: whole}
         where.columns = placed.columns
         where.outbox.put(Swap(number, writes, clamps))
         where.generations.publish(generation)

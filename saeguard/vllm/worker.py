@@ -122,25 +122,30 @@ class WorkerGuard:
         """Do what the engine core tells before a pass.
 
         Raises:
-            RuntimeError: an order before this one was lost.
+            RuntimeError: an order before this one was lost, or clamps are missing.
         """
         if orders.after != self.orders:
             raise RuntimeError(
                 f"saeguard: the taps carried out swap {self.orders} of the watch list, the engine "
                 f"core believes {orders.after}: this rank reads other rows than the rules judge"
             )
-        for swap in orders.swaps:
-            for write in swap.writes:
-                write_rows(self.taps, write)
-            if swap.clamps is not None:
-                digest, watchlist = swap.clamps
-                self.clamp_lists[digest] = watchlist
-                add_clamps(self.taps, digest, watchlist, slots=len(self.free) + len(self.slots))
-            self.orders = swap.number
         for digest in orders.dropped:
             self.clamp_lists.pop(digest, None)
             for tap in self.taps:
                 tap.clamps.pop(digest, None)
+        if orders.swap is not None:
+            for write in orders.swap.writes:
+                write_rows(self.taps, write)
+            for digest, watchlist in orders.swap.clamps.items():
+                self.clamp_lists[digest] = watchlist
+                add_clamps(self.taps, digest, watchlist, slots=len(self.free) + len(self.slots))
+            self.orders = orders.swap.number
+        needed = {admitted.clamps for admitted in orders.admitted.values()}
+        if missing := needed - self.clamp_lists.keys() - {""}:
+            raise RuntimeError(
+                f"saeguard: requests may be edited by clamps {sorted(missing)}, which this rank "
+                "does not have: they would not be edited, and nothing would say so"
+            )
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Take back the slots of requests that ended."""

@@ -118,6 +118,30 @@ def test_a_cached_prefix_is_read_as_far_as_it_was_seen(live: Reloading) -> None:
     assert live.unseen == before + 64
 
 
+def test_a_set_that_comes_back_between_two_requests(live: Reloading) -> None:
+    """While no request is under way nobody tells the taps; then its clamps edit as they did."""
+    prompt = np.random.default_rng(78).integers(3, 512, 40).tolist()
+    plain = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
+    clamped = {**plain, "extra_args": {"saeguard_enforce": "test.clamp"}}
+
+    def tokens(params: dict[str, Any]) -> Any:
+        one = [{"step": 0, "prompt": prompt, "params": params}]
+        (ended,) = live.ask("mix", mix=one, reset=True)["ended"].values()
+        return ended["tokens"]
+
+    def take_up(i: int) -> None:
+        digest = live.turn(i)
+        live.wait(lambda s: s["watchlist"] == digest)
+        time.sleep(0.5)  # so that the one before is let go
+
+    take_up(0)
+    edited = tokens(clamped)
+    assert edited != tokens(plain)
+    take_up(3)
+    take_up(0)
+    assert tokens(clamped) == edited
+
+
 def test_nothing_is_left(live: Reloading) -> None:
     """Lists that nobody needs go, and with them their clamps."""
     digest = live.turn(3)

@@ -14,6 +14,7 @@ from saeguard.guard.columns import (
     Write,
     allocate,
     check_fits,
+    merge_writes,
     oldest_readable,
     place,
     row_ids,
@@ -22,7 +23,7 @@ from saeguard.guard.columns import (
     used,
 )
 from saeguard.guard.ranked import RankedRows
-from saeguard.guard.tap import install_taps, write_rows
+from saeguard.guard.tap import Tap, install_taps, write_rows
 from saeguard.guard.watchlist import Hook, WatchList
 from saeguard.policy.types import Name, Selection
 from saeguard.sae import EncoderRows
@@ -230,3 +231,44 @@ def test_ranks() -> None:
     assert oldest_readable(placed.columns, used([lower], placed.at)) == 2
     write_rows([tap], Write(0, placed.at[0], {"bar": np.array([0.25, 0.75], np.float32)}))
     assert tap.ranked[0].bar.tolist() == [0.5, 0.25]
+
+
+def ranking_tap() -> Tap:
+    """Return a tap of twelve columns, the first four of latents that fire by rank."""
+    rng = torch.Generator().manual_seed(3)
+    rows = EncoderRows(torch.randn(8, D, generator=rng), torch.zeros(8), torch.zeros(8))
+    part = RankedRows(encoder_in_memory(rows, k=3), slice(0, 4), (0, 1, 2, 3), torch.ones(4))
+    first = replace(normalised(hook(list(range(12)))), ranked=(part,))
+    cpu = torch.device("cpu")
+    (tap,) = install_taps(replace(watching([1]), hooks=(first,)), max_tokens=4, slots=1, device=cpu)
+    return tap
+
+
+def test_writes_that_wait_are_as_many_as_columns() -> None:
+    """However many lists came between two passes; the taps then hold the same."""
+    rng = np.random.default_rng(8)
+    one, all_ = ranking_tap(), ranking_tap()
+    waiting: tuple[Write, ...] = ()
+    for _ in range(60):
+        at = rng.choice(np.arange(4, 12), int(rng.integers(1, 5)), replace=False)
+        new = hook(rng.integers(100, 999, len(at)).tolist())
+        rows = {n: getattr(new, n).numpy() for n in ("W", "b", "theta")}
+        if rng.random() < 0.5:
+            rows["norm"] = np.full(len(at), NORMS.index("layer_norm"))
+        low = rng.choice(4, int(rng.integers(1, 5)), replace=False)
+        bars = {"bar": rng.uniform(0.2, 1.2, len(low)).astype(np.float32)}
+        writes = (Write(0, low, bars), Write(0, at, rows), Write(7, at, rows), Write(7, low, bars))
+        for write in writes:
+            write_rows([one], write)
+        waiting = merge_writes(waiting, writes)
+        told = [(w.layer, int(column)) for w in waiting for column in w.columns]
+        assert len(told) == len(set(told)) <= 2 * 12
+        if rng.random() < 0.1:
+            for write in waiting:
+                write_rows([all_], write)
+            waiting = ()
+            for name in ("W", "b", "theta", "norm"):
+                assert torch.equal(getattr(one, name), getattr(all_, name))
+            assert torch.equal(one.ranked[0].bar, all_.ranked[0].bar)
+    assert one.ranked[0].bar.max() < 1
+    assert len(set(one.norm.tolist())) == 2 if one.norm is not None else False

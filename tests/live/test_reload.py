@@ -9,18 +9,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from saeguard.guard.generations import Generations, Pin, make_generation
+from saeguard.guard.tap import install_taps
 from saeguard.live import state
-from saeguard.live.orders import Outbox
+from saeguard.live.orders import Admitted, Outbox
 from saeguard.live.reload import Reloader, Report, Where
 from saeguard.policy import bundle
 from saeguard.policy.load import load_policies
 from saeguard.vllm.config import Settings, check_manifest, load, parse_settings, source_of, start
+from saeguard.vllm.worker import WorkerGuard
 from tests import models
 
 LATENTS = tuple(range(12))
 PRIVATE, PUBLIC = bundle.keygen()
+SLOTS = 2
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,8 @@ def test_rows_are_written_where_nobody_reads(settings: Settings, server: Server)
     folder, first = Path(settings.policies), server.lists.current
     write(folder, 1, 2)
     report = server.until(lambda r: r.outcome == "active")
-    (swap,) = server.outbox.take({}).swaps
+    swap = server.outbox.take({}).swap
+    assert swap is not None
     (told,) = swap.writes
     assert report.rows == len(told.columns) == 1
     assert not set(told.columns.tolist()) & first.reads[1]
@@ -114,7 +119,8 @@ def test_rows_are_written_where_nobody_reads(settings: Settings, server: Server)
     write(folder, 1, 2, above=0.9)
     report = server.until(lambda r: r.outcome == "active" and r.old != first.watchlist.digest)
     assert report.rows == 0
-    (swap,) = server.outbox.take({}).swaps
+    swap = server.outbox.take({}).swap
+    assert swap is not None
     assert (swap.number, swap.writes) == (2, ())
 
 
@@ -232,6 +238,62 @@ def test_asked_for(settings: Settings, server: Server) -> None:
             break
         time.sleep(0.01)
     assert (status["asked"], status["pid"]) == (1, os.getpid())
+
+
+@pytest.fixture
+def worker(server: Server) -> WorkerGuard:
+    """A worker's guard as it starts with the server's first list."""
+    watchlist = server.lists.current.watchlist
+    device = torch.device("cpu")
+    taps = install_taps(watchlist, max_tokens=8, slots=SLOTS, device=device)
+    free = list(range(1, SLOTS + 1))
+    return WorkerGuard(watchlist, taps, taps[0].rows, torch.zeros(1), device, free=free)
+
+
+def turn(server: Server, folder: Path, latent: int, to: float) -> str:
+    """Make a list that clamps the present one, and wait until what it replaces is let go."""
+    clamp = {"features": [f"f{latent}"], "to": to}
+    server.reports.clear()
+    write(folder, latent, action="clamp", clamp=clamp)
+    server.until(lambda r: r.outcome == "active")
+    while len(server.lists.live) > 1:
+        time.sleep(0.01)
+    return server.lists.current.clamps
+
+
+def test_clamps_come_back_between_two_passes(
+    settings: Settings, server: Server, worker: WorkerGuard
+) -> None:
+    """A list that is taken back while no request is under way edits as it did."""
+    folder = Path(settings.policies)
+    first = turn(server, folder, 2, -6.0)
+    worker.carry_out(server.outbox.take({}))
+    assert list(worker.taps[0].clamps) == [first]
+    assert turn(server, folder, 3, -5.0) != first
+    assert turn(server, folder, 2, -6.0) == first
+    worker.carry_out(server.outbox.take({}))
+    assert list(worker.taps[0].clamps) == list(worker.clamp_lists) == [first]
+    # Those of the list between, which the workers never had, are no news to them.
+    orders = server.outbox.take({"r": Admitted(first, frozenset())})
+    assert (orders.dropped, orders.swap) == ((), None)
+    worker.carry_out(orders)
+    with pytest.raises(RuntimeError, match=r"carried out swap 3 .* believes 7"):
+        worker.carry_out(orders._replace(after=7))
+    with pytest.raises(RuntimeError, match=r"clamps \['other'\], which this rank does not have"):
+        worker.carry_out(server.outbox.take({"r": Admitted("other", frozenset())}))
+
+
+def test_what_waits_does_not_grow(settings: Settings, server: Server) -> None:
+    """Lists that came and went before any pass leave the columns that they wrote, and no clamps."""
+    folder = Path(settings.policies)
+    seen = [turn(server, folder, i % 6, -6.0 + i) for i in range(12)]
+    assert len(set(seen)) == 12
+    orders = server.outbox.take({})
+    assert orders.dropped == ()
+    assert orders.swap is not None
+    assert (orders.after, orders.swap.number, list(orders.swap.clamps)) == (0, 12, seen[-1:])
+    written = [int(column) for write in orders.swap.writes for column in write.columns]
+    assert len(written) == len(set(written)) <= settings.watch_capacity  # type: ignore[operator]
 
 
 class TestSigned:
