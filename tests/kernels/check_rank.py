@@ -54,7 +54,7 @@ def check() -> tuple[int, int, int]:
     kinds = ((8, False), (1, False), (35, True), (100, False))
     norms = ("none", "layer_norm", "constant_norm_rescale")
     for case, (norm, (k, groups)) in enumerate(itertools.product(norms, kinds)):
-        second, high = case % 3 == 0, case % 2 == 0
+        second, high = case % 3 == 0, case % 5 < 2
         rows = rows_with_ties(latents, d_in)
         encoder = encoder_in_memory(rows, k=k, groups=groups, norm=norm)
         dtype = torch.bfloat16 if second else torch.float32
@@ -118,5 +118,6 @@ if __name__ == "__main__":
     fused_rank.PROGRAMS = 4  # of hundreds, nearly all idle here; the interpreter runs each in turn
     cases, answers, ties = check()
     check_faults()
-    assert min(answers, ties) > 100, (answers, ties)
+    assert answers > 300, answers
+    assert ties > 30, ties
     print(f"rank {cases}")
