@@ -104,30 +104,12 @@ def full_width(weights: Weights, x: torch.Tensor) -> dict[str, Call]:
     library = pieces(x, width, LIBRARY_GIB / TEMPORARIES)
     return {
         "product": partial(floor, sae.W_enc.data),
-        "saeguard": _on_gpu(ours, x) if x.is_cuda else partial(encode_full, ours, x),
+        "saeguard": partial(encode_full, ours, x),
         "saelens": partial(_each, sae.encode, library),
         "product rows": partial(floor, rows.W.t()),
         "saeguard topk": partial(encode_full, weights.rivals.encoder, x),
         "sparsify topk": partial(_each, weights.coder.encode, library),
     }
-
-
-def _on_gpu(encoder: Any, x: torch.Tensor) -> Call:
-    """Return the Triton kernel's launch. Not run on a GPU so far."""
-    from saeguard.sae.wide import encode_into  # noqa: PLC0415 - needs Triton
-
-    rows = encoder.block(0, encoder.d_sae)
-    W = rows.W.contiguous()
-    room = 4 * ACTIVE * len(x)
-    token, latent = (torch.empty(room, dtype=torch.int32, device=x.device) for _ in range(2))
-    value = torch.empty(room, device=x.device)
-    count = torch.zeros((), dtype=torch.int32, device=x.device)
-
-    def run() -> None:
-        count.zero_()
-        encode_into(x, W, rows.b, rows.theta, token, latent, value, count)
-
-    return run
 
 
 def watched_rows(weights: Weights, x: torch.Tensor, watched: int) -> dict[str, Call]:

@@ -177,6 +177,25 @@ MUTANTS = (
         "import saeguard.vllm.selftest as s\ns.run = lambda core: None\n",
         "tests/engine/test_compile_cache.py::test_a_stale_artefact_is_caught",
     ),
+    Mutant(
+        "reload: clamps that come back between two requests edit again",
+        "what is not needed any more goes after what is new",
+        "import saeguard.vllm.worker as w\n"
+        "carry_out = w.WorkerGuard.carry_out\n"
+        "def last(self, orders):\n"
+        "    carry_out(self, orders._replace(dropped=()))\n"
+        "    for digest in orders.dropped:\n"
+        "        self.clamp_lists.pop(digest, None)\n"
+        "        [tap.clamps.pop(digest, None) for tap in self.taps]\n"
+        "w.WorkerGuard.carry_out = last\n",
+        "tests/engine/test_reload.py::test_a_set_that_comes_back_between_two_requests",
+    ),
+    Mutant(
+        "latents of TopK and groupmax SAEs fire by rank",
+        "by their thresholds alone",
+        "import saeguard.guard.ranked as r\nr.drop = lambda rivals, x, f: None\n",
+        "tests/engine/test_kinds.py::test_kinds_side_by_side",
+    ),
 )
 
 

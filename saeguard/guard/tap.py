@@ -225,8 +225,8 @@ def install_taps(
     kernels = kernels_for(device)
     board = None if kernels is None else partial(kernels.make_board, max_tokens=max_tokens)
     for hook in watchlist.hooks:
-        W, b, theta = (t.to(device) for t in (hook.W, hook.b, hook.theta))
-        rows_ = EncoderRows(W, b, theta)
+        rows_ = EncoderRows(hook.W, hook.b, hook.theta).to(device)
+        W, b, theta = rows_.W, rows_.b, rows_.theta
         TAPS[hook.layer] = tap = Tap(
             layer=hook.layer,
             W=W.t(),

@@ -40,21 +40,36 @@ class Contest:
 
     def enter(self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows) -> None:
         """Take in the pre-activations `z` of the tokens and latents that begin here."""
-        at = slice(token, token + len(z))
         if token == 0:
             self.reach.widen(rows)
         if latent == 0:
-            self.floor[at] = _opening(z, self.k)
+            self.open(token, z)
+        floor = self.screen(token, len(z), rows)
+        self.add(token, len(z), above(z, floor[:, None], token, latent))
+
+    def open(self, token: int, z: torch.Tensor) -> None:
+        """Take the first latents of the tokens that begin here for a first bound."""
+        self.floor[token : token + len(z)] = _opening(z, self.k)
+
+    def screen(self, token: int, tokens: int, rows: EncoderRows) -> torch.Tensor:
+        """Return above what an entry of each token may stay, [tokens] float32."""
+        at = slice(token, token + tokens)
         margin = self.reach.margin[at].cpu().numpy()
         # TopK has one threshold for all latents: 0, or none where it keeps what is below.
         floor = np.maximum(self.floor[at] - margin, float(rows.theta[0]))
+        return torch.from_numpy(floor).to(self.x.device)
+
+    def add(self, token: int, tokens: int, part: Sparse) -> None:
+        """Take in what is above the screen of the tokens that begin here."""
         parts = self.found.setdefault(token, [])
-        parts.append(above(z, torch.from_numpy(floor[:, None]).to(z.device), token, latent))
-        if sum(map(len, parts)) > 4 * self.k * len(z):
-            found = concatenate(parts, z.device)
+        parts.append(part)
+        if sum(map(len, parts)) > 4 * self.k * tokens:
+            at = slice(token, token + tokens)
+            margin = self.reach.margin[at].cpu().numpy()
+            found = concatenate(parts, self.x.device)
             host = found.cpu()
             row, value = host.token.numpy() - token, host.value.numpy()
-            self.floor[at] = _last(row, value, self.k, len(z))
+            self.floor[at] = _last(row, value, self.k, tokens)
             parts[:] = [found.pick(np.flatnonzero(value >= (self.floor[at] - margin)[row]))]
 
     def decide(self) -> Sparse:
@@ -186,7 +201,7 @@ def exactly(
     for first in range(0, len(latent), EXACT_ENTRIES):
         last = min(first + EXACT_ENTRIES, len(latent))
         wanted, which = torch.unique(latent[first:last], return_inverse=True)
-        rows = encoder.take(wanted.tolist())
+        rows = encoder.take(wanted.tolist()).to(x.device)
         for start in range(first, last, EXACT_AT_ONCE):
             at = slice(start, min(start + EXACT_AT_ONCE, last))
             row = which[at.start - first : at.stop - first]

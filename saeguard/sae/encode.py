@@ -10,6 +10,8 @@ TopK keeps does not depend on that at all: see `saeguard.sae.compete`.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +81,7 @@ def products(
         W = part.W.float()
         if worth_a_copy(W, len(x)):
             W = W.t().contiguous().t()
-        part = EncoderRows(W, part.b, part.theta)
+        part = EncoderRows(W, part.b, part.theta).to(x.device)
         for i, (chunk, scale) in enumerate(zip(chunks, scales, strict=True)):
             z = out[: len(chunk) * len(W)].view(len(chunk), len(W))
             yield Block(i * rows, start, product(part, chunk, scale, z), part)
@@ -118,6 +120,10 @@ def encode_full(
         bad = ~torch.isfinite(x).all(1)
         if bad.any():
             raise ValueError(f"token {int(bad.nonzero()[0])} is not finite (NaN or infinite)")
+    if x.is_cuda and not encoder.groups and importlib.util.find_spec("triton") is not None:
+        wide = importlib.import_module("saeguard.sae.wide")
+        on_gpu: Sparse = wide.encode_on_gpu(encoder, x)
+        return on_gpu
     if encoder.k is not None:
         if len(x) < FEW and encoder.in_memory and not encoder.groups and block is None:
             (part,) = products(encoder, x, block=encoder.d_sae)

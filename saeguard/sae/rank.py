@@ -66,10 +66,10 @@ def read_rivals(
         for start in range(begin, stop, FILE_BLOCK)
     ]
     rows = EncoderRows(
-        _joined([piece.W for piece in pieces]).to(device),
-        torch.cat([piece.b for piece in pieces]).to(device),
-        torch.cat([piece.theta for piece in pieces]).to(device),
-    )
+        _joined([piece.W for piece in pieces]),
+        torch.cat([piece.b for piece in pieces]),
+        torch.cat([piece.theta for piece in pieces]),
+    ).to(device)
     first = torch.tensor([groups.index(n // encoder.group) * encoder.group for n in latents])
     within = torch.tensor([n % encoder.group for n in latents])
     return Rivals(

@@ -32,6 +32,10 @@ class EncoderRows:
     """[latents] float32, compared strictly: 0 for ReLU and TopK, the threshold for JumpReLU and,
     in units of the magnitude, for gated SAEs."""
 
+    def to(self, device: torch.device | None) -> EncoderRows:
+        """Return the same on a device, themselves where they are there."""
+        return EncoderRows(self.W.to(device), self.b.to(device), self.theta.to(device))
+
 
 def read_rows(info: SaeInfo, latents: Sequence[int]) -> EncoderRows:
     """Read the encoder rows of `latents`; nothing else of the encoder is loaded.

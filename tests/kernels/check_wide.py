@@ -6,9 +6,10 @@ import itertools
 
 import torch
 
-from saeguard.sae import EncoderRows, encode_full, encoder_in_memory
+from saeguard.sae import EncoderRows, encode_full, encoder_in_memory, wide
 from saeguard.sae.encoder import token_scale
-from saeguard.sae.wide import encode_into
+from saeguard.sae.wide import encode_into, encode_on_gpu
+from tests.kernels.check_rank import rows_with_ties
 
 
 def check() -> int:
@@ -45,7 +46,31 @@ def check() -> int:
     return checked
 
 
+def check_whole() -> int:
+    """Compare whole encodes, block by block and with too little room at first, with `encode_full`.
+
+    Both decide what TopK keeps as exact arithmetic would, so they must agree latent by latent.
+    """
+    checked = 0
+    wide.FIRED, wide.OPENING = 3, 60
+    norms = ("none", "layer_norm", "constant_norm_rescale")
+    for norm, k, tokens in itertools.product(norms, (None, 1, 12, 70), (1, 70)):
+        rows = rows_with_ties(140, 33)
+        encoder = encoder_in_memory(rows, k=k, norm=norm)
+        x = torch.randn(tokens, 33).bfloat16()
+        ours, expected = (
+            torch.zeros(tokens, 140).index_put((found.token, found.latent), found.value)
+            for found in (encode_on_gpu(encoder, x, block=64), encode_full(encoder, x))
+        )
+        assert expected.any()
+        if k is not None:
+            assert torch.equal(ours != 0, expected != 0), (norm, k, tokens)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        checked += 1
+    return checked
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    print(f"wide {check()}")
+    print(f"wide {check()} whole {check_whole()}")

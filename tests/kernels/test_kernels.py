@@ -34,13 +34,21 @@ def test_the_tap_and_its_edit() -> None:
 
 
 def test_all_latents_with_compaction() -> None:
-    """What fires is appended once and counted, also where the buffer is too small: 24 cases."""
-    assert check("check_wide").split() == ["wide", "24"]
+    """What fires is appended once and counted, also where the buffer is too small: 24 cases.
+
+    Whole encodes by it, of TopK too, in 24 more.
+    """
+    assert check("check_wide").split() == ["wide", "24", "whole", "24"]
 
 
 def test_ranks() -> None:
     """What TopK and groupmax keep is what float64 says, ties and near ties too: 12 cases."""
     assert check("check_rank").split() == ["rank", "12"]
+
+
+def test_the_op_with_its_kernels() -> None:
+    """Random requests in random passes, as `tests/guard/test_tap_clamp.py` has them; and ranks."""
+    assert check("check_op").split() == ["op", "8"]
 
 
 def test_they_compile_for_gpus_and_fit() -> None:

@@ -1,0 +1,64 @@
+"""Child of test_kernels.py: the tap op as a GPU runs it, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import torch
+
+from saeguard.guard import fused, fused_rank
+from saeguard.guard.ranked import RankedRows
+from saeguard.guard.tap import Kernels, Tap, install_taps
+from saeguard.guard.watchlist import ClampRows
+from saeguard.sae import EncoderRows, encoder_in_memory
+from tests.guard.test_tap_clamp import FEATURES, MAX_TOKENS, admit, check, run, simple
+from tests.guard.test_tap_clamp import Request as Clamped
+from tests.guard.watchlists import make_hook, make_watchlist
+
+CPU = torch.device("cpu")
+KERNELS = Kernels(fused.read, fused.edit, fused_rank.make_board, fused_rank.settle)
+
+
+def ranked_tap() -> Tap:
+    """Install a clamp that sets a value, on latents of which two of twenty fire."""
+    extra = torch.randint(-8, 9, (15, FEATURES)) / 8  # beside the watched ones, which are first
+    W = torch.cat([torch.eye(FEATURES), extra])
+    zero = torch.zeros(len(W))
+    encoder = encoder_in_memory(EncoderRows(W, zero, zero), k=2)
+    bar = torch.tensor([0.0, *[0.5] * (FEATURES - 1)])  # what is clamped counts on every token
+    part = RankedRows(encoder, slice(0, FEATURES), tuple(range(FEATURES)), bar)
+    hook = replace(make_hook(), theta=torch.zeros(FEATURES), ranked=(part,))
+    edit = ClampRows(0, (0,), (0,), (0,), torch.full((1,), 0.25), torch.eye(FEATURES)[:1])
+    watchlist = make_watchlist([simple()], [hook], [edit])
+    return install_taps(watchlist, max_tokens=MAX_TOKENS, slots=2, device=CPU)[0]
+
+
+def check_ranked() -> None:
+    """The op reads, ranks and edits as it does without kernels, bit for bit."""
+    x = torch.randint(-8, 9, (30, FEATURES)) / 8
+    seen = []
+    for kernels in (None, KERNELS):
+        torch.manual_seed(1)
+        with mock.patch("saeguard.guard.tap.kernels_for", lambda _, found=kernels: found):
+            tap = ranked_tap()
+        admit(tap, Clamped(1, 1, ["user"], [True]))
+        hidden = run(tap, 1, 0, x)
+        assert int(tap.ticks) == 1
+        seen.append((tap.f[: len(x)].clone(), hidden))
+    (f, hidden), (by_kernels, edited) = seen
+    assert torch.equal(f, by_kernels)
+    assert torch.equal(hidden, edited)
+    assert not torch.equal(hidden, x), "some are edited"
+    assert 0 < int((f != 0).sum()) < int((x > 0).sum()), "ranks silence some"
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    fused_rank.PROGRAMS = 4
+    with mock.patch("saeguard.guard.tap.kernels_for", lambda _: KERNELS):
+        for seed in range(8):
+            check(seed)
+    check_ranked()
+    print("op 8")
