@@ -40,7 +40,7 @@ def check_ranked() -> None:
     seen = []
     for kernels in (None, KERNELS):
         torch.manual_seed(1)
-        with mock.patch("saeguard.guard.tap.kernels_for", lambda _, found=kernels: found):
+        with mock.patch("saeguard.guard.tap.kernels_for", return_value=kernels):
             tap = ranked_tap()
         admit(tap, Clamped(1, 1, ["user"], [True]))
         hidden = run(tap, 1, 0, x)
@@ -57,7 +57,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     fused_rank.PROGRAMS = 4
-    with mock.patch("saeguard.guard.tap.kernels_for", lambda _: KERNELS):
+    with mock.patch("saeguard.guard.tap.kernels_for", return_value=KERNELS):
         for seed in range(8):
             check(seed)
     check_ranked()
