@@ -32,7 +32,8 @@ def load_rows(hidden, residual, halves, row, stride_h, stride_r, k, inside, SECO
     return x
 
 
-@triton.jit
+# Not compiled anew for one row, or for sixteen: a request would wait for the compiler.
+@triton.jit(do_not_specialize=["rows"])
 def _tap_kernel(
     hidden,
     residual,
@@ -172,8 +173,9 @@ def read(
     rows, columns = f.shape
     if not rows or not columns:
         return
-    # Few rows: narrow tiles, so that more of the processor reads weights at once.
-    height = 16 if rows <= 16 else min(WIDEST, triton.next_power_of_2(rows))
+    # Few rows: narrow tiles, so that more of the processor reads weights at once. Two sizes, of
+    # which the start-up self-test compiles the one and the measuring of the cost the other.
+    height = 16 if rows <= 16 else WIDEST
     width = 16 if rows <= 16 else min(WIDEST, max(16, triton.next_power_of_2(columns)))
     second = hidden if residual is None else residual
     _tap_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, width))](

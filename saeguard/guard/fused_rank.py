@@ -85,7 +85,7 @@ def make_board(rivals: Rivals, watched: int, *, max_tokens: int, pairs: int = PA
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _screen(
     hidden,
     residual,
