@@ -59,7 +59,11 @@ def test_recorded_and_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the gone one: policies/p.safetensors: there is no text 'gone'" in out
     assert out.endswith("2 passed, 2 failed\n")
 
-    assert run("test", "--feature-sets", "nowhere") == 1
+    assert run("test", "--feature-sets", "nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err
+
+    Path("feature_sets").rename("elsewhere")  # the folder that nobody named may be absent
+    assert run("test") == 1
     assert "there is no folder of feature sets to judge it with" in capsys.readouterr().out
 
 
