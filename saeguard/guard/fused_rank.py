@@ -39,7 +39,7 @@ PAIRS = 1 << 16
 """Close pairs that there is room for, of one pass."""
 PROGRAMS = 512
 """Launched for the close pairs, however many there are."""
-LISTED, OPEN, CLOSE = 0, 1, 2
+LISTED, OPEN, CLOSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What the three counters count: tokens that passed, those still open, close pairs."""
 
 
@@ -142,7 +142,7 @@ def _screen(
             length = tl.sqrt(square)
             if NORMED:
                 length *= tl.load(scale + at * stride_f, mask=passes != 0, other=0.0)
-            place = tl.atomic_add(counters, total) + tl.cumsum(passes, 0) - passes
+            place = tl.atomic_add(counters + LISTED, total) + tl.cumsum(passes, 0) - passes
             tl.store(listed + place, row, mask=passes != 0)
             apart = 2.0 * gamma * (length * longest + highest)
             tl.store(margin + place, apart, mask=passes != 0)
@@ -193,7 +193,7 @@ def _compare(
     rival = begin + tl.arange(0, COLUMNS)
     real = rival < rivals
     halves = tl.load(halves_at)
-    tokens = tl.load(counters + (1 if PAIR else 0))
+    tokens = tl.load(counters + (OPEN if PAIR else LISTED))
     for first in range(0, tokens, TILE):
         place = first + tl.arange(0, TILE)
         here = place < tokens
@@ -234,7 +234,7 @@ def _compare(
                 if PAIR:
                     total = tl.sum(in_row, 0)
                     if total > 0:
-                        to_pair = tl.atomic_add(counters + 2, total)
+                        to_pair = tl.atomic_add(counters + CLOSE, total)
                         to_pair += (tl.cumsum(in_row, 0) - in_row)[:, None]
                         to_pair += tl.cumsum(by, 1) - by
                         fits = (by != 0) & (to_pair < room)
@@ -263,7 +263,7 @@ def _conclude(
     TILE: tl.constexpr,
     K: tl.constexpr,
 ):
-    tokens = tl.load(counters + (1 if LAST else 0))
+    tokens = tl.load(counters + (OPEN if LAST else LISTED))
     first = tl.program_id(0) * TILE
     if first < tokens:
         place = first + tl.arange(0, TILE)
@@ -284,7 +284,7 @@ def _conclude(
             value = tl.load(mine, mask=inside, other=0.0)
             tl.store(mine, value * 0.0, mask=lost)
             if LAST:
-                if tl.load(counters + 2) > room:
+                if tl.load(counters + CLOSE) > room:
                     nobody_knows = tl.full((TILE, K), float("nan"), tl.float32)
                     tl.store(mine, nobody_knows, mask=still & (value != 0.0))
             else:
@@ -293,7 +293,7 @@ def _conclude(
         if not LAST:
             total = tl.sum(unsure, 0)
             if total > 0:
-                to_open = tl.atomic_add(counters + 1, total) + tl.cumsum(unsure, 0) - unsure
+                to_open = tl.atomic_add(counters + OPEN, total) + tl.cumsum(unsure, 0) - unsure
                 tl.store(open_ + to_open, place, mask=unsure != 0)
 
 
@@ -325,7 +325,7 @@ def _exactly(
     halves = tl.load(halves_at)
     which = tl.arange(0, 2)
     one = tl.zeros((1,), tl.int64)
-    for i in range(tl.program_id(0), tl.minimum(tl.load(counters + 2), room), COUNT):
+    for i in range(tl.program_id(0), tl.minimum(tl.load(counters + CLOSE), room), COUNT):
         to = tl.load(pair + 2 * i)
         rival = tl.load(pair + 2 * i + 1)
         mine = tl.load(own + to % watched).to(tl.int32)

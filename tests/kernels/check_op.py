@@ -45,6 +45,8 @@ def check_ranked() -> None:
         admit(tap, Clamped(1, 1, ["user"], [True]))
         hidden = run(tap, 1, 0, x)
         assert int(tap.ticks) == 1
+        assert tap.clamp is not None
+        assert tap.clamp.launch is (None if kernels is None else fused.edit)
         seen.append((tap.f[: len(x)].clone(), hidden))
     (f, hidden), (by_kernels, edited) = seen
     assert torch.equal(f, by_kernels)

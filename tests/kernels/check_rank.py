@@ -80,7 +80,7 @@ def check() -> tuple[int, int, int]:
         assert ranked.board is not None
         assert (passed.any() and not passed.all()) or not high
         checked, asked = checked + 1, asked + int((first[passed[:, 0]] > 0).sum())
-        close += int(ranked.board.counters[fused_rank.CLOSE])
+        close += int(ranked.board.counters[fused_rank.CLOSE.value])
 
         ranked.shown.fill_(True)
         f[:, 1:-1] = first

@@ -230,3 +230,24 @@ def test_of_many_equals_the_lower_stay() -> None:
     for block in (None, 11):
         found = dense(encode_full(encoder, x, block=block), 60, 100)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("few", [1, 3])
+def test_topk_of_a_few_tokens_is_that_of_exact_arithmetic(few: int) -> None:
+    """They are sorted at once: equal rows, and rows that differ in a last bit, are told apart."""
+    torch.manual_seed(few)
+    W, b = torch.randn(120, 16), torch.randn(120)
+    W[1::2], b[1::2] = W[::2], b[::2]
+    W[1::6, 0] = torch.nextafter(W[1::6, 0], torch.full((), torch.inf))
+    W[50:] = W[:1]  # more equals than are looked at
+    b[50:] = b[0]
+    encoder = encoder_in_memory(EncoderRows(W, b, torch.zeros(120)), k=11)
+    x = torch.randn(90, 16)
+    z = x.double() @ W.double().t() + b.double()
+    place = z.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    expected = (place < 11) & (z > 0)
+    for first in range(0, 90, few):
+        found = encode_full(encoder, x[first : first + few])
+        fires = torch.zeros(few, 120, dtype=torch.bool)
+        fires[found.token, found.latent] = True
+        assert torch.equal(fires, expected[first : first + few])
