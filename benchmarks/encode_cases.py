@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from saeguard.guard.ranked import Ranked
 from saeguard.guard.rows import allocate_rows
 from saeguard.guard.tap import Tap, kernels_for, read, set_floors
+from saeguard.guard.topk import Ranked
 from saeguard.sae import EncoderRows, encode_full, encoder_in_memory
-from saeguard.sae.rank import Rivals, read_rivals
+from saeguard.sae.topk_watched import Competitors, read_competitors
 
 WIDTHS = {16_384: 1024, 65_536: 1024, 262_144: 512, 1_048_576: 128}
 """Latents, and the residual's width: the wider SAEs get a narrower one, so that two copies of the
@@ -46,7 +46,7 @@ class Weights:
     """SAELens' JumpReLU SAE."""
     coder: Any
     """sparsify's TopK coder."""
-    rivals: Rivals
+    competitors: Competitors
     """Of the watched latents, which are the first."""
 
 
@@ -66,13 +66,13 @@ def make_weights(width: int, most_watched: int, device: str) -> Weights:
     sae.threshold = _fixed(torch.full((width,), theta, device=device))
     zero = torch.zeros(width, device=device)
     topk = encoder_in_memory(EncoderRows(sae.W_enc.data.t(), zero, zero), k=ACTIVE)
-    rivals = read_rivals(topk, range(most_watched), torch.device(device))
+    competitors = read_competitors(topk, range(most_watched), torch.device(device))
     coder = SparseCoder(
         d_in, SparseCoderConfig(num_latents=8, k=ACTIVE, transcode=True), device=device
     )
     coder.encoder = torch.nn.Linear(1, 1)
-    coder.encoder.weight, coder.encoder.bias = _fixed(rivals.rows.W), _fixed(zero)
-    return Weights(sae.eval(), coder.eval(), rivals)
+    coder.encoder.weight, coder.encoder.bias = _fixed(competitors.rows.W), _fixed(zero)
+    return Weights(sae.eval(), coder.eval(), competitors)
 
 
 def _fixed(values: torch.Tensor) -> torch.nn.Parameter:
@@ -91,7 +91,7 @@ def _each(call: Callable[[torch.Tensor], Any], parts: tuple[torch.Tensor, ...]) 
 
 def full_width(weights: Weights, x: torch.Tensor) -> dict[str, Call]:
     """Return what encodes all latents of `x` [tokens, d_in]."""
-    sae, rows = weights.sae, weights.rivals.rows
+    sae, rows = weights.sae, weights.competitors.rows
     width = len(rows.b)
     parts = pieces(x, width, FLOOR_GIB)
     z = torch.empty(len(parts[0]), width, device=x.device)
@@ -107,7 +107,7 @@ def full_width(weights: Weights, x: torch.Tensor) -> dict[str, Call]:
         "saeguard": partial(encode_full, ours, x),
         "saelens": partial(_each, sae.encode, library),
         "product rows": partial(floor, rows.W.t()),
-        "saeguard topk": partial(encode_full, weights.rivals.encoder, x),
+        "saeguard topk": partial(encode_full, weights.competitors.encoder, x),
         "sparsify topk": partial(_each, weights.coder.encode, library),
     }
 
@@ -118,7 +118,7 @@ def watched_rows(weights: Weights, x: torch.Tensor, watched: int) -> dict[str, C
     `screened` are latents that fire by rank where no token passes the screen, `passed` where one in
     a thousand does, at least one.
     """
-    W = weights.rivals.rows.W[:watched]
+    W = weights.competitors.rows.W[:watched]
     W = W * torch.where(W @ x[0] < 0, -1.0, 1.0)[:, None]  # even of one token some fire
     zero = torch.zeros(watched, device=x.device)
     rows = EncoderRows(W, zero, zero)
@@ -126,22 +126,22 @@ def watched_rows(weights: Weights, x: torch.Tensor, watched: int) -> dict[str, C
     last = max(1, len(x) // ONE_IN)
     bars = {"screened": torch.inf, "passed": float(peak[last - 1 : last + 1].mean())}
     taps = {"watched": make_tap(rows, x)}
-    taps |= {name: make_tap(rows, x, weights.rivals, bar) for name, bar in bars.items()}
+    taps |= {name: make_tap(rows, x, weights.competitors, bar) for name, bar in bars.items()}
     return {f"{name} {watched}": partial(read, tap, x, None, tap.f) for name, tap in taps.items()}
 
 
 def make_tap(
-    rows: EncoderRows, x: torch.Tensor, rivals: Rivals | None = None, bar: float = 0.0
+    rows: EncoderRows, x: torch.Tensor, competitors: Competitors | None = None, bar: float = 0.0
 ) -> Tap:
     """Return a tap for passes of `len(x)` tokens, by rank where there are rivals."""
     watched = len(rows.b)
     kernels = kernels_for(x.device)
     ranked: tuple[Ranked, ...] = ()
-    if rivals is not None:
-        own = {key: getattr(rivals, key)[:watched] for key in ("start", "stop", "own")}
-        mine = replace(rivals, **own)
+    if competitors is not None:
+        own = {key: getattr(competitors, key)[:watched] for key in ("start", "stop", "own")}
+        mine = replace(competitors, **own)
         part = Ranked(
-            rivals=mine,
+            competitors=mine,
             columns=slice(0, watched),
             rows=rows,
             bar=torch.full((watched,), bar, device=x.device),

@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 
 from benchmarks.reload import policy
-from saeguard.guard.packet import Packet
-from saeguard.vllm.config import parse_settings, start
-from saeguard.vllm.engine import EngineGuard
+from saeguard.guard.forward_pass import ForwardPass
+from saeguard.vllm.engine_core.guard import EngineGuard
+from saeguard.vllm.settings import parse_settings, start
 from tests import models
 
 TOKENS, ENDS = 64, 40
@@ -46,11 +46,11 @@ def ends(root: Path, policies: int) -> tuple[float, float]:
         )  # fmt: skip
         guard.admit(request)
         f = rng.normal(size=(TOKENS, started.watchlist.columns)).astype(np.float32).clip(0)
-        packet = Packet(
+        forward_pass = ForwardPass(
             [request.request_id], np.array([0, TOKENS]), np.arange(TOKENS), np.ones(TOKENS, bool),
             f, None, True, started.watchlist.digest,
         )  # fmt: skip
-        guard.ledger.ingest(packet, np.array([TOKENS]))
+        guard.ledger.ingest(forward_pass, np.array([TOKENS]))
         began = time.thread_time()
         said = guard.finish(request.request_id, "length")
         took.append(1e3 * (time.thread_time() - began))

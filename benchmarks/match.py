@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from saeguard.guard.compiled_rules import compile_rules
+from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.ledger import Ledger
-from saeguard.guard.packet import Packet
-from saeguard.guard.tables import compile_rules
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy.condition import parse
 from saeguard.policy.phrases import over, window
@@ -104,13 +104,13 @@ def watchlist_of(policies: Sequence[Policy], latents: int) -> WatchList:
     )
 
 
-def packets(batch: int, latents: int, firing: float, first: int) -> list[Packet]:
+def packets(batch: int, latents: int, firing: float, first: int) -> list[ForwardPass]:
     """Return passes in which each of `batch` requests brings one token."""
     rng = np.random.default_rng(0)
     fired = rng.random((PASSES, batch, latents)) < firing
     f = np.where(fired, rng.random(fired.shape) * 1.5, 0).astype(np.float32)
     return [
-        Packet(
+        ForwardPass(
             request_ids=[str(i) for i in range(batch)],
             query_start=np.arange(batch + 1),
             positions=np.full(batch, first + t),

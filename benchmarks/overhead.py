@@ -43,13 +43,13 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from saeguard.guard import tap as tapping
-from saeguard.guard.generations import clamps_digest
 from saeguard.guard.tap import TAPS, Tap, install_taps
-from saeguard.live.orders import Admitted
-from saeguard.vllm.config import Settings, start
-from saeguard.vllm.engine import EngineGuard
-from saeguard.vllm.scheduler import memory_of
-from saeguard.vllm.worker import WorkerGuard
+from saeguard.reload.versions import clamps_digest
+from saeguard.reload.worker_updates import Admitted
+from saeguard.vllm.engine_core.guard import EngineGuard
+from saeguard.vllm.engine_core.hooks import memory_of
+from saeguard.vllm.settings import Settings, start
+from saeguard.vllm.worker.guard import WorkerGuard
 from tests.models import random_policies, write_feature_set, write_policy
 
 HIDDEN, LAYERS, VOCABULARY, LATENTS = 1024, 14, 2048, 65_536

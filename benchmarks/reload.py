@@ -28,8 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from rich.console import Console
 
-from saeguard.live.compiler import read
-from saeguard.live.source import Known, Source
+from saeguard.reload.compiler_process import read
+from saeguard.reload.policy_source import Known, Source
 from tests import models
 from tests.engine.engines import random_prompts
 

@@ -18,10 +18,10 @@ import yaml
 
 from saeguard.features.load import save_feature_set
 from saeguard.features.types import Feature, FeatureSet, Term
-from saeguard.guard.rules import clamped_tokens
+from saeguard.guard.judge import clamped_tokens
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.hf.model import LanguageModel
-from saeguard.hf.record import record
+from saeguard.hf.residuals import record
 from saeguard.hf.scan import activations
 from saeguard.hf.texts import Text
 from saeguard.policy.types import Policy

@@ -34,11 +34,11 @@ from demo.stats import change, wilson
 from saeguard.features.types import FeatureSet
 from saeguard.guard.watchlist import WatchList
 from saeguard.hf.model import LanguageModel, load_model
-from saeguard.hf.record import record
+from saeguard.hf.residuals import record
 from saeguard.hf.texts import Text, read_texts
 from saeguard.policy.types import Policy
 from saeguard.sae import inspect
-from saeguard.vllm.config import load_watchlist, parse_settings
+from saeguard.vllm.settings import load_watchlist, parse_settings
 
 SEED = 20260
 LENGTH = 512

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from saeguard.vllm.environment import SUPPORTED
+from saeguard.vllm.doctor import SUPPORTED
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".compat"

@@ -41,29 +41,29 @@ MUTANTS = (
     Mutant(
         "what was seen of cached prefixes is remembered",
         "nothing is found again",
-        "import saeguard.guard.memory as m\nm.Memory.get = lambda self, key: None\n",
+        "import saeguard.guard.prefix.store as m\nm.PrefixStore.get = lambda self, key: None\n",
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(
         "the same",
         "what is found is what was seen of another block",
-        "import saeguard.guard.memory as m\n"
-        "get = m.Memory.get\n"
-        "m.Memory.get = lambda self, key: get(self, next(iter(self._seen), key)) and "
+        "import saeguard.guard.prefix.store as m\n"
+        "get = m.PrefixStore.get\n"
+        "m.PrefixStore.get = lambda self, key: get(self, next(iter(self._seen), key)) and "
         "get(self, next(iter(self._seen)))\n",
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(
         "KV made under a clamp is its own",
         "the cache is not salted, and clamped requests read it",
-        "import saeguard.vllm.scheduler as s\n"
+        "import saeguard.vllm.engine_core.hooks as s\n"
         "s.preprocess_add_request = lambda wrapped, core, args, kwargs: wrapped(*args, **kwargs)\n",
         "tests/engine/test_clamp.py::test_clamped_texts_equal_the_reference",
     ),
     Mutant(
         "the same, alone",
         "the cache is not salted; clamped requests still read nothing",
-        "import saeguard.vllm.engine as e, saeguard.vllm.scheduler as s\n"
+        "import saeguard.vllm.engine_core.guard as e, saeguard.vllm.engine_core.hooks as s\n"
         "whole = s.preprocess_add_request\n"
         "def unsalted(wrapped, core, args, kwargs):\n"
         "    request = args[0] if args else kwargs['request']\n"
@@ -77,29 +77,29 @@ MUTANTS = (
     Mutant(
         "rejected drafts never count",
         "every row of a pass counts",
-        "import numpy as np, saeguard.vllm.engine as e\n"
-        "e.EngineGuard._valid_rows = lambda self, packet, scheduled, output: "
-        "np.diff(packet.query_start)\n",
+        "import numpy as np, saeguard.vllm.engine_core.guard as e\n"
+        "e.EngineGuard._valid_rows = lambda self, forward_pass, scheduled, output: "
+        "np.diff(forward_pass.query_start)\n",
         "tests/engine/test_storm.py::test_speculative_decoding",
     ),
     Mutant(
         "accepted drafts behind a request's end do not count",
         "what the pass said stays",
-        "import saeguard.vllm.engine as e\n"
-        "e.EngineGuard.after_update = lambda self, packet: self._saved.clear()\n",
+        "import saeguard.vllm.engine_core.guard as e\n"
+        "e.EngineGuard.after_update = lambda self, forward_pass: self._saved.clear()\n",
         "tests/engine/test_drafts.py",
     ),
     Mutant(
         "a policy stops its request before the next token leaves",
         "the scheduler is not told",
-        "import saeguard.vllm.scheduler as s\n"
+        "import saeguard.vllm.engine_core.hooks as s\n"
         "s.update_request = lambda wrapped, scheduler, args, kwargs: wrapped(*args, **kwargs)\n",
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(
         "an aborted request's rows are remembered for those that read its KV",
         "they are dropped with the request",
-        "import saeguard.vllm.engine as e\n"
+        "import saeguard.vllm.engine_core.guard as e\n"
         "finish = e.EngineGuard.finish\n"
         "def gone(self, request_id, reason):\n"
         "    said = finish(self, request_id, reason)\n"
@@ -111,14 +111,14 @@ MUTANTS = (
     Mutant(
         "cached tokens that nobody has seen are computed again where a policy says so",
         "they are read from the cache",
-        "import saeguard.vllm.engine as e\n"
+        "import saeguard.vllm.engine_core.guard as e\n"
         "e.EngineGuard.recomputes = lambda self, request, cached: False\n",
         "tests/engine/test_uncached.py::test_recompute",
     ),
     Mutant(
         "tensor parallel: every rank applies a clamp",
         "the second rank does not",
-        "import torch, saeguard.guard.clamp as c\n"
+        "import torch, saeguard.guard.clamp.rules as c\n"
         "apply = c.apply\n"
         "def first_only(*a):\n"
         "    if torch.distributed.get_rank() == 0:\n"
@@ -129,7 +129,7 @@ MUTANTS = (
     Mutant(
         "tensor parallel: every rank is asked after the self-test",
         "only the one that vLLM listens to",
-        "import torch, saeguard.vllm.runner as r\n"
+        "import torch, saeguard.vllm.worker.hooks as r\n"
         "tested = r.tested\n"
         "r.tested = lambda w: tested(w) if torch.distributed.get_rank() == 0 else None\n",
         "tests/engine/test_parallel.py::test_a_blind_rank_ends_the_start[ranks0-1]",
@@ -137,7 +137,7 @@ MUTANTS = (
     Mutant(
         "pipeline parallel: readings travel with their own pass",
         "the last stage gets those of the pass before, where they have its size",
-        "import saeguard.vllm.pipeline as p\n"
+        "import saeguard.vllm.worker.pipeline_parallel as p\n"
         "put, last = p.put, []\n"
         "def stale(intermediate, readings):\n"
         "    last.append(readings)\n"
@@ -159,7 +159,7 @@ MUTANTS = (
     Mutant(
         "data parallel: totals of all engine cores reach /metrics",
         "only those of the first core do",
-        "import multiprocessing, saeguard.vllm.engine as e\n"
+        "import multiprocessing, saeguard.vllm.engine_core.guard as e\n"
         "counted = e.EngineGuard.counted\n"
         "e.EngineGuard.counted = lambda self: [] if 'DP1' in "
         "multiprocessing.current_process().name else counted(self)\n",
@@ -180,7 +180,7 @@ MUTANTS = (
     Mutant(
         "reload: clamps that come back between two requests edit again",
         "what is not needed any more goes after what is new",
-        "import saeguard.vllm.worker as w\n"
+        "import saeguard.vllm.worker.guard as w\n"
         "carry_out = w.WorkerGuard.carry_out\n"
         "def last(self, orders):\n"
         "    carry_out(self, orders._replace(dropped=()))\n"
@@ -193,7 +193,7 @@ MUTANTS = (
     Mutant(
         "latents of TopK and groupmax SAEs fire by rank",
         "by their thresholds alone",
-        "import saeguard.guard.ranked as r\nr.drop = lambda rivals, x, f: None\n",
+        "import saeguard.guard.topk as r\nr.drop = lambda competitors, x, f: None\n",
         "tests/engine/test_kinds.py::test_kinds_side_by_side",
     ),
 )

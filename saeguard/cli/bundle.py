@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, COULD_NOT_RUN, reason, stop
-from saeguard.whole import write_new
+from saeguard.atomic_files import write_new
+from saeguard.cli.failures import BAD_INPUT, COULD_NOT_RUN, reason, stop
 
 NO_CRYPTOGRAPHY = (
     "keys and signatures need the package `cryptography`: pip install 'saeguard[sign]'"
@@ -26,7 +26,7 @@ def keygen(
 
     Exits with 0, 2 where one of the files is there, 3 where they cannot be written.
     """
-    from saeguard.policy import bundle
+    from saeguard.policy import signing
 
     beside = path.with_name(f"{path.name}.pub")
     for file in (path, beside):
@@ -35,7 +35,7 @@ def keygen(
     if not path.parent.is_dir():
         stop(f"{path.parent}: there is no such folder", COULD_NOT_RUN)
     try:
-        private, public = bundle.keygen()
+        private, public = signing.keygen()
         write_new({path: private.decode(), beside: public.decode()}, private=[path])
     except ImportError:
         stop(NO_CRYPTOGRAPHY, COULD_NOT_RUN)
@@ -60,7 +60,7 @@ def sign(
     is signed without its feature set.
     """
     from saeguard.features.load import FeatureSetError, load_feature_set
-    from saeguard.policy import bundle
+    from saeguard.policy import signing
     from saeguard.policy.calibrated import leave_out_templates
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.load import load_policies
@@ -78,14 +78,14 @@ def sign(
         raise typer.Exit(1) from error
     try:
         next_one = revision if revision is not None else _signed_now(folder) + 1
-        manifest = bundle.sign(folder, policies, sets, next_one, private)
-    except bundle.BundleError as error:
+        manifest = signing.sign(folder, policies, sets, next_one, private)
+    except signing.BundleError as error:
         stop(f"{key}: {error}", BAD_INPUT)
     except ImportError:
         stop(NO_CRYPTOGRAPHY, COULD_NOT_RUN)
     except OSError as error:
         stop(reason(error), COULD_NOT_RUN)
-    typer.echo(json.dumps(bundle.summary(manifest)))
+    typer.echo(json.dumps(signing.summary(manifest)))
 
 
 def _key(path: Path) -> bytes:
@@ -97,9 +97,9 @@ def _key(path: Path) -> bytes:
 
 def _signed_now(folder: Path) -> int:
     """Return the revision that a folder's bundle claims, whoever signed it; 0 without one."""
-    from saeguard.policy import bundle
+    from saeguard.policy import signing
 
-    return bundle.claimed_revision(folder / bundle.BUNDLE)
+    return signing.claimed_revision(folder / signing.BUNDLE)
 
 
 def verify(
@@ -113,25 +113,25 @@ def verify(
     there is no folder.
     """
     from saeguard.features.load import FeatureSetError, load_feature_set
-    from saeguard.policy import bundle
+    from saeguard.policy import signing
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.load import load_policies
 
     public = _key(key)
     try:
-        bundle.load_public_key(public)
-    except bundle.BundleError as error:
+        signing.load_public_key(public)
+    except signing.BundleError as error:
         stop(f"{key}: {error}", BAD_INPUT)
     if not folder.is_dir():
         stop(f"{folder}: there is no such folder", BAD_INPUT)
     try:
-        manifest = bundle.verify(folder, public)
+        manifest = signing.verify(folder, public)
         sets = {
             name: load_feature_set(feature_sets / f"{name}.yaml", verify=False).digest
             for name in manifest.feature_sets
         }
-        bundle.check_loaded(manifest, folder, load_policies(folder), sets)
-    except (bundle.BundleError, PolicyErrors, FeatureSetError) as error:
+        signing.check_loaded(manifest, folder, load_policies(folder), sets)
+    except (signing.BundleError, PolicyErrors, FeatureSetError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
-    typer.echo(json.dumps(bundle.summary(manifest)))
+    typer.echo(json.dumps(signing.summary(manifest)))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, FINDINGS, stop
+from saeguard.cli.failures import BAD_INPUT, FINDINGS, stop
+from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 from saeguard.cli.report import Format, count, rendered
-from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
 if TYPE_CHECKING:
-    from saeguard.cli.sets import FeatureSets
+    from saeguard.cli.feature_folder import FeatureSets
     from saeguard.policy.errors import PolicyError
     from saeguard.policy.types import Policy
 
@@ -45,10 +45,10 @@ def verb(
 
     Exits with 0 where all is well, 1 where a policy is wrong, 2 where the command was.
     """
-    from saeguard.policy.cases import cases_path, missing_tests
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.lint import of_feature_set, resolve
     from saeguard.policy.load import read_policies
+    from saeguard.policy_tools.test_cases import cases_path, missing_tests
 
     policies, errors = read_policies(*(paths or [Path("policies")]))
     sets = read_feature_sets(feature_sets)
@@ -82,7 +82,7 @@ def of_other_model(
 ) -> Iterator[PolicyError]:
     """Yield the policies whose feature set is made for a model of another shape."""
     from saeguard.policy.load import locate
-    from saeguard.policy.model import ModelConfigError, read_shape
+    from saeguard.policy.model_shape import ModelConfigError, read_shape
 
     try:
         shape = read_shape(folder)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from saeguard.cli.exits import FINDINGS, told
-from saeguard.cli.judged import (
+from saeguard.cli.failures import FINDINGS, told
+from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption, read_feature_sets
+from saeguard.cli.inputs import (
     ModelOption,
     judge_corpus,
     judgeable,
@@ -20,14 +21,13 @@ from saeguard.cli.judged import (
     read_all,
 )
 from saeguard.cli.report import columns, count
-from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
 if TYPE_CHECKING:
-    from saeguard.features.recording import Recording
-    from saeguard.guard.shifts import Done, Shift
     from saeguard.guard.verdict import Verdict
-    from saeguard.policy.changes import Pair
     from saeguard.policy.types import Policy
+    from saeguard.policy_tools.policy_diff import Pair
+    from saeguard.policy_tools.recording import Recording
+    from saeguard.policy_tools.verdict_diff import Done, Shift
 
 SHOWN = 4
 """Texts that a line names at most; JSON names all, with scores and tokens."""
@@ -55,7 +55,7 @@ def verb(
     A text changes where a verdict on it does, or what is done about it. Exits with 0, 1 where more
     than --budget change, 2 where a file or the command is wrong, 3 where something is missing.
     """
-    from saeguard.policy.changes import pairs
+    from saeguard.policy_tools.policy_diff import pairs
 
     if budget is not None and corpus is None:
         raise typer.BadParameter("a budget needs a --corpus", param_hint="--budget")
@@ -84,7 +84,7 @@ def verb(
 
 
 def _changed(pair: Pair) -> dict[str, Any] | None:
-    from saeguard.policy.changes import changes
+    from saeguard.policy_tools.policy_diff import changes
 
     differing = changes(pair)
     what = "added" if pair.old is None else "removed" if pair.new is None else "changed"
@@ -100,7 +100,7 @@ def _found(
     new: tuple[Sequence[Policy], Sequence[Sequence[Verdict]]],
 ) -> list[tuple[str, list[Shift], Done | None]]:
     """Return each text that changes, with its verdicts that do and what is done about it."""
-    from saeguard.guard.shifts import done, shifts
+    from saeguard.policy_tools.verdict_diff import done, shifts
 
     found = []
     for i, id_ in enumerate(recording.ids):
@@ -123,7 +123,7 @@ def _measured(
     recording: Recording,
     budget: float | None,
 ) -> dict[str, Any]:
-    from saeguard.cli.benign import rate
+    from saeguard.cli.false_alarms import rate
 
     share, interval = rate(len(found), len(recording.ids))
     return {

@@ -9,7 +9,7 @@ def verb() -> None:
     """Look at Python, torch, vLLM and the plugin; exit 1 if anything is in the way."""
     from rich.console import Console
 
-    from saeguard.vllm.environment import CHECKS
+    from saeguard.vllm.doctor import CHECKS
 
     console = Console()
     bad = 0

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, model_told, must_be_there, stop, told
-from saeguard.cli.judged import (
+from saeguard.cli.failures import BAD_INPUT, model_told, must_be_there, stop, told
+from saeguard.cli.feature_folder import (
+    FEATURE_SETS,
+    FeatureSets,
+    FeatureSetsOption,
+    read_feature_sets,
+)
+from saeguard.cli.inputs import (
     ModelOption,
     approximate_told,
     approximations,
@@ -19,13 +25,12 @@ from saeguard.cli.judged import (
     read_all,
 )
 from saeguard.cli.report import columns, count
-from saeguard.cli.sets import FEATURE_SETS, FeatureSets, FeatureSetsOption, read_feature_sets
 
 if TYPE_CHECKING:
     from saeguard.events.schema import Event
-    from saeguard.features.recording import Recording
-    from saeguard.guard.account import Account
     from saeguard.policy.types import Policy
+    from saeguard.policy_tools.explanation import Account
+    from saeguard.policy_tools.recording import Recording
 
 COMPLETION = "completion"
 
@@ -95,8 +100,8 @@ def of_text(
         stop("give a recording, an event log, or --model with --prompt and --completion", BAD_INPUT)
     with model_told():
         from saeguard.hf.model import load_model
-        from saeguard.hf.recording import record_features
         from saeguard.hf.texts import make_turn
+        from saeguard.policy_tools.record_features import record_features
 
         lm = load_model(model)
         text = make_turn("text", lm.tokenizer, prompt, completion)
@@ -109,8 +114,8 @@ def of_recording(
     recording: Recording, policies: Sequence[Policy], sets: FeatureSets, request: str | None
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Yield a record and its lines for each policy and text."""
-    from saeguard.guard.account import account
-    from saeguard.guard.words import told as in_words
+    from saeguard.policy_tools.explain_text import told as in_words
+    from saeguard.policy_tools.explanation import account
 
     texts = range(len(recording.ids)) if request is None else [recording.text(request)]
     for text in texts:
@@ -129,7 +134,7 @@ def of_log(
     path: Path, policies: Sequence[Policy], request: str | None
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Yield the events of the policies, and what they tell, in words."""
-    from saeguard.events.log import read_log
+    from saeguard.events.reader import read_log
 
     by_id = {policy.id: policy for policy in policies}
     seen = False

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from saeguard.atomic_files import write_atomically
 from saeguard.cli import fired
 from saeguard.cli.files import mistakes_told
-from saeguard.whole import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,9 +125,9 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(help="File to write. Default: --set.")] = None,
 ) -> None:
     """Set each feature's range and threshold, and write the measured rates as its evidence."""
-    from saeguard.features.approximate import approximate
     from saeguard.features.calibrate import Texts
     from saeguard.features.calibrate import calibrate as set_thresholds
+    from saeguard.features.fit_topk_thresholds import approximate
     from saeguard.features.load import load_feature_set, pin, save_feature_set
     from saeguard.hf.corpus import read_corpus
     from saeguard.hf.model import check_model

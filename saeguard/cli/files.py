@@ -11,11 +11,11 @@ import typer
 @contextmanager
 def mistakes_told() -> Iterator[None]:
     """Turn a mistake in a file or an option into its message and exit code 1."""
-    from saeguard.cli.exits import reason
+    from saeguard.cli.failures import reason
     from saeguard.features.load import FeatureSetError
     from saeguard.features.probe import ProbeError
     from saeguard.features.search import SearchError
-    from saeguard.guard.turns import RolesError
+    from saeguard.guard.roles.assign import RolesError
     from saeguard.guard.watchlist import WatchListError
     from saeguard.hf.model import ModelError
     from saeguard.hf.texts import TextError

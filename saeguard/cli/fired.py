@@ -39,7 +39,7 @@ def verb(
     """
     from saeguard.features.load import load_feature_set
     from saeguard.hf.model import check_model, load_model
-    from saeguard.hf.record import record
+    from saeguard.hf.residuals import record
     from saeguard.hf.texts import TextError, make_turn
     from saeguard.sae import what_fired
 

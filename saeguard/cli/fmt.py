@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saeguard.cli.exits import FINDINGS, told
+from saeguard.cli.failures import FINDINGS, told
 from saeguard.cli.report import count
 
 
@@ -24,10 +24,10 @@ def verb(
     Comments stay with the key they stand above, and what a file says does not change. Exits with
     0, 1 where --check finds a file to be changed, 2 where a file cannot be read.
     """
+    from saeguard.atomic_files import write_atomically
     from saeguard.policy.errors import PolicyError, PolicyErrors
     from saeguard.policy.files import find_files, read_bytes
-    from saeguard.policy.layout import laid_out
-    from saeguard.whole import write_atomically
+    from saeguard.policy_tools.formatter import laid_out
 
     changed: list[Path] = []
     total = 0

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from xml.etree import ElementTree as ET
 
-from saeguard.policy.cases import cases_path
-from saeguard.policy.outcomes import Result
+from saeguard.policy_tools.test_cases import cases_path
+from saeguard.policy_tools.test_results import Result
 
 
 def junit_xml(results: Sequence[Result]) -> bytes:

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeguard.cli.exits import told
-from saeguard.cli.judged import read_all
+from saeguard.cli.failures import told
+from saeguard.cli.feature_folder import (
+    FEATURE_SETS,
+    FeatureSets,
+    FeatureSetsOption,
+    read_feature_sets,
+)
+from saeguard.cli.inputs import read_all
 from saeguard.cli.report import columns
-from saeguard.cli.sets import FEATURE_SETS, FeatureSets, FeatureSetsOption, read_feature_sets
 
 if TYPE_CHECKING:
     from saeguard.policy.types import Policy

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, stop, told
-from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
-from saeguard.whole import write_new
+from saeguard.atomic_files import write_new
+from saeguard.cli.failures import BAD_INPUT, stop, told
+from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
 if TYPE_CHECKING:
-    from saeguard.cli.sets import FeatureSets
+    from saeguard.cli.feature_folder import FeatureSets
 
 TEMPLATE_SHARE = 0.5
 """Threshold to write where nobody has calibrated one."""
@@ -41,8 +41,8 @@ def verb(
     there already are never touched. Exits with 0, 2 where the command is wrong, 3 where the files
     cannot be written.
     """
-    from saeguard.policy.draft import draft
     from saeguard.policy.schema import FORMS, POLICY_ID
+    from saeguard.policy_tools.scaffold import draft
 
     if not re.fullmatch(POLICY_ID, id_):
         stop(f"{id_!r} is no id; write {FORMS[POLICY_ID]}", BAD_INPUT)
@@ -86,11 +86,12 @@ def chosen(sets: FeatureSets, name: str, features: list[str]) -> dict[str, float
 
 def missing_schemas(folder: Path) -> dict[Path, str]:
     """Return the JSON Schemas that the files point their editors to, where they are not there."""
-    from saeguard.policy import case_schema, schema
+    from saeguard.policy import schema
+    from saeguard.policy_tools import test_case_schema
 
     schemas = {
         "saeguard.policy.v1.json": schema.json_schema(),
-        "saeguard.test.v1.json": case_schema.json_schema(),
+        "saeguard.test.v1.json": test_case_schema.json_schema(),
     }
     return {
         folder / name: json.dumps(content, indent=2) + "\n"

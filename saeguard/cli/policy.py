@@ -31,8 +31,8 @@ def schema(
     ] = "policy",
 ) -> None:
     """Print the JSON Schema of policy files or of test files, for editors."""
-    from saeguard.policy import case_schema
     from saeguard.policy import schema as policy_schema
+    from saeguard.policy_tools import test_case_schema
 
-    found = case_schema.json_schema() if of == "test" else policy_schema.json_schema()
+    found = test_case_schema.json_schema() if of == "test" else policy_schema.json_schema()
     typer.echo(json.dumps(found, indent=2))

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, model_told, must_be_there, stop, told
-from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption
+from saeguard.cli.failures import BAD_INPUT, model_told, must_be_there, stop, told
+from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption
 
 
 def verb(
@@ -33,7 +33,7 @@ def verb(
 
     Exits with 0, 2 where a file or the command is wrong, 3 where the model cannot be used.
     """
-    from saeguard.cli.sets import read_feature_sets
+    from saeguard.cli.feature_folder import read_feature_sets
 
     must_be_there(texts)
     if out.suffix != ".safetensors":  # by which the other tools tell it from texts
@@ -47,10 +47,10 @@ def verb(
         known = ", ".join(sorted(sets.known))
         stop(f"there is no feature set {', '.join(unknown)}; there are: {known}", BAD_INPUT)
     with model_told():
-        from saeguard.features.recording import write_recording
         from saeguard.hf.model import load_model, load_tokenizer
-        from saeguard.hf.recording import record_features
         from saeguard.hf.texts import read_texts
+        from saeguard.policy_tools.record_features import record_features
+        from saeguard.policy_tools.recording import write_recording
 
         tokenizer = load_tokenizer(model)
         read = read_texts(texts, tokenizer)

@@ -21,7 +21,7 @@ def verb(
     Exits with 0 where the files are in use now, 1 where they were refused, 2 where no server
     answers.
     """
-    from saeguard.live import state as states
+    from saeguard.reload import state_dir as states
 
     before = {p: s for p, s in states.read_statuses(state).items() if _runs(s)}
     if not before:
@@ -63,6 +63,6 @@ def _tell(path: Path, status: dict[str, Any]) -> None:
 
 def _runs(status: dict[str, Any]) -> bool:
     """Return whether the process that wrote a status is there, and not another of its number."""
-    from saeguard.live.state import started_at
+    from saeguard.reload.state_dir import started_at
 
     return status["started_at"] is not None and started_at(status["pid"]) == status["started_at"]

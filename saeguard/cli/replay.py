@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from saeguard.cli.exits import BAD_INPUT, must_be_there, stop, told
-from saeguard.cli.judged import (
+from saeguard.cli.failures import BAD_INPUT, must_be_there, stop, told
+from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption, read_feature_sets
+from saeguard.cli.inputs import (
     approximate_told,
     approximations,
     judge_corpus,
@@ -21,13 +22,12 @@ from saeguard.cli.judged import (
     read_all,
 )
 from saeguard.cli.report import columns, count
-from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
 if TYPE_CHECKING:
     from saeguard.events.schema import Event
-    from saeguard.guard.shifts import Shift
-    from saeguard.policy.changes import Pair
     from saeguard.policy.types import Policy
+    from saeguard.policy_tools.policy_diff import Pair
+    from saeguard.policy_tools.verdict_diff import Shift
 
 SHOWN = 20
 """Requests that the text output names at most; JSON names all."""
@@ -75,9 +75,9 @@ def of_recording(
     path: Path, old: Sequence[Policy] | None, new: Sequence[Policy], feature_sets: Path
 ) -> dict[str, Any]:
     """Judge a recording by the new policies, and by the old ones where they are given."""
-    from saeguard.features.recording import read_recording
-    from saeguard.guard.shifts import shifts
-    from saeguard.policy.changes import pairs
+    from saeguard.policy_tools.policy_diff import pairs
+    from saeguard.policy_tools.recording import read_recording
+    from saeguard.policy_tools.verdict_diff import shifts
 
     sets = read_feature_sets(feature_sets)
     recording = read_recording(path)
@@ -107,9 +107,9 @@ def of_recording(
 
 def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[str, Any]:
     """Say what the new policies would have concluded, as far as the events tell."""
-    from saeguard.events.log import read_log
-    from saeguard.guard.shifts import Shift
-    from saeguard.policy.changes import pairs
+    from saeguard.events.reader import read_log
+    from saeguard.policy_tools.policy_diff import pairs
+    from saeguard.policy_tools.verdict_diff import Shift
 
     both = {pair.old.digest: pair for pair in pairs(old, new) if pair.old is not None}
     tally: dict[str, Counter[str]] = {pair.name: Counter() for pair in both.values()}
@@ -141,7 +141,7 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
 
 def answer(event: Event, pair: Pair) -> tuple[str, float | None]:
     """Return what the event tells of the new policy: a verdict, and the score where it is known."""
-    from saeguard.guard.bounds import Seen, foretell, same_verdict, verdict_of
+    from saeguard.policy_tools.score_bounds import Seen, foretell, same_verdict, verdict_of
 
     if pair.new is None:
         return "absent", None

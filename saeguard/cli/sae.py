@@ -183,7 +183,7 @@ def _measure(info: SaeInfo, text: Path, model: Path, published: float | None) ->
     import torch
 
     from saeguard.hf.model import load_model
-    from saeguard.hf.record import record
+    from saeguard.hf.residuals import record
     from saeguard.sae import SaeError
     from saeguard.sae.l0 import measure_l0
 

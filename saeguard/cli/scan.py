@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saeguard.atomic_files import write_atomically
 from saeguard.cli.files import mistakes_told
-from saeguard.whole import write_atomically
 
 if TYPE_CHECKING:
     from saeguard.guard.verdict import Verdict

@@ -230,8 +230,8 @@ def startup_report(settings: dict[str, Any], options: Sequence[str] = ()) -> lis
     Raises:
         ValueError: policies, feature sets, checkpoints or options are wrong; it says where.
     """
-    from saeguard.guard.columns import allocate
-    from saeguard.vllm.config import load_watchlist, parse_settings
+    from saeguard.reload.columns import allocate
+    from saeguard.vllm.settings import load_watchlist, parse_settings
 
     parsed = parse_settings(settings)
     watchlist = load_watchlist(parsed)
@@ -277,7 +277,7 @@ def check_templates(options: Sequence[str], policies: Sequence[Policy]) -> None:
     Raises:
         ValueError: turns would be told by one template and written by another.
     """
-    from saeguard.guard.places import BY_ROLE
+    from saeguard.guard.scopes import BY_ROLE
 
     given = {word.split("=", 1)[0].replace("_", "-") for word in options if word.startswith("--")}
     found, policy = given & TEMPLATES, next((p for p in policies if p.scope in BY_ROLE), None)
@@ -296,7 +296,7 @@ def preflight(console: Any) -> None:
     Raises:
         typer.Exit: vLLM would not start, or not load the guard.
     """
-    from saeguard.vllm.environment import (
+    from saeguard.vllm.doctor import (
         SAFE_ISA,
         check_bf16,
         check_plugin,

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeguard.cli.exits import COULD_NOT_RUN, FINDINGS, stop, told
-from saeguard.cli.judged import ModelOption
+from saeguard.cli.failures import COULD_NOT_RUN, FINDINGS, stop, told
+from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption, read_feature_sets
+from saeguard.cli.inputs import ModelOption
 from saeguard.cli.report import Format, rendered
-from saeguard.cli.sets import FEATURE_SETS, FeatureSetsOption, read_feature_sets
 
 if TYPE_CHECKING:
-    from saeguard.cli.benign import Alarm
-    from saeguard.policy.cases import Case
+    from saeguard.cli.false_alarms import Alarm
     from saeguard.policy.errors import PolicyError
-    from saeguard.policy.outcomes import Result
     from saeguard.policy.types import Policy
+    from saeguard.policy_tools.test_cases import Case
+    from saeguard.policy_tools.test_results import Result
 
 
 def verb(
@@ -49,13 +49,13 @@ def verb(
     Exits with 0 where every case passed, 1 where one did not, 2 where a file or the command is
     wrong, 3 where something it needs is missing.
     """
-    from saeguard.cli import benign as ordinary
+    from saeguard.cli import false_alarms as ordinary
     from saeguard.cli.junit import junit_xml
-    from saeguard.cli.run_cases import run_cases
-    from saeguard.policy.cases import policy_path
+    from saeguard.cli.run_tests import run_cases
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.files import is_test
     from saeguard.policy.load import read_policies
+    from saeguard.policy_tools.test_cases import policy_path
 
     if model is not None and not (model / "config.json").is_file():  # also where no case needs it
         stop(f"--model: {model}: no config.json; give the folder of a model", COULD_NOT_RUN)
@@ -93,9 +93,9 @@ def gather(
     places: Sequence[Path], policies: Sequence[Policy], *, require_tests: bool
 ) -> tuple[list[tuple[Policy, Case]], list[PolicyError], list[PolicyError]]:
     """Return every case with its policy, what is wrong with test files, and which are absent."""
-    from saeguard.policy.cases import cases_path, missing_tests, policy_path, read_cases
     from saeguard.policy.errors import PolicyError
     from saeguard.policy.files import find_files, is_test
+    from saeguard.policy_tools.test_cases import cases_path, missing_tests, policy_path, read_cases
 
     cases: list[tuple[Policy, Case]] = []
     errors: list[PolicyError] = []

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
-from saeguard.events.event import SCHEMA
+from saeguard.events.records import SCHEMA
 
 URL = "https://json-schema.org/draft/2020-12/schema"
 

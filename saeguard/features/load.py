@@ -20,7 +20,7 @@ from saeguard.features.schema import (
     SaePart,
     read_document,
 )
-from saeguard.features.stand_ins import approximation, as_plain
+from saeguard.features.topk_thresholds import approximation, as_plain
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef, SaeRef, Term
 from saeguard.sae import SaeError, Stated
 from saeguard.sae.hub import HubRef, commit_of, fetch, named

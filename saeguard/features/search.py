@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from saeguard.features.corpus import Corpus, peaks
-from saeguard.features.groups import candidates, choose_size, fit_weights
+from saeguard.features.fit_probe import fit_probe
+from saeguard.features.latent_groups import candidates, choose_size, fit_weights
 from saeguard.features.probe import Probe
-from saeguard.features.probing import fit_probe
 from saeguard.features.stats import auroc, auroc_interval
 from saeguard.features.types import Term
 from saeguard.sae import SaeInfo, encode_latents, max_per_text

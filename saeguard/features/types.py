@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from saeguard.features.stand_ins import Approximation
+from saeguard.features.topk_thresholds import Approximation
 from saeguard.sae import SaeInfo, Stated, inspect
-from saeguard.sae.info import thresholds_for_ranks
+from saeguard.sae.checkpoint_info import thresholds_for_ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.advance import CACHED, UNTRACKED, Tokens, advance, places, skip
-from saeguard.guard.conclude import Verdicts, add, coverages, verdicts_of
-from saeguard.guard.memory import Memory, View
-from saeguard.guard.packet import Packet, in_step
-from saeguard.guard.places import in_scopes, of_prompt
-from saeguard.guard.prefix import Prefixes
+from saeguard.guard.evaluate import CACHED, UNTRACKED, Tokens, advance, places, skip
+from saeguard.guard.forward_pass import ForwardPass, in_step
+from saeguard.guard.prefix.blocks import PrefixBlocks
+from saeguard.guard.prefix.store import PrefixStore, PrefixView
+from saeguard.guard.request_verdicts import Verdicts, add, coverages, verdicts_of
 from saeguard.guard.sampling import is_sampled
+from saeguard.guard.scopes import in_scopes, of_prompt
 from saeguard.guard.state import State, blank, copy_slot, grown, make_state, write_slot
 from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
@@ -37,7 +37,11 @@ class Ledger:
     """The requests in flight: `admit`, `ingest` what each pass saw, `finish` into verdicts."""
 
     def __init__(
-        self, watchlist: WatchList, slots: int = 256, *, memory: Memory | View | None = None
+        self,
+        watchlist: WatchList,
+        slots: int = 256,
+        *,
+        memory: PrefixStore | PrefixView | None = None,
     ) -> None:
         """Start empty.
 
@@ -51,7 +55,7 @@ class Ledger:
         self.unwatched_passes = 0
         policies = watchlist.policies
         self._rules = watchlist.rules
-        self._prefixes = Prefixes(memory) if memory is not None else None
+        self._prefixes = PrefixBlocks(memory) if memory is not None else None
         self._enforced = np.array([p.mode == "enforce" for p in policies], bool)
         self._stops_on_error = np.array([p.on_error == "stop" for p in policies], bool)
         self._clamped = [i for clamp in watchlist.clamps for i in clamp.policies]
@@ -90,7 +94,7 @@ class Ledger:
             enforce: ids of shadow policies to enforce for it.
             keys: of its whole blocks in the prefix cache; may grow while it runs.
             enforced: by policy, whether its action is to be taken; None: as the policies say.
-            roles: [prompt tokens] whose turn each is in, see `saeguard.guard.turns`; needed where
+            roles: [prompt tokens] whose turn each is in, see `guard.roles.assign`; needed where
                 a policy's scope is a role.
 
         Raises:
@@ -116,12 +120,12 @@ class Ledger:
             s.sampled[slot, i] = is_sampled(self.watchlist.policies[i], request_id)
 
     def ingest(
-        self, packet: Packet, valid: np.ndarray, entering: Container[str] | None = None
+        self, forward_pass: ForwardPass, valid: np.ndarray, entering: Container[str] | None = None
     ) -> list[Hit]:
         """Advance every request by the rows of one pass.
 
         Args:
-            packet: what the pass saw.
+            forward_pass: what the pass saw.
             valid: [requests] leading rows that count; rejected drafts lie behind them, and a
                 request that is no longer of interest has 0.
             entering: requests that start or resume in this pass, and may skip tokens whose KV is
@@ -132,42 +136,44 @@ class Ledger:
             Each policy that matched for the first time, and each with `on_error: stop` whose
             tokens could not be read.
         """
-        if not packet.ran:
+        if not forward_pass.ran:
             self.unwatched_passes += 1
         if self._prefixes is not None:
             self._prefixes.store()
-        slots = self._slots(packet)
-        starts = packet.query_start[:-1]
-        positions = packet.positions[starts]
+        slots = self._slots(forward_pass)
+        starts = forward_pass.query_start[:-1]
+        positions = forward_pass.positions[starts]
         known = (slots >= 0) & (valid > 0)
         together = known & (valid == 1) & (positions == self._state.next[slots])
         alone = np.flatnonzero(known & ~together)
-        shares, finite = self._read(packet.f, ran=packet.ran)
+        shares, finite = self._read(forward_pass.f, ran=forward_pass.ran)
 
         hits: list[Hit] = []
         which = np.flatnonzero(together)
         if len(which):
             rows = starts[which][:, None]
             tokens = Tokens(
-                packet.positions[rows], shares[rows], packet.watched[rows], finite[rows]
+                forward_pass.positions[rows], shares[rows], forward_pass.watched[rows], finite[rows]
             )
-            ids = [packet.request_ids[i] for i in which]
+            ids = [forward_pass.request_ids[i] for i in which]
             hits += self._advance(ids, slots[which], tokens)
-            self._note(slots[which], tokens, packet.f[rows], ran=packet.ran)
-            self._edited(slots[which], packet.acted, rows)
+            self._note(slots[which], tokens, forward_pass.f[rows], ran=forward_pass.ran)
+            self._edited(slots[which], forward_pass.acted, rows)
         # In the order of their positions: requests can share a prefix that is computed in the
         # very pass in which another one reads it.
         for i in alone[np.argsort(positions[alone], kind="stable")]:
-            request_id, slot, start = packet.request_ids[i], int(slots[i]), int(starts[i])
+            request_id, slot, start = forward_pass.request_ids[i], int(slots[i]), int(starts[i])
             expected = int(self._state.next[slot])
             if positions[i] > expected:
                 enters = expected == 0 if entering is None else request_id in entering
                 hits += self._pass_over(request_id, slot, int(positions[i]), enters=enters)
             rows = np.arange(start, start + int(valid[i]))
-            hits += self._ingest_alone(packet, request_id, slot, rows, shares, finite)
+            hits += self._ingest_alone(forward_pass, request_id, slot, rows, shares, finite)
         return hits
 
-    def ingest_all(self, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]) -> list[Hit]:
+    def ingest_all(
+        self, passes: Sequence[tuple[ForwardPass, np.ndarray, Container[str]]]
+    ) -> list[Hit]:
         """Advance every request by several passes, in order.
 
         Passes in which the same requests bring their next token are advanced as one block: after
@@ -184,30 +190,32 @@ class Ledger:
             i += run
         return hits
 
-    def _ingest_run(self, passes: Sequence[tuple[Packet, np.ndarray, Container[str]]]) -> list[Hit]:
+    def _ingest_run(
+        self, passes: Sequence[tuple[ForwardPass, np.ndarray, Container[str]]]
+    ) -> list[Hit]:
         """Advance requests that bring one token in each of several passes, and nothing else."""
-        packets = [packet for packet, _, _ in passes]
+        packets = [forward_pass for forward_pass, _, _ in passes]
         slots = self._slots(packets[0])
         expected = packets[0].positions
         if (slots < 0).any() or (self._state.next[slots] != expected).any():
             return [hit for one in passes for hit in self.ingest(*one)]
-        f = np.stack([packet.f for packet in packets], axis=1)
+        f = np.stack([forward_pass.f for forward_pass in packets], axis=1)
         shares, finite = self._read(f.reshape(-1, f.shape[-1]), ran=True)
         block = Tokens(
             expected[:, None] + np.arange(len(packets)),
             shares.reshape(*f.shape[:2], -1),
-            np.stack([packet.watched for packet in packets], axis=1),
+            np.stack([forward_pass.watched for forward_pass in packets], axis=1),
             finite.reshape(f.shape[:2]),
         )
         hits = self._advance(packets[0].request_ids, slots, block)
         self._note(slots, block, f, ran=True)
-        for packet in packets:
-            self._edited(slots, packet.acted, np.arange(len(slots))[:, None])
+        for forward_pass in packets:
+            self._edited(slots, forward_pass.acted, np.arange(len(slots))[:, None])
         return hits
 
     def _ingest_alone(
         self,
-        packet: Packet,
+        forward_pass: ForwardPass,
         request_id: str,
         slot: int,
         rows: np.ndarray,
@@ -220,17 +228,22 @@ class Ledger:
         with the cache's block in between.
         """
         hits: list[Hit] = []
-        position = packet.positions[rows]
+        position = forward_pass.positions[rows]
         fresh = rows[position >= self._state.next[slot]]
         at = np.array([slot])
         if len(fresh):
-            block = (packet.positions, shares, packet.watched, finite)
+            block = (forward_pass.positions, shares, forward_pass.watched, finite)
             hits = self._advance([request_id], at, Tokens(*(part[fresh][None] for part in block)))
         if self._prefixes is not None:
             self._prefixes.note_run(
-                self._state, slot, position, packet.f[rows], packet.watched[rows], ran=packet.ran
+                self._state,
+                slot,
+                position,
+                forward_pass.f[rows],
+                forward_pass.watched[rows],
+                ran=forward_pass.ran,
             )
-        self._edited(at, packet.acted, rows[None])
+        self._edited(at, forward_pass.acted, rows[None])
         return hits
 
     def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> Verdicts:
@@ -280,8 +293,8 @@ class Ledger:
         if self._prefixes is not None:
             self._prefixes.take_back(slot, int(saved.next[0]))
 
-    def _slots(self, packet: Packet) -> np.ndarray:
-        return np.array([self._slot.get(r, -1) for r in packet.request_ids], np.int64)
+    def _slots(self, forward_pass: ForwardPass) -> np.ndarray:
+        return np.array([self._slot.get(r, -1) for r in forward_pass.request_ids], np.int64)
 
     def _read(self, f: np.ndarray, *, ran: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return shares [rows, features], and which rows could be read."""

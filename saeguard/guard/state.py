@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from saeguard.guard.places import PLACES
-from saeguard.guard.tables import Rules
+from saeguard.guard.compiled_rules import Rules
+from saeguard.guard.scopes import PLACES
 
 
 @dataclass(frozen=True, slots=True)

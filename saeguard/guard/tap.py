@@ -9,22 +9,21 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import structlog
 import torch
 
-from saeguard.guard import clamp as clamping
-from saeguard.guard.clamp import Clamp
-from saeguard.guard.columns import Write
-from saeguard.guard.generations import clamps_digest
-from saeguard.guard.ranked import Ranked, make_ranked, set_floor, settle
+from saeguard.guard.clamp import rules as clamping
+from saeguard.guard.clamp.rules import Clamp
 from saeguard.guard.rows import Rows, allocate_rows
-from saeguard.guard.watchlist import WatchList
+from saeguard.guard.topk import Ranked, make_ranked, set_floor, settle
+from saeguard.guard.watchlist import WatchList, clamps_digest
 from saeguard.sae.encoder import column_scales
 from saeguard.sae.rows import EncoderRows
 
@@ -32,12 +31,23 @@ log = structlog.get_logger("saeguard")
 
 
 class Kernels(NamedTuple):
-    """What a GPU runs: functions of `saeguard.guard.fused` and `fused_rank`."""
+    """What a GPU runs: functions of `saeguard.guard.kernels.tap` and `fused_rank`."""
 
     read: Callable[..., None]
     edit: Callable[..., None]
     make_board: Callable[..., Any]
     settle: Callable[..., None]
+
+
+class Write(NamedTuple):
+    """Rows to put into columns of one layer's tap; arrays, since tensors do not travel."""
+
+    layer: int
+    columns: np.ndarray
+    """[rows] int64, within the layer."""
+    rows: Mapping[str, np.ndarray]
+    """By name of a `Hook`'s tensor: [rows, ...]; or `bar`, of columns that fire by rank, which
+    lowers what is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +187,8 @@ def kernels_for(device: torch.device) -> Kernels | None:
     """Return the Triton kernels where they can run."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    fused = importlib.import_module("saeguard.guard.fused")
-    rank = importlib.import_module("saeguard.guard.fused_rank")
+    fused = importlib.import_module("saeguard.guard.kernels.tap")
+    rank = importlib.import_module("saeguard.guard.kernels.topk")
     return Kernels(fused.read, fused.edit, rank.make_board, rank.settle)
 
 

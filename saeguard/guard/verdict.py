@@ -61,7 +61,7 @@ class Verdict:
     severity: Severity
     outcome: Outcome
     score: float | None
-    """Evidence over threshold, see `saeguard.guard.rules`; None where nothing was evaluated."""
+    """Evidence over threshold, see `saeguard.guard.judge`; None where nothing was evaluated."""
     first_token: int | None
     """Position of the first match, counted from the first prompt token."""
     matched_tokens: int

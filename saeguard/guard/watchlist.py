@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from saeguard.features.probe import ProbeError, read_probe
-from saeguard.features.stand_ins import Approximation
+from saeguard.features.topk_thresholds import Approximation
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
-from saeguard.guard.ranked import ROUNDING, RankedRows, bars
-from saeguard.guard.tables import Rules, RulesError, compile_rules
+from saeguard.guard.compiled_rules import Rules, RulesError, compile_rules
+from saeguard.guard.topk import ROUNDING, RankedRows, bars
 from saeguard.policy.lint import unmeasured
 from saeguard.policy.types import Clamp, Policy
 from saeguard.sae import SaeError, read_decoder_rows, read_rows
@@ -156,6 +156,28 @@ class WatchList:
             t for c in self.clamps for t in (c.target, c.W_dec, c.scale, c.cap) if t is not None
         ]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def clamps_digest(watchlist: WatchList) -> str:
+    """Return a digest of all that decides where a list clamps, and what to; empty if it cannot.
+
+    Lists with the same clamps share the state on the device, whatever else they watch.
+    """
+    if not watchlist.clamps:
+        return ""
+    digest = hashlib.sha256()
+    for clamp in watchlist.clamps:
+        digest.update(repr((clamp.layer, clamp.columns, clamp.owner)).encode())
+        for tensor in (clamp.target, clamp.W_dec, clamp.scale, clamp.cap):
+            digest.update(b"-" if tensor is None else tensor.numpy().tobytes())
+        for i in clamp.policies:
+            policy = watchlist.policies[i]
+            digest.update(f"{policy.id} {policy.mode} {policy.digest}".encode())
+            for name, selection in sorted(policy.detect.items()):
+                feature = watchlist.features.index(f"{policy.feature_set}/{selection.feature}")
+                scale = (float(watchlist.low[feature]), float(watchlist.span[feature]))
+                digest.update(repr((name, watchlist.latents(feature), *scale)).encode())
+    return digest.hexdigest()
 
 
 def build_watchlist(

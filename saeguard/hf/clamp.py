@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
-from saeguard.guard.rules import clamped_tokens
-from saeguard.guard.turns import roles_of
+from saeguard.guard.judge import clamped_tokens
+from saeguard.guard.roles.assign import roles_of
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.hf.model import LanguageModel
-from saeguard.hf.record import on_output
+from saeguard.hf.residuals import on_output
 from saeguard.hf.scan import hook_activations, turns_for
 from saeguard.sae.encoder import column_scales
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from saeguard.features.corpus import Corpus
 from saeguard.hf.model import LanguageModel
-from saeguard.hf.record import record
+from saeguard.hf.residuals import record
 from saeguard.hf.texts import Text, TextError, read_texts
 
 

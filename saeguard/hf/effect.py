@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from saeguard.hf.model import LanguageModel
-from saeguard.hf.record import BATCH_TOKENS, batches, on_output, padded
+from saeguard.hf.residuals import BATCH_TOKENS, batches, on_output, padded
 from saeguard.hf.texts import Text
 from saeguard.sae import EncoderRows, activate
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from saeguard.guard.ranked import make_ranked, set_floor, settle
-from saeguard.guard.rules import judge_all
-from saeguard.guard.template import turns_of
-from saeguard.guard.turns import Turns, check_roles, roles_of
+from saeguard.guard.judge import judge_all
+from saeguard.guard.roles.assign import Turns, check_roles, roles_of
+from saeguard.guard.roles.chat_template import turns_of
+from saeguard.guard.topk import make_ranked, set_floor, settle
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import Hook, WatchList
 from saeguard.hf.model import LanguageModel
-from saeguard.hf.record import record
+from saeguard.hf.residuals import record
 from saeguard.hf.texts import Text
 from saeguard.sae import EncoderRows
 from saeguard.sae.encoder import column_scales, product

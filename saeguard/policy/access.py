@@ -21,9 +21,9 @@ from pydantic import Field, StringConstraints
 from saeguard.policy.errors import PolicyError, PolicyErrors, did_you_mean, show
 from saeguard.policy.files import read_bytes
 from saeguard.policy.schema import FORMS, Section, ShortText
-from saeguard.policy.shape import shape
 from saeguard.policy.types import Policy
-from saeguard.policy.yamlmarks import Document, read_document
+from saeguard.policy.validate import shape
+from saeguard.policy.yaml_reader import Document, read_document
 
 How = Literal["only", "enforce", "may_enforce"]
 KEY_SHA256 = r"^[0-9a-f]{64}$"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from saeguard.features.template import is_template
+from saeguard.features.feature_template import is_template
 from saeguard.policy.errors import PolicyError, PolicyErrors
 from saeguard.policy.lint import uncalibrated
 from saeguard.policy.types import Policy

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from saeguard.policy.errors import Code, PolicyError
-from saeguard.policy.yamlmarks import MAX_BYTES
+from saeguard.policy.yaml_reader import MAX_BYTES
 
 MAX_FILES = 20_000
 TEST_SUFFIX = ".test.yaml"

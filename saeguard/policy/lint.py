@@ -8,11 +8,11 @@ from datetime import UTC, date, datetime
 from typing import Protocol
 
 from saeguard.features.schema import Document
-from saeguard.features.stand_ins import Approximation, approximation
+from saeguard.features.topk_thresholds import Approximation, approximation
 from saeguard.policy.errors import Code, Level, PolicyError, did_you_mean, show
 from saeguard.policy.load import locate
 from saeguard.policy.types import Policy
-from saeguard.policy.yamlmarks import Loc
+from saeguard.policy.yaml_reader import Loc
 
 TO_DO = "TODO"
 """Starts a text that `saeguard policy new` left for its owner."""

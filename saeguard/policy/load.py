@@ -8,13 +8,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
+from saeguard.policy.consistency import sense
 from saeguard.policy.errors import PolicyError, PolicyErrors
 from saeguard.policy.files import find_files, is_test, read_bytes
 from saeguard.policy.schema import ClampSection, PolicyFile
-from saeguard.policy.sense import sense
-from saeguard.policy.shape import shape
 from saeguard.policy.types import Clamp, Edit, Exception_, Policy, Selection
-from saeguard.policy.yamlmarks import Document, read_document
+from saeguard.policy.validate import shape
+from saeguard.policy.yaml_reader import Document, read_document
 
 Cache: TypeAlias = dict[tuple[Path, bytes], tuple[Policy | None, list[PolicyError]]]
 """What came of a file's content before, by path and SHA-256: a second reading costs nothing."""

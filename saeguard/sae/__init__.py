@@ -1,6 +1,7 @@
 """Sparse autoencoders: read checkpoints by slices, encode watched or all latents."""
 
 from saeguard.sae.checkpoint import inspect
+from saeguard.sae.checkpoint_info import SaeInfo, Stated
 from saeguard.sae.encode import (
     activate,
     encode_blocks,
@@ -10,8 +11,6 @@ from saeguard.sae.encode import (
 )
 from saeguard.sae.encoder import Encoder, encoder_in_memory, open_encoder
 from saeguard.sae.errors import SaeError
-from saeguard.sae.info import SaeInfo, Stated
-from saeguard.sae.rank import encode_latents
 from saeguard.sae.rows import (
     EncoderRows,
     read_block,
@@ -20,6 +19,7 @@ from saeguard.sae.rows import (
     read_rows,
 )
 from saeguard.sae.sparse import Sparse
+from saeguard.sae.topk_watched import encode_latents
 
 __all__ = [
     "Encoder",

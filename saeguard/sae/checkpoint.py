@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from saeguard.sae.checkpoint_info import SaeInfo, Stated
 from saeguard.sae.errors import SaeError
 from saeguard.sae.files import found_in, read_json, regular
 from saeguard.sae.formats import FAMILIES
 from saeguard.sae.formats.source import Source
-from saeguard.sae.info import SaeInfo, Stated
 from saeguard.sae.weights import read_headers
 
 __all__ = ["SaeError", "SaeInfo", "inspect"]

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 from saeguard.sae.checkpoint import PICKLES, as_stated, inspect
+from saeguard.sae.checkpoint_info import Part, SaeInfo, Stated, file_sha256
 from saeguard.sae.errors import SaeError
 from saeguard.sae.files import read_json, read_safetensors
 from saeguard.sae.formats import converted, pickled
 from saeguard.sae.formats.source import Source
-from saeguard.sae.info import Part, SaeInfo, Stated, file_sha256
 from saeguard.sae.tensors import DTYPES, Stored, TensorFile
 from saeguard.sae.unpickle import TENSORS, VALUES
 from saeguard.sae.weights import read_headers

@@ -5,7 +5,7 @@ they are compared with thresholds there, and only what fires leaves it. Products
 are float32; half-precision weights and residuals are widened first, exactly, so a result differs
 from that of exact arithmetic on the same numbers by at most `gamma * |x| * |w|`, with
 `gamma = (d_in + 4) * 2**-24` (Higham 2002, Accuracy and Stability, section 3.1). Which latents
-TopK keeps does not depend on that at all: see `saeguard.sae.compete`.
+TopK keeps does not depend on that at all: see `saeguard.sae.topk_all`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saeguard.sae.compete import Contest, GroupContest, largest
+from saeguard.sae.checkpoint_info import Norm, SaeInfo
 from saeguard.sae.encoder import FEW, Encoder, open_encoder, product, token_scale, worth_a_copy
-from saeguard.sae.info import Norm, SaeInfo
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, above, concatenate
+from saeguard.sae.topk_all import Contest, GroupContest, largest
 
 ROWS = 512
 """Tokens per block."""
@@ -121,7 +121,7 @@ def encode_full(
         if bad.any():
             raise ValueError(f"token {int(bad.nonzero()[0])} is not finite (NaN or infinite)")
     if x.is_cuda and not encoder.groups and importlib.util.find_spec("triton") is not None:
-        wide = importlib.import_module("saeguard.sae.wide")
+        wide = importlib.import_module("saeguard.sae.encode_triton")
         on_gpu: Sparse = wide.encode_on_gpu(encoder, x)
         return on_gpu
     if encoder.k is not None:

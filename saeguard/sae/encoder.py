@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
+from saeguard.sae.checkpoint_info import Norm, SaeInfo
 from saeguard.sae.errors import SaeError
-from saeguard.sae.info import Norm, SaeInfo
 from saeguard.sae.rows import EncoderRows, read_block, read_rows
 
 NORMS: tuple[Norm, ...] = ("none", "layer_norm", "constant_norm_rescale")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from saeguard.sae.checkpoint_info import SaeInfo
 from saeguard.sae.encode import encode_full
 from saeguard.sae.files import read_json
-from saeguard.sae.info import SaeInfo
 
 NEAR, FAR = 2.0, 4.0
 """Factors between measured and published up to which texts explain it, and from which on not."""

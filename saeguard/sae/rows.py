@@ -1,6 +1,6 @@
 """Read single latents of a checkpoint: a 16-million-latent SAE then costs megabytes.
 
-The formula that all SAEs share, and what is folded into it, is told in `saeguard.sae.info`. Folds
+The formula that all SAEs share, and what is folded into it, is told in `sae.checkpoint_info`. Folds
 are computed in float64 and rounded to float32 once.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from saeguard.sae.checkpoint_info import Part, SaeInfo
 from saeguard.sae.errors import SaeError
-from saeguard.sae.info import Part, SaeInfo
 from saeguard.sae.tensors import TensorFile
 from saeguard.sae.weights import read_headers
 

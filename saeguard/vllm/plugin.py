@@ -14,6 +14,6 @@ def register() -> None:
     Raises:
         ImportError: a dependency is missing or broken; the server must not start.
     """
-    from saeguard.vllm import seams
+    from saeguard.vllm import patches
 
-    seams.install()
+    patches.install()

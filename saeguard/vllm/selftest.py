@@ -21,7 +21,7 @@ from torch import nn
 
 from saeguard.guard.tap import Tap, as_rows, pre_activations, set_floors
 from saeguard.sae.encoder import column_scales
-from saeguard.vllm.layers import decoder_layers, is_here
+from saeguard.vllm.worker.attach import decoder_layers, is_here
 
 log = structlog.get_logger("saeguard")
 
@@ -53,7 +53,7 @@ def run(core: Any) -> None:
         SelfTestError: a rank's taps do not see what they must, nothing came out, or tokens are not
             accounted for.
     """
-    from saeguard.vllm.runner import tested
+    from saeguard.vllm.worker.hooks import tested
 
     guard = core.scheduler.saeguard
     for request_id in (EAGER, SERVED):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from saeguard.cli import main
-from saeguard.features.recording import Recording, definition, write_recording
 from saeguard.features.schema import read_document
+from saeguard.policy_tools.recording import Recording, definition, write_recording
 from tests.policy.example import GOOD
 
 FEATURES = f"""\

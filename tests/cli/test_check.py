@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from saeguard.cli import VERBS
-from saeguard.policy import case_schema
 from saeguard.policy.schema import json_schema
+from saeguard.policy_tools import test_case_schema
 from tests.cli.project import lay_out, run
 from tests.policy.example import GOOD, changed
 
@@ -146,7 +146,7 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("policy", "schema") == 0
     assert json.loads(capsys.readouterr().out) == json_schema()
     assert run("policy", "schema", "test") == 0
-    assert json.loads(capsys.readouterr().out) == case_schema.json_schema()
+    assert json.loads(capsys.readouterr().out) == test_case_schema.json_schema()
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from saeguard.cli.check import read_feature_sets
-from saeguard.live.source import SourceError
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import load_policies
-from saeguard.vllm.config import Settings, load_watchlist
+from saeguard.reload.policy_source import SourceError
+from saeguard.vllm.settings import Settings, load_watchlist
 from tests.cli.project import BOTH, lay_out, plain, run
 
 ROOT = Path.cwd()

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saeguard.events.event import verdict_event
+from saeguard.events.records import verdict_event
 from saeguard.events.schema import LINE
-from saeguard.guard.rules import judge
+from saeguard.guard.judge import judge
 from saeguard.policy.load import read_policy
 from tests.cli.project import BOTH, BY_THRESHOLD, ONE, SET, lay_out, record, run
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.project import run
 from tests.policy.example import GOOD
-from tests.policy.test_cases import CASES
+from tests.policy_tools.test_test_cases import CASES
 
 
 @pytest.fixture(autouse=True)

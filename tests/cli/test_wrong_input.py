@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from saeguard.features.feature_template import read_feature_file
 from saeguard.features.schema import FeatureSetError
-from saeguard.features.template import read_feature_file
 from tests.cli import project
 from tests.cli.project import run
 

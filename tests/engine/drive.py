@@ -19,18 +19,20 @@ import numpy as np
 
 def record_activations() -> dict[str, dict[int, np.ndarray]]:
     """Keep a copy of every row that the rules are given, by request and position."""
-    from saeguard.vllm.engine import EngineGuard
+    from saeguard.vllm.engine_core.guard import EngineGuard
 
     rows: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     before_update = EngineGuard.before_update
 
-    def recording(self: Any, packet: Any, *args: Any) -> None:
+    def recording(self: Any, forward_pass: Any, *args: Any) -> None:
         now = self.ledger.current  # the taps have room for more than the list reads
         read = [c.first + i for c in self.columns for i in sorted(now.reads[c.layer])]
-        for i, request_id in enumerate(packet.request_ids):
-            for row in range(packet.query_start[i], packet.query_start[i + 1]):
-                rows[request_id.split("-")[0]][int(packet.positions[row])] = packet.f[row, read]
-        before_update(self, packet, *args)
+        for i, request_id in enumerate(forward_pass.request_ids):
+            for row in range(forward_pass.query_start[i], forward_pass.query_start[i + 1]):
+                rows[request_id.split("-")[0]][int(forward_pass.positions[row])] = forward_pass.f[
+                    row, read
+                ]
+        before_update(self, forward_pass, *args)
 
     EngineGuard.before_update = recording  # type: ignore[method-assign]
     return rows

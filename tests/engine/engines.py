@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from saeguard.guard.rules import judge_all
+from saeguard.guard.judge import judge_all
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import WatchList
-from saeguard.vllm.config import load_watchlist, parse_settings
+from saeguard.vllm.settings import load_watchlist, parse_settings
 
 ROOT = Path(__file__).parents[2]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}

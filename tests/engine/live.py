@@ -21,7 +21,7 @@ NAMES = itertools.count()
 
 def record_ends() -> dict[str, dict[str, Any]]:
     """Note of each request the tokens that the engine core holds as it ends, and why it does."""
-    from saeguard.vllm.engine import EngineGuard
+    from saeguard.vllm.engine_core.guard import EngineGuard
 
     ended: dict[str, dict[str, Any]] = {}
     finish = EngineGuard.finish

@@ -11,7 +11,7 @@ import pytest
 
 from saeguard.vllm import contract
 from saeguard.vllm.contract import CLAUSES, Clause, ContractError
-from saeguard.vllm.environment import SUPPORTED
+from saeguard.vllm.doctor import SUPPORTED
 
 WRITTEN = Path(contract.__file__).with_name("CONTRACT.md")
 

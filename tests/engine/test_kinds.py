@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saeguard.features.load import load_feature_set, save_feature_set
-from saeguard.features.stand_ins import Approximation, Rate, StandIn
+from saeguard.features.topk_thresholds import Approximation, Rate, StandIn
 from tests import models
 from tests.engine import engines
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from saeguard.guard.places import SCOPES
+from saeguard.guard.scopes import SCOPES
 from saeguard.guard.watchlist import WatchList
 from tests import models
 from tests.engine import engines

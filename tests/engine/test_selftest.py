@@ -11,8 +11,8 @@ from torch import nn
 
 from saeguard.guard.tap import TAPS, install_taps
 from saeguard.policy.types import Name, Selection
-from saeguard.vllm.layers import hook_layer
 from saeguard.vllm.selftest import Observation, SelfTestError, _observe
+from saeguard.vllm.worker.attach import hook_layer
 from tests.guard.watchlists import FEATURES, make_hook, make_policy, make_watchlist
 
 ROWS = 6

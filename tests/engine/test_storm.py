@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from saeguard.guard.rules import judge_all
+from saeguard.guard.judge import judge_all
 from saeguard.guard.watchlist import WatchList
 from tests import models
 from tests.engine import engines

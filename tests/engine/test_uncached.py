@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saeguard.guard.rules import judge_all
+from saeguard.guard.judge import judge_all
 from tests import models
 from tests.engine import engines
 from tests.engine.test_storm import MARGIN, Live, living

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from saeguard.cli.features import verb
 from saeguard.features.load import load_feature_set
 from saeguard.hf.model import load_model
-from saeguard.hf.record import record
+from saeguard.hf.residuals import record
 from saeguard.hf.texts import make_text
 from tests.guarded import LATENTS, feature_set
 from tests.tiny import D, save_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saeguard.features.probing import fit_probe
+from saeguard.features.fit_probe import fit_probe
 from saeguard.features.search import SearchError, search
 from saeguard.sae import inspect
 from tests.features.planted import PLANTED, corpus, save_sae

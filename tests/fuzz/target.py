@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from saeguard.policy.cases import read_cases
 from saeguard.policy.errors import PolicyError
 from saeguard.policy.load import read_policy
 from saeguard.policy.types import Policy
+from saeguard.policy_tools.test_cases import read_cases
 
 SECONDS = 1.0
 """CPU time that one input may take; a good policy takes less than a thousandth of it."""

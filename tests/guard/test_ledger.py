@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard.events.counts import Counts
+from saeguard.events.metrics import Counts
 from saeguard.guard import ledger as module
-from saeguard.guard.advance import advance
+from saeguard.guard.evaluate import advance
+from saeguard.guard.forward_pass import ForwardPass
+from saeguard.guard.judge import judge_all
 from saeguard.guard.ledger import Ledger
-from saeguard.guard.packet import Packet
-from saeguard.guard.rules import judge_all
 from saeguard.guard.sampling import is_sampled
 from saeguard.guard.verdict import as_dict, balanced
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.policy.types import Clamp, Name, Policy, Selection, Window
 from tests.guard import plain
-from tests.guard.test_rules import assert_same, columns, said
+from tests.guard.test_judge import assert_same, columns, said
 from tests.guard.watchlists import (
     FEATURES,
     coded,
@@ -100,14 +100,14 @@ def random_text(rng: random.Random, name: str, *, faults: bool) -> Text:
     return text
 
 
-def packet(rows: Sequence[tuple[Text, int, np.ndarray]], *, ran: bool = True) -> Packet:
+def forward_pass(rows: Sequence[tuple[Text, int, np.ndarray]], *, ran: bool = True) -> ForwardPass:
     """Return the packet of a pass: of each text its first position and its rows' activations."""
     positions = [np.arange(start, start + len(f)) for _, start, f in rows]
     excluded = [
         np.array([bool(p < len(t.excluded) and t.excluded[p]) for p in at])
         for (t, _, _), at in zip(rows, positions, strict=True)
     ]
-    return Packet(
+    return ForwardPass(
         request_ids=[text.name for text, _, _ in rows],
         query_start=np.cumsum([0, *(len(f) for _, _, f in rows)]),
         positions=np.concatenate(positions),
@@ -161,7 +161,7 @@ def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple
         lost = faults and rng.random() < 0.08
         ran = not (faults and rng.random() < 0.08)
         if not lost:
-            seen = packet([r for r, _ in rows], ran=ran)
+            seen = forward_pass([r for r, _ in rows], ran=ran)
             waiting.append((seen, np.array([n for _, n in rows]), None))
             for (text, start, _), counted in rows:
                 text.account(start, counted, ran=ran)
@@ -265,8 +265,8 @@ def test_a_rejected_draft_never_counts() -> None:
     ledger = Ledger(make_watchlist([simple(window=Window(1, 4))]))
     text = text_of([0, 0, 9, 9])
     ledger.admit("r", 1)
-    ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
-    ledger.ingest(packet([(text, 2, np.zeros((2, FEATURES), np.float32))]), np.array([2]))
+    ledger.ingest(forward_pass([(text, 0, text.f)]), np.array([2]))
+    ledger.ingest(forward_pass([(text, 2, np.zeros((2, FEATURES), np.float32))]), np.array([2]))
 
     verdict = ledger.finish("r", 5)[0]
 
@@ -281,7 +281,7 @@ def test_a_request_that_is_no_longer_of_interest_is_left_alone() -> None:
     stranger.name = "stranger"
     ledger.admit("r", 1)
 
-    new = ledger.ingest(packet([(stranger, 0, text.f), (text, 0, text.f)]), np.array([2, 0]))
+    new = ledger.ingest(forward_pass([(stranger, 0, text.f), (text, 0, text.f)]), np.array([2, 0]))
 
     assert new == []
     assert ledger.finish("r", 2)[0].outcome == "not_evaluated"
@@ -292,7 +292,7 @@ def test_a_pass_without_the_tap_is_an_error_not_silence() -> None:
     ledger = Ledger(make_watchlist([simple()]))
     text = text_of([9, 9])
     ledger.admit("r", 1)
-    ledger.ingest(packet([(text, 0, text.f)], ran=False), np.array([2]))
+    ledger.ingest(forward_pass([(text, 0, text.f)], ran=False), np.array([2]))
 
     verdict = ledger.finish("r", 3)[0]
 
@@ -306,8 +306,8 @@ def test_a_lost_pass_breaks_a_window() -> None:
     ledger = Ledger(make_watchlist([simple(window=Window(2, 3))]))
     text = text_of([9, 0, 0, 0, 9, 0])
     ledger.admit("r", 1)
-    ledger.ingest(packet([(text, 0, text.f[:1])]), np.array([1]))
-    ledger.ingest(packet([(text, 4, text.f[4:5])]), np.array([1]))
+    ledger.ingest(forward_pass([(text, 0, text.f[:1])]), np.array([1]))
+    ledger.ingest(forward_pass([(text, 4, text.f[4:5])]), np.array([1]))
 
     verdict = ledger.finish("r", 6)[0]
 
@@ -320,7 +320,7 @@ def test_a_prefix_hit_is_told_apart_from_a_lost_pass() -> None:
     ledger = Ledger(make_watchlist([simple()]))
     text = text_of([9, 9, 0, 0], prompt=3)
     ledger.admit("r", 3)
-    ledger.ingest(packet([(text, 2, text.f[2:3])]), np.array([1]))
+    ledger.ingest(forward_pass([(text, 2, text.f[2:3])]), np.array([1]))
 
     verdict = ledger.finish("r", 4)[0]
 
@@ -346,7 +346,7 @@ def test_a_slot_that_is_used_again_remembers_nothing() -> None:
     loud, quiet = text_of([9, 9]), text_of([0, 0])
     for text in (loud, quiet):
         ledger.admit("r", 1)
-        ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+        ledger.ingest(forward_pass([(text, 0, text.f)]), np.array([2]))
         verdict = ledger.finish("r", 3)[0]
 
     assert (verdict.outcome, verdict.score, verdict.matched_tokens) == ("no_match", 0.0, 0)
@@ -360,7 +360,7 @@ def test_a_request_can_have_a_shadow_policy_enforced() -> None:
     other.name = "other"
     ledger.admit("r", 1, enforce=["p"])
     ledger.admit("other", 1)
-    ledger.ingest(packet([(text, 0, text.f), (other, 0, other.f)]), np.array([2, 2]))
+    ledger.ingest(forward_pass([(text, 0, text.f), (other, 0, other.f)]), np.array([2, 2]))
 
     mine, theirs = ledger.finish("r", 3)[0], ledger.finish("other", 3)[0]
 
@@ -379,8 +379,8 @@ def test_a_clamp_acted_only_where_it_edited() -> None:
         ledger = Ledger(make_watchlist([policy], clamps=[rows]))
         text = text_of([9, 9])
         ledger.admit("r", 1)
-        seen = packet([(text, 0, text.f)])
-        seen = Packet(**{f: getattr(seen, f) for f in Packet.__slots__} | {
+        seen = forward_pass([(text, 0, text.f)])
+        seen = ForwardPass(**{f: getattr(seen, f) for f in ForwardPass.__slots__} | {
             "acted": np.full((2, 1), acted)
         })  # fmt: skip
         ledger.ingest(seen, np.array([2]))
@@ -407,7 +407,7 @@ def test_passes_in_step_are_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
         for text in texts:
             book.admit(text.name, 1)
         passes = [
-            (packet([(text, t, text.f[t : t + 1]) for text in texts]), np.array([1, 1]), None)
+            (forward_pass([(text, t, text.f[t : t + 1]) for text in texts]), np.array([1, 1]), None)
             for t in range(16)
         ]
         if together:
@@ -432,7 +432,7 @@ def test_a_request_outside_the_sample_is_not_evaluated() -> None:
         text = text_of([9, 9])
         text.name = f"r{n}"
         ledger.admit(text.name, 1)
-        ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+        ledger.ingest(forward_pass([(text, 0, text.f)]), np.array([2]))
         mine, other = ledger.finish(text.name, 3)
         assert other.outcome == "match"
         assert balanced(mine.coverage)
@@ -463,7 +463,7 @@ def test_shadow_beside_enforced_of_one_id() -> None:
     ledger = Ledger(make_watchlist([shadow, enforced]))
     text = text_of([9, 9])
     ledger.admit("r", 1)
-    ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+    ledger.ingest(forward_pass([(text, 0, text.f)]), np.array([2]))
     verdicts = ledger.finish("r", 3)
     counts = Counts()
     counts.request(verdicts, verdicts[0].coverage)
@@ -498,7 +498,7 @@ def test_what_is_counted_is_what_the_verdicts_say() -> None:
         ledger = Ledger(watchlist)
         text = text_of(values)
         ledger.admit("r", 1, enforced=[p.mode == "enforce" and p.id != "waived" for p in policies])
-        ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+        ledger.ingest(forward_pass([(text, 0, text.f)]), np.array([2]))
         said = ledger.finish("r", 3).decided([p.id != "absent" for p in policies], {1: "why"})
         assert said.errors() == sum(v.outcome == "error" for v in said)
         assert said.acting() == [v for v in said if v.acted]
@@ -517,6 +517,6 @@ def test_only_a_stop_that_acts_has_a_message() -> None:
         ledger = Ledger(make_watchlist([replace(stop, mode=mode)]))
         text = text_of([9, 9])
         ledger.admit("r", 1)
-        ledger.ingest(packet([(text, 0, text.f)]), np.array([2]))
+        ledger.ingest(forward_pass([(text, 0, text.f)]), np.array([2]))
 
         assert ledger.finish("r", 3)[0].message == expected

@@ -15,16 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from saeguard.guard import clamp as clamping
 from saeguard.guard import tap as tapping
-from saeguard.guard.generations import clamps_digest
-from saeguard.guard.places import OUTPUT, PLACES
+from saeguard.guard.clamp import rules as clamping
 from saeguard.guard.rows import lay_out
+from saeguard.guard.scopes import OUTPUT, PLACES
 from saeguard.guard.tap import FAILURES, TAPS, Tap, install_taps, tap_output
-from saeguard.guard.watchlist import ClampRows, WatchList
-from saeguard.live.orders import Admitted
+from saeguard.guard.watchlist import ClampRows, WatchList, clamps_digest
 from saeguard.policy.types import Clamp, Name, Not, Policy, Selection, Window
-from saeguard.vllm.worker import WorkerGuard
+from saeguard.reload.worker_updates import Admitted
+from saeguard.vllm.worker.guard import WorkerGuard
 from tests import reference
 from tests.guard.watchlists import (
     FEATURES,

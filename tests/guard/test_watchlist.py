@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from saeguard.features.types import Feature, Term
-from saeguard.guard import tables
-from saeguard.guard.tables import RulesError, compile_rules
+from saeguard.guard import compiled_rules
+from saeguard.guard.compiled_rules import RulesError, compile_rules
 from saeguard.guard.watchlist import ClampRows, WatchListError, _edit, shares_of
 from saeguard.policy.types import Clamp, Edit, Name, Or, Selection
 from tests.guard.watchlists import make_policy
@@ -96,7 +96,7 @@ def test_equal_parts_of_conditions_are_one_node() -> None:
 
 def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than fits is refused, with both numbers."""
-    monkeypatch.setattr(tables, "MAX_NODES", 2)
+    monkeypatch.setattr(compiled_rules, "MAX_NODES", 2)
     policy = make_policy(
         "p", Or((Name("a"), Name("b"))), {"a": Selection("f0", 0.5), "b": Selection("f1", 0.5)}
     )

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saeguard.guard.places import PLACES, SCOPES
-from saeguard.guard.tables import compile_rules
+from saeguard.guard.compiled_rules import compile_rules
+from saeguard.guard.scopes import PLACES, SCOPES
 from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 from saeguard.policy.types import (
     Aggregate,

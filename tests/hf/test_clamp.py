@@ -10,7 +10,7 @@ from saeguard.features.types import FeatureSet
 from saeguard.guard.watchlist import WatchList, build_watchlist
 from saeguard.hf.clamp import clamped, greedy
 from saeguard.hf.model import LanguageModel, load_model
-from saeguard.hf.record import record
+from saeguard.hf.residuals import record
 from saeguard.hf.scan import activations, scan
 from saeguard.hf.texts import Text
 from saeguard.policy.types import Action, Mode

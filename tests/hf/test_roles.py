@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
-from saeguard.features.recording import Recording, read_recording
-from saeguard.guard.places import BY_ROLE, LOOKS, SCOPES
+from saeguard.guard.scopes import BY_ROLE, LOOKS, SCOPES
+from saeguard.policy_tools.recording import Recording, read_recording
 from tests import tiny
 from tests.cli.project import run
 from tests.guard.watchlists import coded

@@ -18,10 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from saeguard.guard import fused, fused_rank
-from saeguard.guard.ranked import RankedRows, make_ranked
+from saeguard.guard.kernels import tap, topk
+from saeguard.guard.topk import RankedRows, make_ranked
 from saeguard.sae import EncoderRows, encoder_in_memory
-from saeguard.sae.wide import encode_into
+from saeguard.sae.encode_triton import encode_into
 
 SPILLS = 64
 """Bytes a thread that may go to memory: scans and reductions outside the products take some."""
@@ -66,10 +66,10 @@ def guard(dtype: torch.dtype, rows: int, *, second: bool) -> None:
     f, one, norm = torch.zeros(rows, 3), torch.ones(()), torch.zeros(3, dtype=torch.int64)
     for kind, scale in (("none", None), ("layer_norm", f)):
         normed = None if scale is None else norm
-        fused.read(hidden, residual, one, mine.W, mine.b, mine.theta, f, normed, scale)
+        tap.read(hidden, residual, one, mine.W, mine.b, mine.theta, f, normed, scale)
         at = torch.zeros(2, dtype=torch.int64)
         acted = torch.zeros(rows, 4, dtype=torch.bool)
-        fused.edit(hidden, f, acted, at, at, f[0, :2], W[:2].float(), scale)
+        tap.edit(hidden, f, acted, at, at, f[0, :2], W[:2].float(), scale)
         zero = torch.zeros(latents)
         encoder = encoder_in_memory(EncoderRows(W, zero, zero), k=8, norm=kind)  # type: ignore[arg-type]
         part = RankedRows(encoder, slice(0, 3), tuple(watched), torch.zeros(3))
@@ -77,9 +77,9 @@ def guard(dtype: torch.dtype, rows: int, *, second: bool) -> None:
             part,
             mine,
             torch.device("cpu"),
-            make_board=lambda r, n: fused_rank.make_board(r, n, max_tokens=rows),
+            make_board=lambda r, n: topk.make_board(r, n, max_tokens=rows),
         )
-        fused_rank.settle(ranked, hidden, residual, one, f, scale)
+        topk.settle(ranked, hidden, residual, one, f, scale)
         room = torch.zeros(64, dtype=torch.int32)
         encode_into(
             hidden, W, zero, zero, room, room, zero[:64], room[0],

@@ -7,9 +7,9 @@ from unittest import mock
 
 import torch
 
-from saeguard.guard import fused, fused_rank
-from saeguard.guard.ranked import RankedRows
+from saeguard.guard.kernels import tap, topk
 from saeguard.guard.tap import Kernels, Tap, install_taps
+from saeguard.guard.topk import RankedRows
 from saeguard.guard.watchlist import ClampRows
 from saeguard.sae import EncoderRows, encoder_in_memory
 from tests.guard.test_tap_clamp import FEATURES, MAX_TOKENS, admit, check, run, simple
@@ -17,7 +17,7 @@ from tests.guard.test_tap_clamp import Request as Clamped
 from tests.guard.watchlists import make_hook, make_watchlist
 
 CPU = torch.device("cpu")
-KERNELS = Kernels(fused.read, fused.edit, fused_rank.make_board, fused_rank.settle)
+KERNELS = Kernels(tap.read, tap.edit, topk.make_board, topk.settle)
 
 
 def ranked_tap() -> Tap:
@@ -46,7 +46,7 @@ def check_ranked() -> None:
         hidden = run(tap, 1, 0, x)
         assert int(tap.ticks) == 1
         assert tap.clamp is not None
-        assert tap.clamp.launch is (None if kernels is None else fused.edit)
+        assert tap.clamp.launch is (None if kernels is None else tap.edit)
         seen.append((tap.f[: len(x)].clone(), hidden))
     (f, hidden), (by_kernels, edited) = seen
     assert torch.equal(f, by_kernels)
@@ -58,7 +58,7 @@ def check_ranked() -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    fused_rank.PROGRAMS = 4
+    topk.PROGRAMS = 4
     with mock.patch("saeguard.guard.tap.kernels_for", return_value=KERNELS):
         for seed in range(8):
             check(seed)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from saeguard.guard import fused_rank
-from saeguard.guard.ranked import Ranked, RankedRows, make_ranked
+from saeguard.guard.kernels import topk
+from saeguard.guard.topk import Ranked, RankedRows, make_ranked
 from saeguard.sae import EncoderRows, encoder_in_memory
 from saeguard.sae.encoder import token_scale
 
@@ -41,8 +41,8 @@ def prepare(encoder, rows, bar: torch.Tensor, tokens: int, pairs: int) -> Ranked
     )
     part = RankedRows(encoder, slice(1, 1 + len(WATCHED)), tuple(WATCHED), bar)
 
-    def board(rivals, watched: int) -> fused_rank.Board:  # type: ignore[no-untyped-def] # noqa: ANN001
-        return fused_rank.make_board(rivals, watched, max_tokens=tokens, pairs=pairs)
+    def board(competitors, watched: int) -> topk.Board:  # type: ignore[no-untyped-def] # noqa: ANN001
+        return topk.make_board(competitors, watched, max_tokens=tokens, pairs=pairs)
 
     return make_ranked(part, mine, torch.device("cpu"), make_board=board)
 
@@ -66,13 +66,13 @@ def check() -> tuple[int, int, int]:
         z = (x.double() @ rows.W.double().t()) * by.double() + rows.b.double()
         bar = torch.full((len(WATCHED),), float(z.quantile(0.95)) if high else 0.0)
         bar[0] = torch.inf  # alone it makes nothing hold
-        ranked = prepare(encoder, rows, bar, tokens, fused_rank.PAIRS)
+        ranked = prepare(encoder, rows, bar, tokens, topk.PAIRS)
         pre = (x @ rows.W.t()) * by + rows.b
         f = torch.full((tokens, 2 + len(WATCHED)), 7.0)
         first = pre[:, WATCHED] * (pre[:, WATCHED] > 0)
         f[:, 1:-1] = first
         scales = None if scale is None else scale.expand(f.shape).contiguous()
-        fused_rank.settle(ranked, hidden, residual, torch.ones(()), f, scales)
+        topk.settle(ranked, hidden, residual, torch.ones(()), f, scales)
         passed = (first > bar).any(1, keepdim=True)
         expected = first * (passed & fires(encoder, rows, z)[:, WATCHED])
         assert torch.equal(f[:, 1:-1], expected), (k, groups, norm, second, high)
@@ -80,11 +80,11 @@ def check() -> tuple[int, int, int]:
         assert ranked.board is not None
         assert (passed.any() and not passed.all()) or not high
         checked, asked = checked + 1, asked + int((first[passed[:, 0]] > 0).sum())
-        close += int(ranked.board.counters[fused_rank.CLOSE.value])
+        close += int(ranked.board.counters[topk.CLOSE.value])
 
         ranked.shown.fill_(True)
         f[:, 1:-1] = first
-        fused_rank.settle(ranked, hidden, residual, torch.ones(()), f, scales)
+        topk.settle(ranked, hidden, residual, torch.ones(()), f, scales)
         assert torch.equal(f[:, 1:-1], first), "the self-test sees all"
     return checked, asked, close
 
@@ -103,7 +103,7 @@ def check_faults() -> None:
         ranked = prepare(encoder, rows, bar, 5, pairs)
         f = torch.zeros(5, 2 + len(WATCHED))
         f[:, 1:-1] = pre * (pre > 0)
-        fused_rank.settle(ranked, hidden, None, torch.ones(()), f)
+        topk.settle(ranked, hidden, None, torch.ones(()), f)
         assert f[3, 1:-1].isnan().all()
         told = f[[0, 1, 2, 4], 1:-1]
         if pairs == 100:
@@ -115,7 +115,7 @@ def check_faults() -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    fused_rank.PROGRAMS = 4  # of hundreds, nearly all idle here; the interpreter runs each in turn
+    topk.PROGRAMS = 4  # of hundreds, nearly all idle here; the interpreter runs each in turn
     cases, answers, ties = check()
     check_faults()
     assert answers > 300, answers

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from saeguard.guard import fused
+from saeguard.guard.kernels import tap
 from saeguard.sae.encoder import NORMS, column_scales
 
 
@@ -39,7 +39,7 @@ def check_read() -> int:
             hidden[1, 3], hidden[2, 0] = torch.nan, torch.inf
         f = torch.full((rows + 2, columns), 7.0)  # rows behind the pass stay as they are
         scale = torch.zeros_like(f) if normed else None
-        fused.read(
+        tap.read(
             hidden, residual, halves, W, b, theta, f[:rows], norm,
             None if scale is None else scale[:rows],
         )  # fmt: skip
@@ -78,7 +78,7 @@ def check_edit() -> int:
             change = change / scale[:, columns]
         delta = torch.where(acted[:, owner], change, 0.0) @ W_dec
         expected = hidden.clone().add_(delta.to(dtype))
-        fused.edit(hidden, f, acted, columns, owner, target, W_dec, scale)
+        tap.edit(hidden, f, acted, columns, owner, target, W_dec, scale)
         rounding = 1e-5 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(hidden, expected, rtol=rounding, atol=rounding)
         checked += 1

@@ -6,9 +6,9 @@ import itertools
 
 import torch
 
-from saeguard.sae import EncoderRows, encode_full, encoder_in_memory, wide
+from saeguard.sae import EncoderRows, encode_full, encode_triton, encoder_in_memory
+from saeguard.sae.encode_triton import encode_into, encode_on_gpu
 from saeguard.sae.encoder import token_scale
-from saeguard.sae.wide import encode_into, encode_on_gpu
 from tests.kernels.check_rank import rows_with_ties
 
 
@@ -52,7 +52,7 @@ def check_whole() -> int:
     Both decide what TopK keeps as exact arithmetic would, so they must agree latent by latent.
     """
     checked = 0
-    wide.FIRED, wide.OPENING = 3, 60
+    encode_triton.FIRED, encode_triton.OPENING = 3, 60
     norms = ("none", "layer_norm", "constant_norm_rescale")
     for norm, k, tokens in itertools.product(norms, (None, 1, 12, 70), (1, 70)):
         rows = rows_with_ties(140, 33)

@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from saeguard.cli.run_cases import run
-from saeguard.policy.cases import read_cases
+from saeguard.cli.run_tests import run
 from saeguard.policy.load import read_policy
 from saeguard.policy.schema import PolicyFile
+from saeguard.policy_tools.test_cases import read_cases
 
 LANGUAGE = Path("docs/policy-language.md")
 ERRORS = Path("docs/policy-errors.md")

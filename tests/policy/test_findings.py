@@ -15,18 +15,18 @@ from typing import get_args
 import pytest
 
 from saeguard.cli.check import of_other_model
-from saeguard.cli.run_cases import run
-from saeguard.cli.sets import read_feature_sets
+from saeguard.cli.feature_folder import read_feature_sets
+from saeguard.cli.run_tests import run
 from saeguard.cli.test import gather
-from saeguard.policy.cases import missing_tests
 from saeguard.policy.errors import Code, PolicyError, PolicyErrors
 from saeguard.policy.files import MAX_FILES
-from saeguard.policy.layout import laid_out
 from saeguard.policy.lint import of_feature_set, resolve
 from saeguard.policy.load import read_policies
+from saeguard.policy_tools.formatter import laid_out
+from saeguard.policy_tools.test_cases import missing_tests
 from tests.cli.project import BOTH, FEATURES, ONE, SET
 from tests.policy.example import GOOD
-from tests.policy.test_cases import CASES
+from tests.policy_tools.test_test_cases import CASES
 
 GOLDEN = Path(__file__).with_name("findings.txt")
 MESSAGES = Path(__file__).with_name("messages.txt")

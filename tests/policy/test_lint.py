@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from saeguard.guard.places import SCOPES
+from saeguard.guard.scopes import SCOPES
 from saeguard.policy.lint import resolve
 from tests.policy.example import changed, policy
 

@@ -13,9 +13,9 @@ import jsonschema
 import pytest
 import yaml
 
-from saeguard.policy import case_schema
 from saeguard.policy.load import load_policies
 from saeguard.policy.schema import json_schema
+from saeguard.policy_tools import test_case_schema
 from tests.policy.example import GOOD, changed
 
 SCHEMA = Path("policies/saeguard.policy.v1.json")
@@ -36,7 +36,7 @@ def test_is_current() -> None:
 
 def test_that_of_test_files() -> None:
     """It is current, valid in itself, and holds for every test file that ships."""
-    schema = case_schema.json_schema()
+    schema = test_case_schema.json_schema()
     assert json.loads(Path("policies/saeguard.test.v1.json").read_text()) == schema
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard.guard.rules import judge
+from saeguard.guard.judge import judge
 from saeguard.policy.types import Expr, Over, Policy, Scope, Selection, Window
 from tests import reference
 from tests.policy.example import policy

@@ -43,7 +43,7 @@ def _sae(folder: Path, root: Path) -> None:
     import torch
 
     from saeguard.hf.model import load_model
-    from saeguard.hf.record import record
+    from saeguard.hf.residuals import record
 
     lm = load_model(root / "gemma-2-2b-it")
     ids = lm.tokenizer((root / "ordinary.txt").read_text())["input_ids"]

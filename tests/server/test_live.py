@@ -19,7 +19,7 @@ import openai
 import pytest
 
 from saeguard.features.load import load_feature_set
-from saeguard.policy import bundle
+from saeguard.policy import signing
 from saeguard.policy.load import load_policies
 from tests import models
 from tests.engine import engines
@@ -27,7 +27,7 @@ from tests.server.serving import Server, environment, serving
 
 pytestmark = [pytest.mark.server, pytest.mark.engine]
 
-PRIVATE, PUBLIC = bundle.keygen()
+PRIVATE, PUBLIC = signing.keygen()
 ALWAYS = {"detect": {"a": {"feature": "f0", "above": 0.01}}, "condition": "a"}
 EXCEPTION = {
     "id": "drill", "reason": "a drill", "owner": "rt@example.com", "expires": date(2099, 1, 1),
@@ -48,7 +48,7 @@ class Live:
         folder = self.server.guarded.policies
         sign(self.server.guarded, self.revision + 1)
         self.revision += 1
-        assert (folder / bundle.BUNDLE).exists()
+        assert (folder / signing.BUNDLE).exists()
 
     def reload(self) -> subprocess.CompletedProcess[str]:
         """Run `saeguard reload`."""
@@ -88,7 +88,7 @@ def sign(guarded: models.Guarded, revision: int) -> None:
     """Sign a folder of policies."""
     digests = {"tiny": load_feature_set(guarded.feature_sets / "tiny.yaml").digest}
     policies = load_policies(guarded.policies)
-    bundle.sign(guarded.policies, policies, digests, revision, PRIVATE)
+    signing.sign(guarded.policies, policies, digests, revision, PRIVATE)
 
 
 @pytest.fixture(scope="module")

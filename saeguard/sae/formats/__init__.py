@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from saeguard.sae.checkpoint_info import SaeInfo
 from saeguard.sae.formats import (
     converted,
     gemma_scope,
@@ -29,7 +30,6 @@ from saeguard.sae.formats import (
     sparsify,
 )
 from saeguard.sae.formats.source import Source
-from saeguard.sae.info import SaeInfo
 
 __all__ = ["FAMILIES", "Family"]
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from saeguard.sae.checkpoint_info import Activation, Layout, Norm, Part, SaeInfo
 from saeguard.sae.formats.source import Source, kept, sizes, stated_layer, wrong
-from saeguard.sae.info import Activation, Layout, Norm, Part, SaeInfo
 
 SCHEMA = "saeguard.sae/v1"
 CONFIG = "saeguard_sae.json"

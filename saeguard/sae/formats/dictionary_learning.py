@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from saeguard.sae.checkpoint_info import Activation, Layout, Part, SaeInfo
 from saeguard.sae.errors import SaeError
 from saeguard.sae.formats.source import (
     Sizes,
@@ -21,7 +22,6 @@ from saeguard.sae.formats.source import (
     sizes,
     wrong,
 )
-from saeguard.sae.info import Activation, Layout, Part, SaeInfo
 
 _LINEAR = {"encoder.weight": "Nd", "decoder.weight": "dN"}
 _PLAIN = {"W_enc": "dN", "b_enc": "N", "W_dec": "Nd", "b_dec": "d"}

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from saeguard.sae.checkpoint_info import Layout, Part, SaeInfo
 from saeguard.sae.errors import SaeError
 from saeguard.sae.formats.source import Source, make_info, sizes, stated_layer
-from saeguard.sae.info import Layout, Part, SaeInfo
 
 WEIGHTS = "params.npz"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
+from saeguard.sae.checkpoint_info import Layout, Part, SaeInfo
 from saeguard.sae.formats.source import Source, make_info, sizes, stated_layer, text, wrong
-from saeguard.sae.info import Layout, Part, SaeInfo
 
 CONFIG = "config.json"
 WEIGHTS = "params.safetensors"

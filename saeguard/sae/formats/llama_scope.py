@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from saeguard.sae.checkpoint_info import Layout, Part, SaeInfo
 from saeguard.sae.formats.source import (
     Source,
     check_config_sizes,
@@ -28,7 +29,6 @@ from saeguard.sae.formats.source import (
     text,
     wrong,
 )
-from saeguard.sae.info import Layout, Part, SaeInfo
 
 CONFIG = "hyperparams.json"
 WEIGHTS = "checkpoints/final.safetensors"

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from saeguard.sae.checkpoint_info import Layout, Part, SaeInfo
 from saeguard.sae.errors import SaeError
 from saeguard.sae.formats import dictionary_learning
 from saeguard.sae.formats.source import Source, kept, make_info, sizes, stated_layer
-from saeguard.sae.info import Layout, Part, SaeInfo
 
 _GOODFIRE_LAYER = re.compile(r"-SAE-l(\d{1,3})\.pth?$")
 _QWEN_LAYER = re.compile(r"^layer(\d{1,3})\.sae\.pt$")

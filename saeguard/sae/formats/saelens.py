@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from saeguard.sae.checkpoint_info import Activation, Layout, Norm, Part, SaeInfo
 from saeguard.sae.errors import SaeError
 from saeguard.sae.formats.source import (
     Source,
@@ -21,7 +22,6 @@ from saeguard.sae.formats.source import (
     sizes,
     wrong,
 )
-from saeguard.sae.info import Activation, Layout, Norm, Part, SaeInfo
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"

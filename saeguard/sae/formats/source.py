@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saeguard.sae.checkpoint_info import Activation, Layout, Norm, SaeInfo, Stated
 from saeguard.sae.errors import SaeError
-from saeguard.sae.info import Activation, Layout, Norm, SaeInfo, Stated
 from saeguard.sae.tensors import DTYPES, TensorFile
 
 _TRANSFORMER_LENS_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|post)")

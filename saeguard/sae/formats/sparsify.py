@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from saeguard.sae.checkpoint_info import Layout, Part, SaeInfo
 from saeguard.sae.errors import SaeError
 from saeguard.sae.formats.source import (
     Source,
@@ -20,7 +21,6 @@ from saeguard.sae.formats.source import (
     text,
     wrong,
 )
-from saeguard.sae.info import Layout, Part, SaeInfo
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"

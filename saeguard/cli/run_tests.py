@@ -1,0 +1,118 @@
+"""Judge the cases of test files: traces at once, recordings from disk, texts through a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from saeguard.guard.judge import judge
+from saeguard.guard.scopes import PLACES
+from saeguard.policy.types import Policy
+from saeguard.policy_tools.explanation import judge_recorded
+from saeguard.policy_tools.recording import Recording, RecordingError, read_recording
+from saeguard.policy_tools.test_cases import Case, Recorded, Said, Trace
+from saeguard.policy_tools.test_results import Result, compare
+
+if TYPE_CHECKING:
+    from saeguard.cli.feature_folder import FeatureSets
+
+NO_SETS = "there is no folder of feature sets to judge it with; give --feature-sets"
+
+
+def run_cases(
+    cases: Sequence[tuple[Policy, Case]],
+    sets: FeatureSets | None,
+    model: Path | None,
+    feature_sets: Path,
+) -> list[Result]:
+    """Return what came of each case, in their order.
+
+    Args:
+        cases: with the policy that each belongs to.
+        sets: needed for recordings and texts.
+        model: folder of a Hugging Face model; without it texts are skipped.
+        feature_sets: the folder that `sets` were read from.
+    """
+    known = sets.known if sets else {}
+    said = [(p, c) for p, c in cases if isinstance(c.given, Said) and p.feature_set in known]
+    read = _read_texts(said, model, feature_sets) if model and said else None
+    recordings: dict[Path, Recording] = {}
+    results = []
+    for policy, case in cases:
+        match case.given:
+            case Trace():
+                results.append(run(policy, case))
+            case Said() if model is None:
+                results.append(Result(policy, case, None, "skipped", "needs a model"))
+            case Recorded() | Said():
+                results.append(_recorded(policy, case, sets, recordings, read))
+    return results
+
+
+def run(policy: Policy, case: Case) -> Result:
+    """Judge a case that gives its shares."""
+    assert isinstance(case.given, Trace)
+    shares = {feature: np.asarray(trace) for feature, trace in case.given.shares.items()}
+    roles = np.array([PLACES.index(role) for role in case.given.roles], np.uint8)
+    return compare(policy, case, judge(policy, shares, case.given.prompt_tokens, roles))
+
+
+def _recorded(
+    policy: Policy,
+    case: Case,
+    sets: FeatureSets | None,
+    recordings: dict[Path, Recording],
+    read: Recording | None,
+) -> Result:
+    """Judge a case whose shares are in a recording; what keeps it from that is its failure."""
+
+    def failed(why: str) -> Result:
+        return Result(policy, case, None, "todo" if case.todo else "failed", why)
+
+    if sets is None:
+        return failed(NO_SETS)
+    if policy.feature_set in sets.templates:
+        return failed(f"the features of {policy.feature_set} are not calibrated, so only shares "
+                      "can be judged")  # fmt: skip
+    if policy.feature_set not in sets.known:
+        return failed(f"there is no feature set {policy.feature_set}, see `saeguard check`")
+    try:
+        if isinstance(case.given, Recorded):
+            path = case.given.path
+            if path not in recordings:
+                recordings[path] = read_recording(path)
+            recording, text = recordings[path], recordings[path].text(case.given.text)
+        else:
+            assert read is not None
+            recording, text = read, read.text(_name(policy, case))
+        [[verdict]] = judge_recorded([policy], sets.known, recording, [text])
+    except RecordingError as error:
+        return failed(str(error))
+    return compare(policy, case, verdict)
+
+
+def _read_texts(cases: Sequence[tuple[Policy, Case]], model: Path, feature_sets: Path) -> Recording:
+    """Return what the model shows on the texts of `cases`."""
+    from saeguard.cli.failures import model_told
+
+    with model_told():
+        from saeguard.hf.model import load_model
+        from saeguard.hf.texts import make_text
+        from saeguard.policy_tools.record_features import record_features
+
+        lm = load_model(model)
+        texts = [
+            make_text(_name(policy, case), lm.tokenizer, case.given.prompt, case.given.completion)
+            for policy, case in cases
+            if isinstance(case.given, Said)
+        ]
+        names = sorted({policy.feature_set for policy, _ in cases})
+        files = [feature_sets / f"{name}.yaml" for name in names]
+        return record_features(lm, files, texts, path=model)
+
+
+def _name(policy: Policy, case: Case) -> str:
+    return f"{policy.path}:{case.line}"

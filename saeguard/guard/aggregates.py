@@ -1,0 +1,121 @@
+"""Selections' `over`: what of a feature's shares over several tokens is compared at a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from saeguard.guard.compiled_rules import Aggregates
+from saeguard.guard.state import State
+
+
+def aggregate(
+    over: Aggregates,
+    s: State,
+    at: np.ndarray,
+    position: np.ndarray,
+    shares: np.ndarray,
+    looked: np.ndarray,
+) -> np.ndarray:
+    """Return the aggregates at each token, and carry them on.
+
+    Args:
+        over: what to compute.
+        s: the state; `past` and `level` are updated.
+        at: [requests] slots.
+        position: [requests, tokens], consecutive within each request.
+        shares: [requests, tokens, features].
+        looked: [requests, tokens, scopes] bool: in the scope, and evaluated.
+
+    Returns:
+        [requests, tokens, A] float64.
+    """
+    x = np.where(
+        looked[..., over.scope], shares[..., over.feature].astype(np.float64), over.missing
+    )
+    out = np.empty_like(x)
+    windowed = s.past.shape[-1]
+    for kind, n, which in over.windows:
+        back = (position[:, :1] + np.arange(1 - n, 0)) % over.longest
+        line = np.concatenate([s.past[at[:, None], back, which], x[..., which]], axis=1)
+        if kind == "mean":
+            out[..., which] = of_last(line, n, np.add) / n
+        else:
+            out[..., which] = of_last(line, n, np.maximum)
+    if windowed:
+        kept = slice(-over.longest, None)
+        s.past[at[:, None], position[:, kept] % over.longest] = x[:, kept, :windowed]
+    if x.shape[-1] > windowed:
+        level = s.level[at]
+        average, peak = over.average, over.peak
+        if average.stop:
+            mine = slice(average.start - windowed, average.stop - windowed)
+            out[..., average] = decayed(x[..., average], over.decay, level[:, mine])
+        if peak.stop:
+            mine = slice(peak.start - windowed, peak.stop - windowed)
+            line = np.concatenate([level[:, None, mine], x[..., peak]], axis=1)
+            out[..., peak] = np.maximum.accumulate(line, axis=1)[:, 1:]
+        s.level[at] = out[:, -1, windowed:]
+    return out
+
+
+def pass_over(over: Aggregates, s: State, slot: int, first: int, end: int) -> None:
+    """Carry the aggregates of one slot over tokens `first`, ... before `end` that nobody saw."""
+    windowed = s.past.shape[-1]
+    if windowed:
+        missed = np.arange(max(first, end - over.longest), end)
+        s.past[slot, missed % over.longest] = over.missing[:windowed]
+    if over.average.stop:
+        mine = slice(over.average.start - windowed, over.average.stop - windowed)
+        s.level[slot, mine] *= over.decay ** (end - first)
+
+
+def of_last(
+    line: np.ndarray, n: int, combine: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Return the last `n` entries combined, at each entry from the n-th on.
+
+    Runs of 1, 2, 4, ... entries are combined from halves, and `n` from the runs of its binary
+    digits: no running sum, whose rounding would depend on where a text was cut.
+
+    Args:
+        line: [requests, n - 1 + tokens, columns].
+        n: how many.
+        combine: `np.add` or `np.maximum`.
+
+    Returns:
+        [requests, tokens, columns].
+    """
+    tokens = line.shape[1] - n + 1
+    out: np.ndarray | None = None
+    run, size, done = line, 1, 0
+    while done < n:
+        if n & size:
+            start = n - done - size
+            part = run[:, start : start + tokens]
+            out = part if out is None else combine(out, part)
+            done += size
+        if done < n:
+            run = combine(run[:, size:], run[:, :-size])
+            size *= 2
+    assert out is not None
+    return out
+
+
+def decayed(x: np.ndarray, decay: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Return `y[t] = decay * y[t-1] + (1 - decay) * x[t]`, by doubling rather than token by token.
+
+    Args:
+        x: [requests, tokens, columns].
+        decay: [columns].
+        before: [requests, columns] `y[-1]`.
+    """
+    y: np.ndarray = (1 - decay) * x
+    step = 1
+    while step < y.shape[1]:
+        y[:, step:] += decay**step * y[:, :-step]
+        step *= 2
+    power = decay ** np.arange(1, y.shape[1] + 1)[:, None]
+    y += power * before[:, None]
+    return y

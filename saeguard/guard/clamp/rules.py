@@ -1,0 +1,282 @@
+"""Clamp inside the forward: where a policy asks for it, edit latents of the residual.
+
+The whole rule runs on the device, because a match found on the host is a step late, or two
+under asynchronous scheduling, and the same text must get the same edit however it was chunked.
+State is keyed by request slot and token position, so a position that is computed again (after
+preemption, or behind a rejected draft) replaces what was there.
+
+Only the part of the residual along the clamped decoder rows changes, `x + (edited - f) @ W_dec`:
+the SAE's reconstruction error stays (Templeton et al. 2024, "Scaling Monosemanticity").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from saeguard.guard.clamp import ring
+from saeguard.guard.compiled_rules import Rules, compile_rules
+from saeguard.guard.condition_program import Program, evidence, on_device
+from saeguard.guard.rows import Rows
+from saeguard.guard.scopes import MEMBERS, SCOPES
+from saeguard.guard.verdict import THRESHOLD
+from saeguard.guard.watchlist import ClampRows, Hook, Mix, WatchList, shares_of
+
+FOREVER = torch.iinfo(torch.int64).max
+MAX_DRAFTS = 64
+"""Speculated tokens per step that state can take back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """One layer's clamp policies: rules, edits and per-request state, all on the device."""
+
+    policies: tuple[int, ...]
+    """Indices into the watch list's."""
+    rules: Rules
+    """Of these policies alone."""
+    program: Program
+    mix: Mix
+    low: torch.Tensor
+    span: torch.Tensor
+    trace: torch.Tensor
+    above: torch.Tensor
+    k: torch.Tensor
+    """[rules] tokens at which the condition has to hold."""
+    keep: torch.Tensor
+    """[rules] tokens that a match keeps the clamp on."""
+    always: torch.Tensor
+    """[rules] bool: on whether the policy matches or not."""
+    in_request: torch.Tensor
+    """[rules] bool: the tokens that hold are counted over the whole request."""
+    groups: tuple[tuple[int, int, torch.Tensor], ...]
+    """(k, n, rules with that window)."""
+    feature: torch.Tensor
+    """[aggregates] which feature."""
+    owned: torch.Tensor
+    """[aggregates] a rule with the aggregate's scope."""
+    missing: torch.Tensor
+    """[aggregates] what a token counts as that is not looked at."""
+    decay: torch.Tensor
+    columns: torch.Tensor
+    """[clamped] int64: column of each clamped latent among the hook's rows."""
+    owner: torch.Tensor
+    """[clamped] int64: index of the policy that clamps it, among `policies`."""
+    edits: ClampRows
+    enforced: torch.Tensor
+    """[slots, rules] bool."""
+    looks: torch.Tensor
+    """[places, rules] bool: whether the rule looks there."""
+    last: torch.Tensor
+    """[slots, ring, rules] int64: position of the latest match up to a position, -1 without."""
+    held: torch.Tensor
+    """[slots, ring, rules] int64: tokens up to a position that hold."""
+    ring: torch.Tensor
+    """[slots, ring, rules] float64: evidence; empty where every window is one token."""
+    past: torch.Tensor
+    """[slots, ring, aggregates of a window] float64 shares."""
+    level: torch.Tensor
+    """[slots, ring, other aggregates] float64 averages and maxima."""
+    acted: torch.Tensor
+    """[max_tokens, rules] bool: where the last pass clamped."""
+    launch: Callable[..., None] | None = None
+    """`saeguard.guard.kernels.tap.edit` on a GPU: edits that set a value, in one
+    launch."""
+
+
+def make_clamp(
+    watchlist: WatchList,
+    rows: ClampRows,
+    hook: Hook,
+    *,
+    slots: int,
+    max_tokens: int,
+    device: torch.device,
+    launch: Callable[..., None] | None = None,
+) -> Clamp:
+    """Move one layer's clamps to `device`, with state for `slots` requests."""
+    policies = [watchlist.policies[i] for i in rows.policies]
+    clamps = [p.clamp for p in policies if p.clamp is not None]
+    wanted = {f"{p.feature_set}/{s.feature}" for p in policies for s in p.detect.values()}
+    features = [i for i, name in enumerate(watchlist.features) if name in wanted]
+    rules = compile_rules(policies, {watchlist.features[i]: j for j, i in enumerate(features)})
+    over = rules.aggregates
+    windowed = max((which.stop for *_, which in over.windows), default=0)
+    count, levels = len(policies), len(over.feature) - windowed
+    counts = [p.window.n is None for p in policies]
+    scopes = [p.scope for p in policies]
+
+    def move(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    def full(value: float, size: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((slots, size, columns), value, dtype=dtype, device=device)
+
+    double, long = torch.float64, torch.int64
+    longest = rules.windowed.longest
+    return Clamp(
+        policies=rows.policies,
+        rules=rules,
+        program=on_device(rules.program, device),
+        mix=tuple(
+            (move(column[kept] - hook.first_column), move(weight[kept]))
+            for column, weight in watchlist.mix
+            for kept in [[i for i in features if i < len(column)]]
+            if kept
+        ),
+        low=move(watchlist.low[features]),
+        span=move(watchlist.span[features]),
+        trace=move(rules.trace),
+        above=move(rules.above),
+        k=torch.tensor([p.window.k for p in policies], device=device),
+        keep=torch.tensor(
+            [
+                p.keep if c.when == "matched" else FOREVER
+                for p, c in zip(policies, clamps, strict=True)
+            ],
+            device=device,
+        ),
+        always=torch.tensor([c.when == "always" for c in clamps], device=device),
+        in_request=torch.tensor(counts, device=device),
+        groups=tuple(
+            (k, n, move(rules.windowed.policy[which])) for k, n, which in rules.windowed.groups
+        ),
+        feature=move(over.feature),
+        owned=torch.tensor(
+            [scopes.index(SCOPES[a]) for a in over.scope.tolist()],
+            dtype=long,
+            device=device,
+        ),
+        missing=move(over.missing),
+        decay=move(over.decay),
+        columns=torch.tensor(rows.columns, device=device),
+        owner=torch.tensor(rows.owner, device=device),
+        edits=rows.to(device),
+        enforced=torch.zeros(slots, count, dtype=torch.bool, device=device),
+        looks=move(MEMBERS[:, rules.scope]),
+        last=full(-1, 1 + MAX_DRAFTS, count, long),
+        held=full(0, 1 + MAX_DRAFTS if any(counts) else 0, count, long),
+        ring=full(-torch.inf, longest + MAX_DRAFTS if longest > 1 else 0, count, double),
+        past=full(0.0, over.longest + MAX_DRAFTS if windowed else 0, windowed, double),
+        level=full(0.0, 1 + MAX_DRAFTS if levels else 0, levels, double),
+        acted=torch.zeros(max_tokens, count, dtype=torch.bool, device=device),
+        launch=launch,
+    )
+
+
+def admit(clamp: Clamp, slot: int, enforced: Sequence[bool]) -> None:
+    """Start a request in `slot`: which rules hold for it."""
+    clamp.enforced[slot] = torch.tensor(enforced, device=clamp.enforced.device)
+    clamp.last[slot] = -1
+    clamp.held[slot] = 0
+    clamp.ring[slot] = -torch.inf
+    windowed = clamp.past.shape[2]
+    clamp.past[slot] = clamp.missing[:windowed]
+    clamp.level[slot] = clamp.missing[windowed:]
+
+
+def apply(
+    clamp: Clamp,
+    hidden: torch.Tensor,
+    f: torch.Tensor,
+    rows: Rows,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """Edit the rows that the policies ask for, in place.
+
+    Args:
+        clamp: rules and state; the rings and `acted` are updated.
+        hidden: [rows, d_in], the half of the residual that takes the edit.
+        f: [rows, watched] float32 activations before the edit.
+        rows: the layout of this pass.
+        scale: [rows, watched] by which an SAE that normalises per token multiplied the residual;
+            what its decoder writes is divided by it.
+    """
+    n = hidden.shape[0]
+    at = ring.here(rows.slot[:n], rows.position[:n], rows.offset[:n])
+    position = at.position[:, None]
+    # What cannot be read supports nothing, as on the host, and what to subtract is unknown.
+    readable = f.isfinite().all(dim=1)
+    enforced = clamp.enforced[at.slot]
+    looked = clamp.looks[rows.place[:n]] & (rows.watched[:n] & readable)[:, None]
+
+    match = _matches(clamp, _evidence(clamp, f, at, looked), at) & enforced
+    last = ring.latest(match, at, ring.before(clamp.last, at, _of(clamp.last, -1)))
+    ring.remember(clamp.last, last, at)
+    on = (last >= 0) & (position - last <= clamp.keep)
+    acted = torch.where(clamp.always, looked, on) & enforced & readable[:, None]
+    clamp.acted[:n].copy_(acted)
+
+    if clamp.launch is not None and clamp.edits.scale is None and clamp.edits.cap is None:
+        edit = clamp.edits
+        clamp.launch(hidden, f, acted, clamp.columns, clamp.owner, edit.target, edit.W_dec, scale)
+        return
+    mine = f[:, clamp.columns]
+    change = clamp.edits.edited(mine) - mine
+    if scale is not None:
+        change = change / scale[:, clamp.columns]
+    change = torch.where(acted[:, clamp.owner], change, 0.0)
+    hidden.add_((change @ clamp.edits.W_dec).to(hidden.dtype))
+
+
+def _evidence(clamp: Clamp, f: torch.Tensor, at: ring.Here, looked: torch.Tensor) -> torch.Tensor:
+    """Return [rows, rules] float64, -inf where a rule does not look at a row."""
+    values = shares_of(clamp.mix, clamp.low, clamp.span, f).double()
+    if len(clamp.owned):
+        values = torch.cat([values, _aggregate(clamp, values, at, looked)], 1)
+    e = evidence(clamp.program, values.t()[clamp.trace] / clamp.above).t()
+    return torch.where(looked, e, -torch.inf)
+
+
+def _aggregate(
+    clamp: Clamp, shares: torch.Tensor, at: ring.Here, looked: torch.Tensor
+) -> torch.Tensor:
+    """Return [rows, aggregates] float64, as `saeguard.guard.aggregates` does on the host."""
+    over = clamp.rules.aggregates
+    x = torch.where(looked[:, clamp.owned], shares[:, clamp.feature], clamp.missing)
+    windowed = clamp.past.shape[2]
+    out = torch.empty_like(x)
+    if windowed:
+        recent = x[:, :windowed]
+        line = ring.windows(recent, clamp.past, at, over.longest, clamp.missing[:windowed])
+        for kind, n, which in over.windows:
+            part = line[:, :n, which]
+            out[:, which] = part.sum(1) / n if kind == "mean" else part.amax(1)
+        ring.remember(clamp.past, recent, at)
+    if clamp.level.shape[2]:
+        start = ring.before(clamp.level, at, clamp.missing[windowed:])
+        average, peak = over.average, over.peak
+        if average.stop:
+            mine = start[:, average.start - windowed : average.stop - windowed]
+            out[:, average] = ring.averaged(x[:, average], at, clamp.decay, mine)
+        if peak.stop:
+            mine = start[:, peak.start - windowed : peak.stop - windowed]
+            out[:, peak] = ring.highest(x[:, peak], at, mine)
+        ring.remember(clamp.level, out[:, windowed:], at)
+    return out
+
+
+def _matches(clamp: Clamp, e: torch.Tensor, at: ring.Here) -> torch.Tensor:
+    """Return [rows, rules] bool: where each rule's `for` is reached."""
+    holds = e > THRESHOLD
+    match = holds
+    if clamp.ring.shape[1]:
+        longest = clamp.rules.windowed.longest
+        line = ring.windows(e, clamp.ring, at, longest, _of(clamp.ring, -torch.inf))
+        held = (line > THRESHOLD).cumsum(1)
+        match = match.clone()
+        for k, n, columns in clamp.groups:
+            match[:, columns] = held[:, n - 1, columns] >= k
+        ring.remember(clamp.ring, e, at)
+    if clamp.held.shape[1]:
+        so_far = ring.counted(holds.long(), at, ring.before(clamp.held, at, _of(clamp.held, 0)))
+        ring.remember(clamp.held, so_far, at)
+        match = torch.where(clamp.in_request, so_far >= clamp.k, match)
+    return match
+
+
+def _of(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    return tensor.new_full((), value)

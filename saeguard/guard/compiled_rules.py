@@ -1,0 +1,224 @@
+"""What policies read and how, as columns: features, selections, aggregates, conditions, windows.
+
+Everything that a step needs is an array here, so that its cost does not grow with a Python loop
+over policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from saeguard.guard.condition_program import Program, compile_program
+from saeguard.guard.scopes import BY_ROLE, SCOPES
+from saeguard.policy.types import Aggregate, Over, Policy, Scope
+
+MAX_NODES = 1_000_000
+"""Selections and parts of conditions over all policies."""
+
+
+class RulesError(ValueError):
+    """The policies are more than the tables may hold."""
+
+
+class Aggregates(NamedTuple):
+    """Selections' `over`: first those of a window, then those carried on by one number."""
+
+    feature: np.ndarray
+    """[A] feature column."""
+    scope: np.ndarray
+    """[A] index into `SCOPES`: tokens outside do not count."""
+    missing: np.ndarray
+    """[A] what a token counts as that is not looked at: nothing in a sum, less than anything in
+    a maximum."""
+    windows: tuple[tuple[Aggregate, int, slice], ...]
+    """(`mean` or `max`, tokens, which)."""
+    longest: int
+    """Tokens of the longest of them, 0 without any."""
+    average: slice
+    decay: np.ndarray
+    """[averages] what is left of a token one token later, `2 ** (-1 / half-life)`."""
+    peak: slice
+
+
+class Windowed(NamedTuple):
+    """Policies with `for: k of n tokens` where n is above 1."""
+
+    policy: np.ndarray
+    groups: tuple[tuple[int, int, np.ndarray], ...]
+    """(k, n, which of `policy`)."""
+    longest: int
+
+
+class Counted(NamedTuple):
+    """Policies with `for: k tokens in the request`."""
+
+    policy: np.ndarray
+    k: np.ndarray
+
+
+class Terms(NamedTuple):
+    """What verdicts tell of features: distinct selections, each within a scope."""
+
+    trace: np.ndarray
+    above: np.ndarray
+    scope: np.ndarray
+    of: np.ndarray
+    """[selections of all policies] term of each, policy by policy, in the order of `detect`."""
+    start: np.ndarray
+    """[P + 1] where each policy's selections start."""
+
+    def of_policy(self, i: int) -> list[int]:
+        """Return the term of each of a policy's selections, in the order of its `detect`."""
+        found: list[int] = self.of[self.start[i] : self.start[i + 1]].tolist()
+        return found
+
+
+class Rules(NamedTuple):
+    """The policies' columns, in the watch list's order."""
+
+    policies: tuple[Policy, ...]
+    features: int
+    aggregates: Aggregates
+    trace: np.ndarray
+    """[selections] what is compared: a feature column, or `features` + an aggregate."""
+    above: np.ndarray
+    """[selections] float64."""
+    program: Program
+    scope: np.ndarray
+    """[P] index into `SCOPES`."""
+    keep: np.ndarray
+    """[P] tokens that a match stays on."""
+    windowed: Windowed
+    counted: Counted
+    terms: Terms
+    sampled: bool
+    """Whether a policy looks at some requests only."""
+    clamps: np.ndarray
+    """[P] bool: the policy's action is a clamp, which the device takes."""
+    approximate: tuple[bool, ...]
+    """[P] whether it reads a latent by a threshold that stands for its rank."""
+    by_role: bool
+    """Whether a policy needs a prompt's turns told apart."""
+
+
+def compile_rules(
+    policies: Sequence[Policy], column: Mapping[str, int], approximate: Collection[str] = ()
+) -> Rules:
+    """Return policies as columns.
+
+    Args:
+        policies: in the order of the columns.
+        column: `feature_set/feature` -> its column among the shares.
+        approximate: those of them in which thresholds stand for ranks.
+
+    Raises:
+        RulesError: they are too many.
+    """
+    over = _aggregates(policies, column)
+    place = {key: len(column) + i for i, key in enumerate(over)}
+    selections: dict[tuple[int, float], int] = {}
+    terms: dict[tuple[int, float, int], int] = {}
+    conditions, of_terms, start = [], [], [0]
+    for policy in policies:
+        names = {}
+        for name, selection in policy.detect.items():
+            feature = column[f"{policy.feature_set}/{selection.feature}"]
+            trace = place.get((selection.over, feature, policy.scope), feature)
+            names[name] = selections.setdefault((trace, selection.above), len(selections))
+            term = (trace, selection.above, SCOPES.index(policy.scope))
+            of_terms.append(terms.setdefault(term, len(terms)))
+        conditions.append((policy.condition, names))
+        start.append(len(of_terms))
+    program = compile_program(conditions)
+    if program.size > MAX_NODES:
+        raise RulesError(
+            f"the policies' conditions have {program.size:,} parts in all, at most {MAX_NODES:,} "
+            "are allowed; load fewer policies, or split them over several servers"
+        )
+    return Rules(
+        policies=tuple(policies),
+        features=len(column),
+        aggregates=_columns_of(list(over)),
+        trace=np.array([trace for trace, _ in selections], np.intp),
+        above=np.array([[above] for _, above in selections], np.float64).reshape(-1, 1),
+        program=program,
+        scope=np.array([SCOPES.index(p.scope) for p in policies], np.intp),
+        keep=np.array([p.keep for p in policies], np.int64),
+        windowed=_windowed(policies),
+        counted=_counted(policies),
+        terms=Terms(
+            np.array([trace for trace, _, _ in terms], np.intp),
+            np.array([above for _, above, _ in terms], np.float64),
+            np.array([scope for _, _, scope in terms], np.intp),
+            np.array(of_terms, np.intp),
+            np.array(start, np.intp),
+        ),
+        sampled=any(p.sample < 1 for p in policies),
+        clamps=np.array([p.action == "clamp" for p in policies], bool),
+        approximate=tuple(
+            any(f"{p.feature_set}/{name}" in approximate for name in _read_by(p)) for p in policies
+        ),
+        by_role=any(p.scope in BY_ROLE for p in policies),
+    )
+
+
+def _read_by(policy: Policy) -> list[str]:
+    clamped = policy.clamp.features if policy.clamp else ()
+    return [*(s.feature for s in policy.detect.values()), *clamped]
+
+
+AggregateKey = tuple[Over, int, Scope]
+
+
+def _aggregates(policies: Sequence[Policy], column: Mapping[str, int]) -> dict[AggregateKey, None]:
+    """Return the distinct aggregates, those of one kind and length side by side."""
+    kinds: tuple[Aggregate, ...] = ("mean", "max", "average", "peak")
+    found = {
+        (s.over, column[f"{policy.feature_set}/{s.feature}"], policy.scope)
+        for policy in policies
+        for s in policy.detect.values()
+        if s.over.kind != "token"
+    }
+    return dict.fromkeys(
+        sorted(found, key=lambda a: (kinds.index(a[0].kind), a[0].n, a[1], SCOPES.index(a[2])))
+    )
+
+
+def _columns_of(keys: Sequence[AggregateKey]) -> Aggregates:
+    def where(kind: Aggregate, n: int | None = None) -> slice:
+        at = [i for i, (o, _, _) in enumerate(keys) if o.kind == kind and n in (None, o.n)]
+        return slice(at[0], at[-1] + 1) if at else slice(0, 0)
+
+    lengths = sorted({(o.kind, o.n) for o, _, _ in keys if o.kind in ("mean", "max")})
+    average = where("average")
+    return Aggregates(
+        feature=np.array([feature for _, feature, _ in keys], np.intp),
+        scope=np.array([SCOPES.index(scope) for _, _, scope in keys], np.intp),
+        missing=np.array([-np.inf if o.kind in ("max", "peak") else 0.0 for o, _, _ in keys]),
+        windows=tuple((kind, n, where(kind, n)) for kind, n in lengths),
+        longest=max((n for _, n in lengths), default=0),
+        average=average,
+        decay=np.array([0.5 ** (1 / o.n) for o, _, _ in keys[average]], np.float64),
+        peak=where("peak"),
+    )
+
+
+def _windowed(policies: Sequence[Policy]) -> Windowed:
+    at = [i for i, p in enumerate(policies) if p.window.n is not None and p.window.n > 1]
+    windows = [(policies[i].window.k, policies[i].window.n or 0) for i in at]
+    return Windowed(
+        np.array(at, np.intp),
+        tuple(
+            (k, n, np.array([j for j, w in enumerate(windows) if w == (k, n)], np.intp))
+            for k, n in sorted(set(windows))
+        ),
+        max((n for _, n in windows), default=1),
+    )
+
+
+def _counted(policies: Sequence[Policy]) -> Counted:
+    at = [i for i, p in enumerate(policies) if p.window.n is None]
+    return Counted(np.array(at, np.intp), np.array([policies[i].window.k for i in at], np.intp))

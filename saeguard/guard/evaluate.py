@@ -1,0 +1,195 @@
+"""Advance rule state by what passes bring: the semantics of `saeguard.guard.judge`, by position.
+
+A block is some consecutive tokens of each of several requests: one token of each request that
+decodes, the same over several passes, or a whole chunk of one request's prompt.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from saeguard.guard.aggregates import aggregate, pass_over
+from saeguard.guard.compiled_rules import Counted, Rules, Windowed
+from saeguard.guard.condition_program import evidence
+from saeguard.guard.scopes import OUTPUT, PLACES, TEMPLATE, in_scopes
+from saeguard.guard.state import State
+from saeguard.guard.verdict import THRESHOLD
+
+EVALUATED, SPECIAL, CACHED, ERROR, UNTRACKED = range(5)
+
+
+class Tokens(NamedTuple):
+    """A block of tokens."""
+
+    position: np.ndarray
+    """[requests, tokens] int64, consecutive within each request."""
+    shares: np.ndarray
+    """[requests, tokens, features] float32 or float64."""
+    watched: np.ndarray
+    """[requests, tokens] bool, False for tokens excluded by id."""
+    finite: np.ndarray
+    """[requests, tokens] bool, False where the activations could not be read."""
+
+
+class Scored(NamedTuple):
+    """What the rules say of each token of a block."""
+
+    place: np.ndarray
+    """[requests, tokens] indices into `PLACES`."""
+    values: np.ndarray
+    """[requests, tokens, features + aggregates] what selections compare."""
+    looked: np.ndarray
+    """[requests, tokens, scopes] bool: in the scope, and evaluated."""
+    evidence: np.ndarray
+    """[requests, tokens, P] -inf where the policy does not look."""
+    score: np.ndarray
+    """[requests, tokens, P]; where no token of the block can match or raise the request's score,
+    -inf may stand for it."""
+
+
+def places(s: State, at: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Return [requests, tokens] indices into `PLACES` of consecutive positions."""
+    place = np.where(position < s.prompt[at, None], TEMPLATE, OUTPUT)
+    for r in np.flatnonzero(position[:, 0] < s.prompt[at]):  # few: most are past their prompt
+        roles = s.roles[at[r]]
+        if roles is not None:
+            here = roles[position[r, 0] : position[r, -1] + 1]
+            place[r, : len(here)] = here
+    return place
+
+
+def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scored:
+    """Score a block of the requests in distinct slots `at`; windows and aggregates move on."""
+    place = places(s, at, tokens.position)
+    looked = in_scopes(place, tokens.watched & tokens.finite)
+    values = tokens.shares
+    if len(rules.aggregates.feature):
+        more = aggregate(rules.aggregates, s, at, tokens.position, values, looked)
+        values = np.concatenate([values, more], axis=2)
+    requests, length, width = values.shape
+    ratio = values.reshape(-1, width).T[rules.trace].astype(np.float64) / rules.above
+    e = evidence(rules.program, ratio).T.reshape(requests, length, -1)
+    seen = looked[..., rules.scope]
+    if rules.sampled:
+        seen &= s.sampled[at, None]
+    e = np.where(seen, e, -np.inf)
+    score = e
+    if len(rules.windowed.policy) or len(rules.counted.policy):
+        score = e.copy()
+        if len(rules.windowed.policy):
+            _of_window(rules.windowed, s, at, tokens.position, score)
+        if len(rules.counted.policy):
+            _of_request(rules.counted, s, at, score)
+    return Scored(place, values, looked, e, score)
+
+
+def _of_window(w: Windowed, s: State, at: np.ndarray, position: np.ndarray, e: np.ndarray) -> None:
+    """Replace evidence by the k-th largest of the last n, in place.
+
+    The k-th largest exceeds neither the one before it nor the token's own evidence. So where
+    nothing in the block exceeds the highest score so far, and that is no match, no window of the
+    block needs to be looked at: after a request's first tokens these are nearly all.
+    """
+    x = e[..., w.policy]
+    before = s.score[at[:, None], w.policy]
+    worth = (x.max(axis=1) > before) | (before > THRESHOLD)
+    score = np.full_like(x, -np.inf)
+    for k, n, which in w.groups:
+        r, j = np.nonzero(worth[:, which])
+        if len(r):
+            c = which[j]
+            back = (position[r, :1] + np.arange(1 - n, 0)) % w.longest
+            line = np.concatenate([s.ring[at[r, None], back, c[:, None]], x[r, :, c]], axis=1)
+            windows = np.lib.stride_tricks.sliding_window_view(line, n, axis=1)
+            score[r, :, c] = np.partition(windows, n - k, axis=-1)[..., n - k]
+    kept = slice(-w.longest, None)
+    s.ring[at[:, None], position[:, kept] % w.longest] = x[:, kept]
+    e[..., w.policy] = score
+
+
+def _of_request(counted: Counted, s: State, at: np.ndarray, e: np.ndarray) -> None:
+    """Replace evidence by the k-th largest of the request so far, in place.
+
+    It never falls, so that its highest is the last one; of the others it matters only whether
+    they exceed the threshold, which the number of tokens that do says.
+    """
+    x = e[..., counted.policy]
+    best = s.best[at]
+    held = (best > THRESHOLD).sum(axis=1)[:, None] + (x > THRESHOLD).cumsum(axis=1)
+    most = best.shape[1]
+    best = np.sort(np.concatenate([best, x], axis=1), axis=1)[:, -most:]
+    s.best[at] = best
+    kth = best[:, most - counted.k, np.arange(len(counted.k))][:, None]
+    told = held >= counted.k
+    told[:, -1] = True
+    e[..., counted.policy] = np.where(told, kth, -np.inf)
+
+
+def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarray | None:
+    """Advance the requests in distinct slots `at` by a block.
+
+    Returns:
+        [requests, P] position of the first match where it came in this block, else -1; None where
+        none did.
+    """
+    position = tokens.position
+    scored = score_tokens(rules, s, at, tokens)
+    what = np.where(tokens.watched, np.where(tokens.finite, EVALUATED, ERROR), SPECIAL)
+    what += 5 * scored.place
+    kinds = 5 * len(PLACES)
+    what += kinds * np.arange(len(at))[:, None]
+    counted = np.bincount(what.ravel(), minlength=kinds * len(at))
+    s.counts[at] += counted.reshape(-1, len(PLACES), 5)
+    s.next[at] = position[:, -1] + 1
+    s.score[at] = np.maximum(s.score[at], scored.score.max(axis=1))
+    _tell(rules, s, at, position, scored)
+
+    match = scored.score > THRESHOLD
+    # Requests and policies that match here, or are still on: few.
+    r, p = np.nonzero(match.any(axis=1) | (s.on_until[at] >= position[:, :1]))
+    if not len(r):
+        return None
+    slot, match, when = at[r], match[r, :, p], position[r]
+    last = np.where(match, when + rules.keep[p, None], -1)
+    last[:, 0] = np.maximum(last[:, 0], s.on_until[slot, p])
+    last = np.maximum.accumulate(last, axis=1)
+    s.on_until[slot, p] = last[:, -1]
+    s.matched[slot, p] += (last >= when).sum(axis=1)
+    new = np.flatnonzero(match.any(axis=1) & (s.first[slot, p] < 0))
+    if not len(new):
+        return None
+    s.first[slot[new], p[new]] = when[new, match[new].argmax(axis=1)]
+    first = np.full((len(at), len(rules.policies)), -1)
+    first[r[new], p[new]] = s.first[slot[new], p[new]]
+    return first
+
+
+def _tell(rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: Scored) -> None:
+    """Note how often and how strongly each selection fired."""
+    t = rules.terms
+    trace = np.where(scored.looked[..., t.scope], scored.values[..., t.trace], -np.inf)
+    above = trace > t.above
+    r, q = np.nonzero(above.any(axis=1))
+    if len(r):
+        s.fired[at[r], q] += above[r, :, q].sum(axis=1)
+    top = trace.max(axis=1)
+    r, q = np.nonzero(top > s.peak[at])  # few, once a request has some tokens
+    if len(r):
+        s.peak[at[r], q] = top[r, q]
+        s.peak_at[at[r], q] = position[r, trace[r, :, q].argmax(axis=1)]
+
+
+def skip(rules: Rules, s: State, slot: int, position: int, why: int) -> None:
+    """Account for the tokens before `position` of which no activations came."""
+    first = int(s.next[slot])
+    gap = position - first
+    if gap <= 0:
+        return
+    place = places(s, np.array([slot]), np.arange(first, position)[None])
+    s.counts[slot, :, why] += np.bincount(place[0], minlength=len(PLACES))
+    longest = rules.windowed.longest
+    s.ring[slot, np.arange(max(first, position - longest), position) % longest] = -np.inf
+    pass_over(rules.aggregates, s, slot, first, position)
+    s.next[slot] = position

@@ -1,0 +1,1 @@
+"""What was read of tokens in the prefix cache."""

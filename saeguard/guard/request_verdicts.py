@@ -1,0 +1,234 @@
+"""From a request's state to its verdicts and their coverage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from math import isfinite
+from typing import get_args, overload
+
+import numpy as np
+
+from saeguard.guard.compiled_rules import Rules
+from saeguard.guard.evaluate import CACHED, ERROR, EVALUATED, SPECIAL, UNTRACKED, places
+from saeguard.guard.scopes import MEMBERS, PLACES
+from saeguard.guard.state import State
+from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict, balanced
+
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+_REASONS: dict[int, Reason] = {
+    SPECIAL: "special_token",
+    CACHED: "prefix_cached",
+    ERROR: "error",
+    UNTRACKED: "untracked",
+}
+
+
+_MEMBERS = [np.flatnonzero(looks).tolist() for looks in MEMBERS.T]
+"""By scope: its places."""
+
+
+def coverages(s: State, slot: int, tokens: int) -> list[Coverage]:
+    """Return the coverage of each place of a request of `tokens` tokens, in `PLACES`' order."""
+    after = min(int(s.next[slot]), tokens)
+    whole, left = (_count(s, slot, first, tokens) for first in (0, after))
+    # The last token is never fed back; what else is missing was cut off.
+    last = _count(s, slot, max(after, tokens - 1), tokens)
+    found = []
+    for place, counts in enumerate(s.counts[slot].tolist()):
+        skipped: dict[Reason, int] = {
+            reason: counts[what] for what, reason in _REASONS.items() if counts[what]
+        }
+        if last[place]:
+            skipped["not_forwarded"] = last[place]
+        if left[place] - last[place]:
+            skipped["aborted"] = left[place] - last[place]
+        found.append(Coverage(whole[place], counts[EVALUATED], skipped))
+    return found
+
+
+def _count(s: State, slot: int, first: int, end: int) -> list[int]:
+    """Return how many of the tokens `first`, ... before `end` stand in each place."""
+    if first >= end:
+        return [0] * len(PLACES)
+    place = places(s, np.array([slot]), np.arange(first, end)[None])
+    counts: list[int] = np.bincount(place[0], minlength=len(PLACES)).tolist()
+    return counts
+
+
+def add(parts: Sequence[Coverage]) -> Coverage:
+    """Return the sum of several coverages."""
+    skipped: dict[Reason, int] = {}
+    for part in parts:
+        for reason, n in part.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + n
+    return Coverage(sum(p.tokens for p in parts), sum(p.evaluated for p in parts), skipped)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdicts(Sequence[Verdict]):
+    """What each policy concludes of one request: arrays, of which a verdict is built when read.
+
+    A thousand policies end with every request, and nobody looks at most of what they say before
+    the event log does.
+    """
+
+    rules: Rules
+    which: np.ndarray
+    """[n] the policies that hold for the request, in the order of the verdicts."""
+    outcome: np.ndarray
+    """[P] index into `OUTCOMES`."""
+    acts: np.ndarray
+    """[P] bool: the policy's action was taken."""
+    enforced: np.ndarray
+    """[P] bool."""
+    sampled: np.ndarray
+    """[P] bool."""
+    score: np.ndarray
+    """[P] highest score, not finite where nothing was evaluated."""
+    first: np.ndarray
+    """[P] position of the first match, -1 without one."""
+    matched: np.ndarray
+    """[P] tokens on which the policy was on."""
+    fired: np.ndarray
+    """[Q] tokens above the selection's threshold; so are the next two, of the terms."""
+    peak: np.ndarray
+    peak_at: np.ndarray
+    coverages: tuple[Coverage, ...]
+    """By scope, then the same where the policy does not look at the request."""
+    waived: Mapping[int, str] = field(default_factory=dict)
+    """By policy: id of the exception that waived its action."""
+
+    def __len__(self) -> int:
+        """Return the number of verdicts."""
+        return len(self.which)
+
+    @overload
+    def __getitem__(self, at: int) -> Verdict: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Verdict]: ...
+    def __getitem__(self, at: int | slice) -> Verdict | list[Verdict]:
+        """Build a verdict, or some."""
+        if isinstance(at, slice):
+            return [self.of_policy(i) for i in self.which[at].tolist()]
+        return self.of_policy(int(self.which[at]))
+
+    def __iter__(self) -> Iterator[Verdict]:
+        """Build all, one after the other."""
+        # Numbers out of a list cost a tenth of those out of an array.
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        lists = {k: a.tolist() for k, a in arrays.items() if isinstance(a, np.ndarray)}
+        return map(replace(self, **lists).of_policy, lists["which"])
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with any sequence of verdicts."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def acting(self) -> list[Verdict]:
+        """Return the verdicts whose action was taken."""
+        return [self.of_policy(i) for i in self.which[self.acts[self.which]].tolist()]
+
+    def errors(self) -> int:
+        """Return how many of them are errors."""
+        return int((self.outcome[self.which] == OUTCOMES.index("error")).sum())
+
+    def balanced(self) -> bool:
+        """Return whether every token of every policy is accounted for."""
+        return all(map(balanced, self.coverages))
+
+    def tally(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return which policies there are verdicts of, and of which `events.counts.KINDS`."""
+        enforced = self.enforced.copy()
+        enforced[list(self.waived)] = True
+        return self.which, (len(OUTCOMES) * enforced + self.outcome)[self.which]
+
+    def decided(self, applies: Sequence[bool], waived: Mapping[int, str]) -> Verdicts:
+        """Return those of the policies that hold for the request; waived ones say by what."""
+        return replace(self, which=np.flatnonzero(applies), waived=waived)
+
+    def of_policy(self, i: int) -> Verdict:
+        """Build the verdict of policy `i`."""
+        policy = self.rules.policies[i]
+        matched = bool(self.first[i] >= 0)
+        acts, sampled = bool(self.acts[i]), bool(self.sampled[i])
+        coverage = self.coverages[self.rules.scope[i] + (0 if sampled else len(_MEMBERS))]
+        enforced = bool(self.enforced[i]) or i in self.waived
+        return Verdict(
+            policy=policy.id,
+            digest=policy.digest,
+            mode="enforce" if enforced else "shadow",
+            action=policy.action,
+            severity=policy.severity,
+            outcome=OUTCOMES[self.outcome[i]],
+            score=float(self.score[i]) if isfinite(self.score[i]) else None,
+            first_token=int(self.first[i]) if matched else None,
+            matched_tokens=int(self.matched[i]),
+            acted=policy.action if acts else None,
+            features=self._features(i) if sampled else {},
+            coverage=coverage,
+            exception=self.waived.get(i),
+            error="not_read" if coverage.skipped.get("error") else None,
+            approximate=self.rules.approximate[i],
+            message=policy.message if acts and policy.action == "stop" else None,
+        )
+
+    def _features(self, i: int) -> dict[str, Fired]:
+        """Return each feature's activity; of several selections, that of the one held most."""
+        fired: dict[str, Fired] = {}
+        selections = self.rules.policies[i].detect.values()
+        for selection, q in zip(selections, self.rules.terms.of_policy(i), strict=True):
+            count, at = int(self.fired[q]), int(self.peak_at[q])
+            before = fired.get(selection.feature)
+            if at >= 0 and (before is None or before.count < count):
+                fired[selection.feature] = Fired(count, float(self.peak[q]), at)
+        return fired
+
+
+def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
+    """Return what each policy concludes of the request in `slot`.
+
+    Args:
+        rules: the compiled policies.
+        s: the state.
+        slot: the request's.
+        tokens: prompt and output tokens; those never forwarded count as not evaluated.
+    """
+    of_place = coverages(s, slot, tokens)
+    looked = [add([of_place[i] for i in members]) for members in _MEMBERS]
+    by_scope = (*looked, *(Coverage(c.tokens, 0, _all(c.tokens)) for c in looked))
+    sampled, enforced, first = s.sampled[slot].copy(), s.enforced[slot].copy(), s.first[slot].copy()
+    which = rules.scope + np.where(sampled, 0, len(looked))
+    matched = first >= 0
+    without = np.array(
+        [
+            OUTCOMES.index(
+                "error"
+                if c.skipped.get("error")
+                else "no_match"
+                if c.evaluated
+                else "not_evaluated"
+            )
+            for c in by_scope
+        ]
+    )
+    return Verdicts(
+        rules=rules,
+        which=np.arange(len(rules.policies)),
+        outcome=np.where(matched, OUTCOMES.index("match"), without[which]),
+        acts=matched & enforced & (s.acted[slot] | ~rules.clamps),
+        enforced=enforced,
+        sampled=sampled,
+        score=s.score[slot].copy(),
+        first=first,
+        matched=s.matched[slot].copy(),
+        fired=s.fired[slot].copy(),
+        peak=s.peak[slot].copy(),
+        peak_at=s.peak_at[slot].copy(),
+        coverages=by_scope,
+    )
+
+
+def _all(tokens: int) -> dict[Reason, int]:
+    return {"not_sampled": tokens} if tokens else {}

@@ -1,0 +1,1 @@
+"""Which role wrote each token of a prompt."""

@@ -1,0 +1,129 @@
+"""Check that the parts of a policy make sense together.
+
+Works on the plain data and looks only at parts of the right type, so that a mistake in one part
+does not hide those in another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from saeguard.policy.condition import Condition, ConditionError, holds, never_holds, parse
+from saeguard.policy.errors import PolicyError, did_you_mean, show
+from saeguard.policy.types import Edit
+from saeguard.policy.yaml_reader import Document
+
+
+def sense(document: Document) -> tuple[Condition | None, list[PolicyError]]:
+    """Return the condition, if it can be read, and what does not fit together."""
+    if not isinstance(document.data, dict):
+        return None, []
+    errors = [*_actions(document), *_exceptions(document), *_clamped(document)]
+    text = document.data.get("condition")
+    if not isinstance(text, str) or not text.strip():
+        return None, errors
+    try:
+        condition = parse(text)
+    except ConditionError as error:
+        at = document.error(error.code, str(error), ("condition",), offset=error.offset)
+        return None, [*errors, at]
+    return condition, [*errors, *_selections(document, condition), *_truth(document, condition)]
+
+
+def _actions(document: Document) -> Iterator[PolicyError]:
+    data: Mapping[str, Any] = document.data
+    if data.get("mode") == "enforce" and "on_error" not in data:
+        message = (
+            'mode is enforce, so the key "on_error" has to be written: allow lets a request pass '
+            "that could not be evaluated, stop ends it"
+        )
+        yield document.error("on-error-missing", message, ("mode",))
+    if data.get("action") == "clamp" and "clamp" not in data:
+        message = (
+            'action is clamp, but the key "clamp" is missing; add clamp: {features: [...], to: 0}'
+        )
+        yield document.error("clamp-missing", message, ("action",))
+    if "message" in data and data.get("action") in ("log", "flag", "clamp"):
+        message = (
+            f"there is a message, but action is {data['action']}, which leaves the text alone; "
+            "write action: stop, or remove it"
+        )
+        yield document.error("message-unused", message, ("message",), at_key=True)
+    if "clamp" in data and data.get("action") in ("log", "flag", "stop"):
+        message = (
+            f"there is a clamp, but action is {data['action']}; write action: clamp, or remove it"
+        )
+        yield document.error("clamp-unused", message, ("clamp",), at_key=True)
+
+
+def _exceptions(document: Document) -> Iterator[PolicyError]:
+    exceptions = document.data.get("exceptions")
+    for i in _repeated([_get(e, "id") for e in exceptions] if _is_list(exceptions) else []):
+        message = "an exception with this id is above; rename one of them"
+        yield document.error("duplicate-name", message, ("exceptions", i, "id"))
+
+
+def _clamped(document: Document) -> Iterator[PolicyError]:
+    clamp = document.data.get("clamp")
+    features = _get(clamp, "features")
+    for i in _repeated(features if _is_list(features) else []):
+        message = "this feature is in the list already; remove one of them"
+        yield document.error("duplicate-name", message, ("clamp", "features", i))
+    written = [edit for edit in get_args(Edit) if isinstance(clamp, dict) and edit in clamp]
+    if isinstance(clamp, dict) and not written:
+        message = (
+            f"nothing says what becomes of the features; add one of {', '.join(get_args(Edit))}"
+        )
+        yield document.error("clamp-edit", message, ("clamp",), at_key=True)
+    for edit in written[1:]:
+        message = f"{show(written[0])} says already what becomes of the features; keep one of them"
+        yield document.error("clamp-edit", message, ("clamp", edit), at_key=True)
+
+
+def _selections(document: Document, condition: Condition) -> Iterator[PolicyError]:
+    detect = document.data.get("detect")
+    if not isinstance(detect, dict) or not detect:
+        return
+    for name, offset in condition.names.items():
+        if name not in detect:
+            message = (
+                f"{show(name)} is not one of the selections under detect; "
+                f"{did_you_mean(name, detect)}there are: {', '.join(detect)}"
+            )
+            yield document.error("unknown-selection", message, ("condition",), offset=offset)
+    for name in detect:
+        if name not in condition.names:
+            message = f"the condition does not use the selection {show(name)}; use it or remove it"
+            yield document.error("unused-selection", message, ("detect", name), at_key=True)
+
+
+def _truth(document: Document, condition: Condition) -> Iterator[PolicyError]:
+    if holds(condition.expr, ()):
+        message = (
+            "the condition holds where no selection does, so the policy would match any text; "
+            'join the "not" part to something that has to fire, as in: shell and not quoted'
+        )
+        yield document.error("holds-when-quiet", message, ("condition",))
+    elif never_holds(condition):
+        message = "the condition can never hold, whatever fires; check its not parts"
+        yield document.error("never-holds", message, ("condition",))
+
+
+def _get(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _repeated(names: list[Any]) -> Iterator[int]:
+    """Yield the index of each text that occurred before."""
+    seen: Counter[str] = Counter()
+    for i, name in enumerate(names):
+        if isinstance(name, str):
+            if seen[name]:
+                yield i
+            seen[name] += 1

@@ -1,0 +1,319 @@
+"""Signed policy folders: one manifest says which files there are and what each holds.
+
+The manifest is signed with Ed25519 in a DSSE envelope (the Dead Simple Signing Envelope of
+secure-systems-lab, version 1), whose pre-authentication encoding keeps a signature made for
+something else from being taken for one of ours. It names every policy file by the digest of its
+bytes and of its content, every feature set by the digest of its content, and a revision that only
+rises.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from saeguard.atomic_files import write_atomically
+from saeguard.policy.errors import PolicyError, PolicyErrors
+from saeguard.policy.files import find_files, is_test, read_bytes
+from saeguard.policy.types import Policy
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+BUNDLE = "saeguard.bundle.json"
+"""The envelope's name, beside the files that it speaks of."""
+PAYLOAD = "application/vnd.saeguard.bundle.v1+json"
+MAX_BYTES = 16 * 1024 * 1024
+
+
+class BundleError(ValueError):
+    """The bundle is not what the key's owner signed, or older than one that was seen."""
+
+
+class Manifest(BaseModel):
+    """What was signed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    schema_: str = Field("saeguard.bundle/v1", alias="schema", pattern=r"^saeguard\.bundle/v1$")
+    revision: int = Field(ge=1, description="Rises with each bundle; an older one is refused.")
+    files: dict[str, str] = Field(description="SHA-256 of every policy and test file, by path.")
+    policies: dict[str, str] = Field(description="Digest of each policy file's content, by path.")
+    feature_sets: dict[str, str] = Field(description="Digest of each feature set's content.")
+
+    @property
+    def digest(self) -> str:
+        """Return what tells two manifests of one revision apart."""
+        return hashlib.sha256(_canonical(self)).hexdigest()
+
+
+def _canonical(manifest: Manifest) -> bytes:
+    return json.dumps(
+        manifest.model_dump(by_alias=True), sort_keys=True, separators=(",", ":")
+    ).encode()
+
+
+def _pae(payload: bytes) -> bytes:
+    """Return what DSSE signs: type and body, each with its length."""
+    kind = PAYLOAD.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+def keygen() -> tuple[bytes, bytes]:
+    """Return a new private and public key, PEM."""
+    from cryptography.hazmat.primitives import serialization as s  # noqa: PLC0415 - an extra
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
+        Ed25519PrivateKey,
+    )
+
+    key = Ed25519PrivateKey.generate()
+    private = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
+    public = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+    return private, public
+
+
+def sign(
+    folder: Path,
+    policies: Iterable[Policy],
+    feature_sets: Mapping[str, str],
+    revision: int,
+    private_pem: bytes,
+) -> Manifest:
+    """Write the bundle of a folder's policy files.
+
+    Args:
+        folder: of policy files.
+        policies: what was loaded from there.
+        feature_sets: digest of each feature set that they use.
+        revision: higher than that of any bundle before.
+        private_pem: the key.
+
+    Raises:
+        BundleError: the key is not one for Ed25519.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - an extra
+        Ed25519PrivateKey,
+    )
+    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
+        load_pem_private_key,
+    )
+
+    try:
+        key = load_pem_private_key(private_pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise BundleError(
+            f"the private key cannot be read; make one with `policy keygen`: {error}"
+        ) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise BundleError("the private key is not one for Ed25519; make one: `policy keygen`")
+    manifest = Manifest(
+        schema="saeguard.bundle/v1",
+        revision=revision,
+        files=_file_digests(folder),
+        policies={_relative(p.path, folder): p.digest for p in policies},
+        feature_sets=dict(feature_sets),
+    )
+    payload = _canonical(manifest)
+    envelope = {
+        "payloadType": PAYLOAD,
+        "payload": base64.b64encode(payload).decode(),
+        "signatures": [{"sig": base64.b64encode(key.sign(_pae(payload))).decode()}],
+    }
+    write_atomically(folder / BUNDLE, json.dumps(envelope, indent=1) + "\n")
+    return manifest
+
+
+def load_public_key(pem: bytes) -> Ed25519PublicKey:
+    """Return the key that bundles are verified with.
+
+    Raises:
+        BundleError: it is not a public key for Ed25519, or `cryptography` is missing.
+    """
+    try:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - an extra
+            Ed25519PublicKey,
+        )
+        from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
+            load_pem_public_key,
+        )
+    except ImportError as error:
+        raise BundleError(
+            "signed bundles need the package `cryptography`: pip install 'saeguard[sign]'"
+        ) from error
+    try:
+        key = load_pem_public_key(pem)
+    except ValueError as error:
+        raise BundleError(
+            f"the public key cannot be read; give the .pub of `policy keygen`: {error}"
+        ) from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise BundleError("the public key is not one for Ed25519; make one: `policy keygen`")
+    return key
+
+
+def verify(folder: Path, public_pem: bytes) -> Manifest:
+    """Return the manifest of a folder whose signature and files hold.
+
+    Raises:
+        BundleError: the signature is missing, not of this key, or a file is not as signed, is
+            missing or was not signed.
+    """
+    manifest = read_manifest(folder / BUNDLE, public_pem)
+    found = _file_digests(folder)
+    wrong = [f"{name}: was signed, is not there" for name in sorted(manifest.files.keys() - found)]
+    wrong += [f"{name}: is there, was not signed" for name in sorted(found.keys() - manifest.files)]
+    wrong += [
+        f"{name}: sha256 is {found[name]}, signed was {digest}"
+        for name, digest in sorted(manifest.files.items())
+        if found.get(name, digest) != digest
+    ]
+    if wrong:
+        raise BundleError(
+            "\n".join([f"{folder}: not what was signed as revision {manifest.revision}:", *wrong])
+        )
+    return manifest
+
+
+def read_manifest(path: Path, public_pem: bytes) -> Manifest:
+    """Return the manifest of an envelope whose signature holds.
+
+    Raises:
+        BundleError: it is missing, malformed, or not signed with this key.
+    """
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - an extra
+
+    key = load_public_key(public_pem)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise BundleError(
+            f"{path}: {error.strerror}; this server takes signed policies only: sign the folder "
+            "with `saeguard policy sign`"
+        ) from error
+    try:
+        envelope = json.loads(raw)
+        kind, body = envelope["payloadType"], envelope["payload"]
+        payload = base64.b64decode(body, validate=True)
+        signatures = [base64.b64decode(s["sig"], validate=True) for s in envelope["signatures"]]
+    except (ValueError, KeyError, TypeError, binascii.Error, RecursionError) as error:
+        raise BundleError(f"{path}: not a signed bundle ({type(error).__name__})") from error
+    if kind != PAYLOAD:
+        raise BundleError(f"{path}: payloadType is {kind!r}, expected {PAYLOAD!r}")
+    for signature in signatures:
+        try:
+            key.verify(signature, _pae(payload))
+        except InvalidSignature:
+            continue
+        break
+    else:
+        raise BundleError(
+            f"{path}: none of its {len(signatures)} signatures is by the key that this server "
+            "trusts, for this content"
+        )
+    try:
+        return Manifest.model_validate_json(payload)
+    except ValidationError as error:
+        raise BundleError(f"{path}: signed, but not a manifest: {error}") from error
+
+
+def claimed_revision(path: Path) -> int:
+    """Return the revision in an envelope, whether its signature holds or not; 0 without one."""
+    try:
+        envelope = json.loads(path.read_bytes())
+        return int(json.loads(base64.b64decode(envelope["payload"]))["revision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def check_loaded(
+    manifest: Manifest, folder: Path, policies: Iterable[Policy], feature_sets: Mapping[str, str]
+) -> None:
+    """Check that what was loaded is what was signed, even where a file has changed in between.
+
+    Raises:
+        BundleError: names what differs.
+    """
+    loaded = {_relative(p.path, folder): p.digest for p in policies}
+    if loaded != manifest.policies:
+        differ = sorted(
+            name
+            for name in loaded.keys() | manifest.policies
+            if loaded.get(name) != manifest.policies.get(name)
+        )
+        raise BundleError(f"{folder}: changed while it was read: {', '.join(differ)}")
+    for name, digest in feature_sets.items():
+        signed = manifest.feature_sets.get(name)
+        if signed != digest:
+            raise BundleError(
+                f"feature set {name}: its content has digest {digest}, signed was {signed}"
+            )
+
+
+def check_revision(manifest: Manifest, seen: tuple[int, str] | None, at_least: int = 1) -> None:
+    """Refuse what is older than a bundle seen before.
+
+    Args:
+        manifest: of the bundle that comes.
+        seen: highest revision that was in use here, and its manifest's digest.
+        at_least: the operator's floor, for machines that have seen none.
+
+    Raises:
+        BundleError: tells both revisions.
+    """
+    if manifest.revision < at_least:
+        raise BundleError(
+            f"the bundle has revision {manifest.revision}, this server takes {at_least} or later"
+        )
+    if seen is None:
+        return
+    revision, digest = seen
+    if manifest.revision < revision:
+        raise BundleError(
+            f"the bundle has revision {manifest.revision}, and {revision} was in use here already: "
+            "an old bundle is not taken back; sign it anew with a higher revision"
+        )
+    if manifest.revision == revision and manifest.digest != digest:
+        raise BundleError(
+            f"revision {revision} was in use here with other content (manifest {digest[:12]}, this "
+            f"one {manifest.digest[:12]}): sign each change with a higher revision"
+        )
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    files, errors = find_files(folder)
+    found = {}
+    for file in files:
+        raw = read_bytes(file)
+        if isinstance(raw, PolicyError):
+            errors.append(raw)
+        else:
+            found[_relative(file, folder)] = hashlib.sha256(raw).hexdigest()
+    if not any(not is_test(file) for file in files) and not errors:
+        message = "there are no policies here"
+        errors.append(PolicyError(folder, 0, 0, "no-policies", message))
+    if errors:
+        raise PolicyErrors(errors)
+    return found
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path != folder else path.name
+
+
+def summary(manifest: Manifest) -> Mapping[str, Any]:
+    """Return what a person wants to know of a bundle."""
+    return {
+        "revision": manifest.revision,
+        "manifest": manifest.digest,
+        "policies": len(manifest.policies),
+        "files": len(manifest.files),
+        "feature_sets": manifest.feature_sets,
+    }

@@ -1,0 +1,124 @@
+"""Check the shape of a document against a pydantic model, in the words of a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import date
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from saeguard.policy.errors import Code, PolicyError, did_you_mean, show
+from saeguard.policy.schema import FORMS
+from saeguard.policy.yaml_reader import Document, Loc
+from saeguard.policy.yaml_scalars import kind
+
+M = TypeVar("M", bound=BaseModel)
+
+_TYPES = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "date_type": "a date such as 2027-02-01",
+    "dict_type": "a mapping",
+    "list_type": "a list",
+    "model_type": "a mapping",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def shape(model: type[M], document: Document) -> tuple[M | None, list[PolicyError]]:
+    """Return the document as `model`, or every way in which it is not one."""
+    try:
+        return model.model_validate(document.data), []
+    except ValidationError as invalid:
+        errors = invalid.errors(include_url=False)
+    return None, [_translated(model, document, error) for error in errors]
+
+
+def _translated(
+    model: type[BaseModel], document: Document, error: Mapping[str, Any]
+) -> PolicyError:
+    loc: Loc = error["loc"]
+    at_key = error["type"] == "extra_forbidden"
+    if loc and loc[-1] == "[key]" and loc not in document.values:  # pydantic's mark for a key
+        loc, at_key = loc[:-1], True
+    code, message = _message(model, loc, error)
+    return document.error(code, message, loc, at_key=at_key)
+
+
+def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tuple[Code, str]:
+    mistake: str = error["type"]
+    value = error["input"]
+    found = kind(value) if isinstance(value, dict | list) else show(value)
+    context: Mapping[str, Any] = error.get("ctx", {})
+    code: Code
+    if mistake == "extra_forbidden":
+        keys = _keys(model, loc[:-1])
+        hint = did_you_mean(str(loc[-1]), keys)
+        code, what = "unknown-key", f"{show(loc[-1])} is not a key here; {hint}"
+        what += f"allowed: {', '.join(keys)}"
+    elif mistake == "missing":
+        code, what = "missing-key", f"the key {show(loc[-1])} is missing; add it"
+    elif mistake in _TYPES:
+        code, what = "wrong-type", f"found {kind(value)}, {_TYPES[mistake]} is due"
+        what += _quotes(value, mistake)
+    elif mistake == "literal_error":
+        allowed = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+        if isinstance(value, bool):
+            found, allowed = str(value).lower(), [word.lower() for word in allowed]
+        code, what = "not-allowed", f"found {found}; {hint}allowed: {', '.join(allowed)}"
+    elif mistake in _BOUNDS:
+        bound, words = _BOUNDS[mistake]
+        code, what = "out-of-range", f"found {found}; write a number {words} "
+        what += f"{context[bound]:g}"
+    elif mistake == "string_pattern_mismatch":
+        code, what = "bad-name", f"found {found}; write {FORMS[context['pattern']]}"
+    elif mistake.endswith("too_long"):
+        unit = "characters" if isinstance(value, str) else "entries"
+        code, what = "too-long", f"at most {context['max_length']} {unit} are allowed here"
+    elif mistake.endswith("too_short"):
+        code, what = "empty-value", "there is nothing here; write a value"
+    else:
+        code = "bad-phrase" if mistake == "bad-phrase" else "invalid-value"
+        what = f"found {found}; {error['msg']}"
+    return code, what
+
+
+def _quotes(value: object, mistake: str) -> str:
+    """Return the advice to add or remove quotes where that is all it takes."""
+    if mistake == "string_type" and isinstance(value, int | float | date):
+        return "; put it in quotes"
+    if isinstance(value, str) and mistake in {"int_type", "float_type", "date_type"}:
+        return "; write it without quotes"
+    return ""
+
+
+def _keys(model: type[BaseModel], loc: Loc) -> list[str]:
+    """Return the keys allowed in the mapping at `loc`."""
+    annotation: Any = model
+    for step in loc:
+        fields = _fields(annotation)
+        annotation = fields[str(step)] if fields else get_args(annotation)[-1]
+        annotation = next(filter(_fields, _alternatives(annotation)), annotation)
+    return list(_fields(annotation))
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    if type(None) in get_args(annotation):
+        yield from get_args(annotation)
+
+
+def _fields(annotation: Any) -> dict[str, Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields
+        return {field.alias or name: field.annotation for name, field in fields.items()}
+    return {}

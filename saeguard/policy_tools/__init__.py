@@ -1,0 +1,1 @@
+"""Offline tools for policies: recordings, tests, explanations, replay, diff."""

@@ -1,0 +1,117 @@
+"""Judge recorded texts, and keep what a verdict was reached from, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from saeguard.features.schema import Document
+from saeguard.guard.compiled_rules import Rules, compile_rules
+from saeguard.guard.judge import judge_text, on_tokens, score_text
+from saeguard.guard.scopes import BY_ROLE
+from saeguard.guard.verdict import THRESHOLD, Verdict
+from saeguard.policy.types import Policy
+from saeguard.policy_tools.recording import Recording
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """How one policy came to its verdict on one text."""
+
+    policy: Policy
+    verdict: Verdict
+    prompt_tokens: int
+    looked: np.ndarray
+    """[tokens] bool: in scope and evaluated."""
+    values: Mapping[str, np.ndarray]
+    """Per selection what it compares with its threshold, [tokens] float64."""
+    evidence: np.ndarray
+    """[tokens] the condition's evidence; it holds where this is above 1, -inf where not looked."""
+    score: np.ndarray
+    """[tokens] the evidence that the window makes of it."""
+    match: np.ndarray
+    """[tokens] bool."""
+    on: np.ndarray
+    """[tokens] bool: a match, or kept on after one."""
+
+
+def judge_recorded(
+    policies: Sequence[Policy],
+    feature_sets: Mapping[str, Document],
+    recording: Recording,
+    texts: Sequence[int],
+) -> Iterator[Sequence[Verdict]]:
+    """Yield one verdict per policy for each of the recorded `texts`.
+
+    Args:
+        policies: what to judge by; each one's feature set is among `feature_sets`.
+        feature_sets: by the name that policies use, as they are today.
+        recording: what the model showed.
+        texts: indices into it.
+
+    Raises:
+        RecordingError: a feature was not recorded, or was made of something else; or a policy's
+            scope is a role, and roles were not recorded.
+    """
+    shares, column = _shares(policies, feature_sets, recording)
+    rules = compile_rules(policies, column)
+    for text in texts:
+        here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
+        roles = _roles(rules, recording, text)
+        yield judge_text(rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
+
+
+def account(
+    policy: Policy, feature_sets: Mapping[str, Document], recording: Recording, text: int
+) -> Account:
+    """Judge one recorded text and keep what the verdict was reached from.
+
+    Raises:
+        RecordingError: a feature was not recorded, or was made of something else; or a policy's
+            scope is a role, and roles were not recorded.
+    """
+    shares, column = _shares([policy], feature_sets, recording)
+    rules = compile_rules([policy], column)
+    here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
+    roles = _roles(rules, recording, text)
+    given = (rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
+    scored = score_text(*given)
+    terms = dict(zip(policy.detect, rules.terms.of_policy(0), strict=True))
+    match = scored.score[0, :, 0] > THRESHOLD
+    return Account(
+        policy=policy,
+        verdict=judge_text(*given)[0],
+        prompt_tokens=prompt_tokens,
+        looked=scored.looked[0, :, rules.scope[0]],
+        values={
+            name: scored.values[0, :, rules.terms.trace[term]].astype(np.float64)
+            for name, term in terms.items()
+        },
+        evidence=scored.evidence[0, :, 0],
+        score=scored.score[0, :, 0],
+        match=match,
+        on=on_tokens(match, policy.keep),
+    )
+
+
+def _roles(rules: Rules, recording: Recording, text: int) -> np.ndarray | None:
+    """Return whose turn each token of a text's prompt is in, None where no policy asks."""
+    asks = next((policy for policy in rules.policies if policy.scope in BY_ROLE), None)
+    return None if asks is None else recording.roles_of_prompt(text, asks)
+
+
+def _shares(
+    policies: Sequence[Policy], feature_sets: Mapping[str, Document], recording: Recording
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the shares [T, features] of every feature the policies read, and their columns."""
+    wanted = dict.fromkeys(
+        (policy.feature_set, selection.feature)
+        for policy in policies
+        for selection in policy.detect.values()
+    )
+    everywhere = slice(None)
+    columns = [recording.shares(feature_sets[s], name, everywhere) for s, name in wanted]
+    shares = np.stack(columns, axis=1) if columns else np.empty((len(recording.evaluable), 0))
+    return shares, {f"{set_}/{name}": i for i, (set_, name) in enumerate(wanted)}

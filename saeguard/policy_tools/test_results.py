@@ -1,0 +1,73 @@
+"""What came of a test case: the verdict, and how it compares with what was expected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+from saeguard.policy.errors import PolicyError
+from saeguard.policy.types import Policy
+from saeguard.policy_tools.test_cases import Case, cases_path
+
+Status: TypeAlias = Literal["passed", "failed", "skipped", "todo", "passes"]
+"""`todo`: it fails, as is known. `passes`: it is to do, and passes by now."""
+
+
+class Judged(Protocol):
+    """The parts of a verdict that a case may expect something of."""
+
+    @property
+    def outcome(self) -> str:
+        """What was concluded."""
+
+    @property
+    def score(self) -> float | None:
+        """How near it came."""
+
+    @property
+    def first_token(self) -> int | None:
+        """Position of the first match."""
+
+    @property
+    def matched_tokens(self) -> int:
+        """At how many tokens the policy was on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of one case."""
+
+    policy: Policy
+    case: Case
+    verdict: Judged | None
+    """None where the case was not run."""
+    status: Status
+    complaint: str
+    """What was expected and what came instead, or why the case was not run."""
+
+    def finding(self) -> PolicyError:
+        """Return the failure, or the case that is no longer to do, at its place."""
+        path = cases_path(self.policy.path)
+        if self.status == "passes":
+            message = f"{self.case.name}: this passes now; remove todo: true"
+            return PolicyError(path, self.case.line, 1, "test-passes", message, level="note")
+        message = f"{self.case.name}: {self.complaint}"
+        return PolicyError(path, self.case.line, 1, "test-failed", message)
+
+
+def compare(policy: Policy, case: Case, verdict: Judged) -> Result:
+    """Return what came of a case that was judged."""
+    compared = [
+        ("verdict", case.expect, verdict.outcome),
+        ("first_token", case.first_token, verdict.first_token),
+        ("matched_tokens", case.matched_tokens, verdict.matched_tokens),
+    ]
+    wrong = [
+        f"{name} {got}, not {expected}"
+        for name, expected, got in compared
+        if expected is not None and got != expected
+    ]
+    status: Status = "failed" if wrong else "passed"
+    if case.todo:
+        status = "todo" if wrong else "passes"
+    return Result(policy, case, verdict, status, "; ".join(wrong))

@@ -1,0 +1,1 @@
+"""Change the watch list of a running server."""

@@ -1,0 +1,57 @@
+"""Judge a made-up text with a list before it judges real ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saeguard.guard.forward_pass import ForwardPass
+from saeguard.guard.ledger import Ledger
+from saeguard.guard.scopes import ASSISTANT, SYSTEM, TOOL, USER
+from saeguard.guard.watchlist import WatchList
+
+TOKENS = 12
+PROMPT_ROLES = np.array([SYSTEM, USER, ASSISTANT, TOOL], np.uint8)
+"""Whose turn each token of the prompt is in."""
+
+
+class RehearsalError(ValueError):
+    """A list that compiled does not work."""
+
+
+def rehearse(watchlist: WatchList) -> None:
+    """Run a list's rules once, over tokens that are silent and tokens at which everything fires.
+
+    What would fail in the first step after a swap fails here, where nothing waits for it.
+
+    Raises:
+        RehearsalError: weights or scales are not finite, or the account does not balance.
+    """
+    tensors = [(f"layer {h.layer}", t) for h in watchlist.hooks for t in (h.W, h.b)]
+    tensors += [
+        (f"layer {c.layer}, clamps", t) for c in watchlist.clamps for t in (c.W_dec, c.target)
+    ]
+    for what, tensor in tensors:
+        if not bool(tensor.isfinite().all()):
+            raise RehearsalError(f"{what}: the rows to watch hold values that are not finite")
+    finite = all(np.isfinite(weight).all() for _, weight in watchlist.mix)
+    if not finite or not (watchlist.span > 0).all():
+        raise RehearsalError("the features' weights or ranges are not finite")
+    ledger = Ledger(watchlist, slots=1)
+    ledger.admit("rehearsal", len(PROMPT_ROLES), roles=PROMPT_ROLES)
+    for first, end in ((0, TOKENS - 1), (TOKENS - 1, TOKENS)):  # a prompt, then one token
+        f = np.zeros((end - first, watchlist.columns), np.float32)
+        f[1::2] = 1000.0
+        forward_pass = ForwardPass(
+            request_ids=["rehearsal"],
+            query_start=np.array([0, len(f)]),
+            positions=np.arange(first, end),
+            watched=np.ones(len(f), bool),
+            f=f,
+            acted=None,
+            ran=True,
+            watchlist=watchlist.digest,
+        )
+        ledger.ingest(forward_pass, np.array([len(f)]))
+    verdicts = ledger.finish("rehearsal", TOKENS + 1)
+    if len(verdicts) != len(watchlist.policies) or not verdicts.balanced():
+        raise RehearsalError("a made-up text was not accounted for")

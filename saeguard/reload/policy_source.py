@@ -1,0 +1,152 @@
+"""Where policies come from, and one reading of it: verified, checked and compiled, or refused."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saeguard.features.load import load_feature_set
+from saeguard.features.types import FeatureSet
+from saeguard.guard.watchlist import WatchList, build_watchlist
+from saeguard.policy import signing
+from saeguard.policy.access import EVERYBODY, Access, check_against
+from saeguard.policy.calibrated import leave_out_templates
+from saeguard.policy.load import Cache, load_policies
+from saeguard.policy.signing import Manifest
+from saeguard.reload.file_watcher import fingerprint
+
+
+class SourceError(ValueError):
+    """The operator's settings name something that is not there."""
+
+
+ATTEMPTS = 50
+"""Readings of files that change all the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the operator's settings say about policies."""
+
+    policies: Path
+    feature_sets: Path
+    may_enforce: frozenset[str] = frozenset()
+    access: Access = EVERYBODY
+    public_key: bytes | None = None
+    """PEM; None where bundles need no signature. Read once, so that it cannot change later."""
+
+
+class Loaded(NamedTuple):
+    """One reading."""
+
+    watchlist: WatchList
+    """With columns in its own order."""
+    manifest: Manifest | None
+    """What was signed; None where nothing has to be."""
+    left_out: tuple[str, ...] = ()
+    """Ids of policies whose features nobody has calibrated yet."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What was read before, by content: most of it is the same the next time."""
+
+    policies: Cache = field(default_factory=dict)
+    feature_sets: dict[Path, tuple[Any, FeatureSet]] = field(default_factory=dict)
+
+
+def load(source: Source, known: Known | None = None) -> Loaded:
+    """Read everything, and compile it.
+
+    What changed while it was read is read again: names from before a link was turned, and contents
+    from after it, make a set that nobody has written.
+
+    Args:
+        source: where from.
+        known: what was read before.
+
+    Raises:
+        PolicyErrors, FeatureSetError, WatchListError, BundleError, SourceError: with file, place
+            and reason.
+    """
+    known = known or Known()
+    roots = (source.policies, source.feature_sets)
+    before = fingerprint(roots)
+    for _ in range(ATTEMPTS):
+        loaded: Loaded | None = None
+        wrong: Exception | None = None
+        try:
+            loaded = _load(source, known)
+        except Exception as error:  # noqa: BLE001 - it may be wrong for having changed
+            wrong = error
+        after = fingerprint(roots)
+        if after == before:
+            if wrong is not None:
+                raise wrong
+            assert loaded is not None
+            return loaded
+        before = after
+    raise SourceError(f"{source.policies}: changes faster than it can be read")
+
+
+def _load(source: Source, known: Known) -> Loaded:
+    manifest = None
+    if source.public_key is not None:
+        manifest = signing.verify(source.policies, source.public_key)
+    found = load_policies(source.policies, known.policies)
+    policies, notes = leave_out_templates(found, source.feature_sets)
+    if not policies:
+        raise SourceError(
+            f"additional-config: saeguard.policies: no policies to serve in {source.policies}; "
+            "name a policy file or a directory of *.yaml files whose features are calibrated"
+        )
+    check_against(source.access, policies)
+    ids = {p.id for p in policies}
+    unknown = source.may_enforce - ids
+    if unknown:
+        raise SourceError(
+            "additional-config: saeguard.request_may_enforce: no policy has the id "
+            f"{', '.join(sorted(unknown))}; loaded: {', '.join(sorted(ids))}"
+        )
+    names = sorted({p.feature_set for p in policies})
+    sets = {name: _feature_set(source.feature_sets / f"{name}.yaml", known) for name in names}
+    if manifest is not None:
+        digests = {name: features.digest for name, features in sets.items()}
+        signing.check_loaded(manifest, source.policies, found, digests)
+    may_enforce = source.may_enforce | source.access.ever_enforced(ids)
+    left_out = tuple(sorted({p.id for p in found} - ids)) if notes else ()
+    return Loaded(build_watchlist(policies, sets, may_enforce=may_enforce), manifest, left_out)
+
+
+def _feature_set(path: Path, known: Known) -> FeatureSet:
+    """Load a feature set, unless it and what it names are as they were: hashing takes its time."""
+    try:
+        content = hashlib.sha256(path.read_bytes()).digest()
+    except OSError:
+        return load_feature_set(path)  # which says what is wrong
+    before = known.feature_sets.get(path)
+    if before is not None:
+        key, features = before
+        if key == (content, _stamp(features)):
+            return features
+    features = load_feature_set(path)
+    known.feature_sets[path] = ((content, _stamp(features)), features)
+    return features
+
+
+def _stamp(features: FeatureSet) -> tuple[Any, ...]:
+    """Return what changes when a file that a feature set names does."""
+    sae = features.sae.path
+    files = sorted(sae.rglob("*")) if sae.is_dir() else [sae]
+    files += sorted({f.probe.path for f in features.features.values() if f.probe is not None})
+    stamps = []
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            stamps.append((str(file), 0, 0, 0))
+            continue
+        stamps.append((str(file), status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(stamps)

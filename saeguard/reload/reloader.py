@@ -1,0 +1,352 @@
+"""Swap watch lists while requests are under way.
+
+A thread of the engine core hears from the compiler's process, finds columns for new rows, tells the
+workers, and makes the list the present one. Whatever is refused leaves everything as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import structlog
+
+from saeguard.guard.prefix.store import PrefixStore
+from saeguard.guard.tap import Write
+from saeguard.guard.watchlist import WatchList
+from saeguard.policy.signing import Manifest
+from saeguard.reload import state_dir
+from saeguard.reload.columns import (
+    Columns,
+    check_fits,
+    oldest_readable,
+    place,
+    spread,
+    used,
+)
+from saeguard.reload.compiler_process import Compiler, Reading, Trigger
+from saeguard.reload.policy_source import Source
+from saeguard.reload.versions import Versions, make_version
+from saeguard.reload.worker_updates import Swap, UpdateQueue
+
+log = structlog.get_logger("saeguard")
+
+Outcome: TypeAlias = Literal["active", "unchanged", "refused", "failed"]
+
+TICK_S = 0.1
+"""How often lists that nobody needs any more are looked for."""
+RESTART_S = 1.0
+
+
+class RefusedError(ValueError):
+    """A list that compiled cannot be served by this server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of one reload."""
+
+    outcome: Outcome
+    trigger: Trigger
+    old: str
+    """Digest of the list before."""
+    new: str | None
+    """Digest of the list wanted; None where it could not be read."""
+    error: str | None
+    policies: int
+    """Of the list that is in use now."""
+    revision: int | None
+    """Signed revision in use now, None without signatures."""
+    read_ms: float
+    """Reading and compiling, in the compiler's process."""
+    swap_ms: float
+    """From then to being the present list, beside the steps."""
+    rows: int
+    """Encoder rows written into the taps."""
+
+
+@dataclass(slots=True)
+class Where:
+    """What a reload works on, and the checks that only the engine can make."""
+
+    source: Source
+    generations: Versions
+    columns: tuple[Columns, ...]
+    outbox: UpdateQueue
+    report: Callable[[Report], None]
+    accept: Callable[[WatchList], None]
+    """Raises ValueError where the model does not fit."""
+    check_manifest: Callable[[Manifest | None], None]
+    memory: PrefixStore | None = None
+    graphs_hold_clamps: bool = False
+    """Whether captured CUDA graphs hold the clamps as they were at the start."""
+    state: Path | None = None
+    engine: int = 0
+
+
+@dataclass(slots=True)
+class Standing:
+    """How reloading stands; read by other threads."""
+
+    current: bool = True
+    """Whether the files hold what is in use."""
+    error: str | None = None
+    waiting: str | None = None
+    """Digest of a list that waits for columns."""
+    asked: int = 0
+    """Reloads asked for by a signal, as far as they have been answered."""
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+
+class Reloader:
+    """Keeps the present list that of the files."""
+
+    def __init__(self, where: Where, manifest: Manifest | None) -> None:
+        """Start watching.
+
+        Args:
+            where: what to work on.
+            manifest: of the list in use.
+        """
+        self.standing = Standing()
+        self._where = where
+        self._manifest = manifest
+        self._first_clamps = where.generations.current.clamps
+        self._last: Reading | None = None
+        self._asked: list[Trigger] = []
+        self._closed = False
+        self._keep(manifest)
+        self._write_status()
+        self._thread = threading.Thread(target=self._run, name="saeguard-reload", daemon=True)
+        self._thread.start()
+
+    def ask(self, trigger: Trigger) -> None:
+        """Have the files read again; from any thread, or a signal's handler."""
+        self._asked.append(trigger)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed = True
+        self._thread.join(5)
+
+    # --- the thread -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closed:
+            compiler = Compiler(self._where.source)
+            try:
+                self._follow(compiler)
+            except (EOFError, OSError):
+                if not self._closed:
+                    self._failed("the process that reads policies has ended; starting another")
+                    time.sleep(RESTART_S)
+            except Exception as error:
+                self._failed(f"{type(error).__name__}: {error}")
+                log.exception("saeguard reload failed")
+                time.sleep(RESTART_S)
+            finally:
+                compiler.close()
+
+    def _follow(self, compiler: Compiler) -> None:
+        # The files may have changed since the server read them, or while no process watched.
+        self._take(compiler, compiler.read("files"))
+        while not self._closed:
+            self._retire()
+            if self._asked:
+                self._take(compiler, compiler.read(self._asked.pop(0)))
+            elif compiler.changed(TICK_S):
+                self._take(compiler, compiler.read("files"))
+
+    def _take(self, compiler: Compiler, reading: Reading) -> None:
+        """Make a list the present one, or say why not."""
+        where, old = self._where, self._where.generations.current.watchlist.digest
+        began = time.perf_counter()
+        rows = 0
+        if reading.error is None and reading.watchlist is None and self._last is not None:
+            same = self._last
+            reading = replace(reading, watchlist=same.watchlist, ids=same.ids, digest=same.digest)
+        if reading.watchlist is not None:
+            self._last = reading
+        new = reading.digest or None
+        outcome: Outcome = "refused"
+        error = reading.error
+        if error is None:
+            try:
+                where.check_manifest(reading.manifest)
+                if new == old:
+                    outcome = "unchanged"
+                else:
+                    written = self._swap(compiler, reading)
+                    if written is None:
+                        return  # another reading came while this one waited
+                    rows, outcome = written, "active"
+                self._manifest = reading.manifest
+                self._keep(reading.manifest)
+            except (ValueError, RuntimeError) as refused:
+                error = str(refused)
+        self._tell(
+            Report(
+                outcome=outcome if error is None else "refused",
+                trigger=reading.trigger,
+                old=old,
+                new=new,
+                error=error,
+                policies=len(where.generations.current.watchlist.policies),
+                revision=None if self._manifest is None else self._manifest.revision,
+                read_ms=round(1e3 * reading.seconds, 1),
+                swap_ms=round(1e3 * (time.perf_counter() - began), 1),
+                rows=rows,
+            )
+        )
+
+    def _swap(self, compiler: Compiler, reading: Reading) -> int | None:
+        """Put a list in; return the rows written, None where a later reading came first.
+
+        Raises:
+            ValueError: this server cannot serve it.
+        """
+        where, watchlist = self._where, reading.watchlist
+        assert watchlist is not None
+        present = where.generations.current
+        if watchlist.exclude_tokens != present.watchlist.exclude_tokens:
+            raise RefusedError(
+                f"the feature sets exclude tokens {list(watchlist.exclude_tokens)}, this server "
+                f"excludes {list(present.watchlist.exclude_tokens)}: start it again"
+            )
+        where.accept(watchlist)
+        check_fits(where.columns, watchlist.hooks, reading.ids, present.reads)
+        number = present.number + 1
+        while True:
+            self._retire()
+            placed = place(where.columns, watchlist.hooks, reading.ids, self._in_use(), number)
+            if placed is not None:
+                break
+            # It fits, but not beside the lists that requests under way began with.
+            self.standing.waiting = watchlist.digest
+            self._write_status()
+            if self._closed or self._asked or compiler.changed(TICK_S):
+                self.standing.waiting = None
+                return None
+        self.standing.waiting = None
+        writes = self._writes(compiler, watchlist, placed.at, placed.missing)
+        reads = used(watchlist.hooks, placed.at)
+        whole = spread(watchlist, placed.columns, placed.at, present.watchlist.hooks)
+        needs = oldest_readable(placed.columns, reads)
+        source = where.source
+        ids = {p.id for p in watchlist.policies}
+        version = make_version(
+            number,
+            whole,
+            reads,
+            may_enforce=source.may_enforce | source.access.ever_enforced(ids),
+            memory=where.memory,
+            needs=needs,
+        )
+        clamps = {}
+        if version.clamps and version.clamps not in {g.clamps for g in where.generations.live}:
+            if where.graphs_hold_clamps and version.clamps != self._first_clamps:
+                raise RefusedError(
+                    "clamps differ from those that this server was started with, which its CUDA "
+                    "graphs hold: start it again, or serve with --enforce-eager to change clamps "
+                    "while serving"
+                )
+            if not where.graphs_hold_clamps:
+                clamps = {version.clamps: whole}
+        where.columns = placed.columns
+        where.outbox.put(Swap(number, writes, clamps))
+        where.generations.publish(version)
+        return sum(len(write.columns) for write in writes if "W" in write.rows)
+
+    def _writes(
+        self,
+        compiler: Compiler,
+        watchlist: WatchList,
+        at: Sequence[np.ndarray],
+        missing: Sequence[np.ndarray],
+    ) -> tuple[Write, ...]:
+        bars = tuple(
+            Write(hook.layer, where[part.columns], {"bar": part.bar.numpy()})
+            for hook, where in zip(watchlist.hooks, at, strict=True)
+            for part in hook.ranked
+        )
+        if not any(map(len, missing)):
+            return bars
+        rows = compiler.rows(missing)
+        return bars + tuple(
+            Write(hook.layer, where[which], values)
+            for hook, where, which, values in zip(watchlist.hooks, at, missing, rows, strict=True)
+            if len(which)
+        )
+
+    def _in_use(self) -> dict[int, frozenset[int]]:
+        """Return the columns that lists in use read, by layer."""
+        held: dict[int, frozenset[int]] = {}
+        for version in self._where.generations.live:
+            for layer, columns in version.reads.items():
+                held[layer] = held.get(layer, frozenset()) | columns
+        return held
+
+    def _retire(self) -> None:
+        """Let go of lists that no request needs, and of their clamps."""
+        gone = self._where.generations.retire()
+        left = {g.clamps for g in self._where.generations.live}
+        for clamps in {g.clamps for g in gone} - left - {""}:
+            if not self._where.graphs_hold_clamps:
+                self._where.outbox.drop(clamps)
+
+    # --- telling --------------------------------------------------------------------------------
+
+    def _failed(self, error: str) -> None:
+        present = self._where.generations.current.watchlist
+        revision = None if self._manifest is None else self._manifest.revision
+        policies = len(present.policies)
+        self._tell(
+            Report("failed", "files", present.digest, None, error, policies, revision, 0.0, 0.0, 0)
+        )
+
+    def _tell(self, report: Report) -> None:
+        standing = self.standing
+        standing.current = report.error is None
+        standing.error = report.error
+        standing.asked += report.trigger != "files"
+        standing.outcomes[report.outcome] += 1
+        first = report.outcome == "unchanged" and standing.outcomes.total() == 1
+        if not first:  # the reading at start, which found what is in use
+            self._where.report(report)
+        self._write_status(report)
+
+    def _keep(self, manifest: Manifest | None) -> None:
+        if manifest is not None and self._where.state is not None:
+            state_dir.keep_revision(self._where.state, manifest.revision, manifest.digest)
+
+    def _write_status(self, report: Report | None = None) -> None:
+        if self._where.state is None:
+            return
+        standing = self.standing
+        present = self._where.generations.current
+        status: dict[str, Any] = {
+            "pid": os.getpid(),
+            "started_at": state_dir.started_at(os.getpid()),
+            "time": datetime.now(UTC).isoformat(),
+            "watchlist": present.watchlist.digest,
+            "swap": present.number,
+            "policies": len(present.watchlist.policies),
+            "revision": None if self._manifest is None else self._manifest.revision,
+            "current": standing.current,
+            "error": standing.error,
+            "waiting": standing.waiting,
+            "asked": standing.asked,
+            "last": None if report is None else report.outcome,
+        }
+        try:
+            state_dir.write_status(self._where.state, self._where.engine, status)
+        except OSError as error:
+            log.warning("saeguard status cannot be written", error=str(error))
