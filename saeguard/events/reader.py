@@ -7,10 +7,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from saeguard.errors import InputError
 from saeguard.events.schema import LINE, Event
 
 
-class LogError(ValueError):
+class LogError(InputError):
     """A line of an event log is not understood; names file, line and field."""
 
 

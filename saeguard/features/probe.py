@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from saeguard.errors import InputError
 from saeguard.features.load import file_digest
 from saeguard.features.types import ProbeRef
 
 
-class ProbeError(ValueError):
+class ProbeError(InputError):
     """A probe file is missing, damaged, or of another width."""
 
 

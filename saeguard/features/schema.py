@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from saeguard.errors import InputError
+
 SCHEMA = "saeguard.features/v1"
 MAX_BYTES = 8 << 20
 
@@ -21,7 +23,7 @@ Weight = Annotated[float, Field(description="Factor of the latent's activation."
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
 
 
-class FeatureSetError(ValueError):
+class FeatureSetError(InputError):
     """A feature-set file is malformed or does not fit its SAE; names file and field."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from saeguard.errors import InputError
 from saeguard.features.corpus import Corpus, peaks
 from saeguard.features.fit_probe import fit_probe
 from saeguard.features.latent_groups import candidates, choose_size, fit_weights
@@ -25,7 +26,7 @@ MIN_HOLD_OUT = 20
 """Texts of each label below which a hold-out says nothing."""
 
 
-class SearchError(ValueError):
+class SearchError(InputError):
     """The labelled texts cannot support a search; says what is missing."""
 
 

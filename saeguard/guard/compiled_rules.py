@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saeguard.errors import InputError
 from saeguard.guard.condition_program import Program, compile_program
 from saeguard.guard.scopes import BY_ROLE, SCOPES
 from saeguard.policy.types import Aggregate, Over, Policy, Scope
@@ -19,7 +20,7 @@ MAX_NODES = 1_000_000
 """Selections and parts of conditions over all policies."""
 
 
-class RulesError(ValueError):
+class RulesError(InputError):
     """The policies are more than the tables may hold."""
 
 

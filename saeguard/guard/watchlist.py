@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from saeguard.errors import InputError
 from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.topk_thresholds import Approximation
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
@@ -28,7 +29,7 @@ RowKey: TypeAlias = tuple[str, int | str]
 """A watched row: feature set, and latent or probe."""
 
 
-class WatchListError(ValueError):
+class WatchListError(InputError):
     """The policies, feature sets and checkpoints do not fit together."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saeguard.errors import InputError
 from saeguard.features.types import FeatureSet
 
 LAYER_PATHS = (
@@ -27,7 +28,7 @@ LAYER_PATHS = (
 )
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model cannot be loaded or read; says what to do."""
 
 

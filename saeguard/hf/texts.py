@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from saeguard.errors import InputError
+
 _UNION_MEMBERS = ("str", "list[_Message]")
 
 
-class TextError(ValueError):
+class TextError(InputError):
     """A line of an input file is not understood; names file, line and field."""
 
 

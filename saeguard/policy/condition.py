@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 
+from saeguard.errors import InputError
 from saeguard.policy.errors import Code, did_you_mean, show
 from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Points
 
@@ -30,7 +31,7 @@ RESERVED = frozenset({"and", "or", "not", "of", "any", "all", "points", "for"})
 _TOKEN = re.compile(r"[A-Za-z0-9_]+|[(),]|\S")
 
 
-class ConditionError(ValueError):
+class ConditionError(InputError):
     """A mistake in a condition.
 
     Attributes:

@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from saeguard.errors import SaeguardError
+
 Level: TypeAlias = Literal["error", "warning", "note"]
 
 Code: TypeAlias = Literal[
@@ -124,7 +126,7 @@ class PolicyError:
         return f"{head}\n  {number} | {shown.rstrip()}\n  {gutter} | {caret}"
 
 
-class PolicyErrors(Exception):  # noqa: N818 - the plural says that all of them are here
+class PolicyErrors(SaeguardError):  # noqa: N818 - the plural says that all of them are here
     """Every mistake that was found, in the order of files and lines."""
 
     def __init__(self, errors: Iterable[PolicyError]) -> None:

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 from typing import TypeAlias
 
+from saeguard.errors import SaeguardError
 from saeguard.policy.errors import Code, PolicyError
 from saeguard.policy.yaml_reader import MAX_BYTES
 
@@ -74,7 +75,7 @@ def read_bytes(path: Path) -> bytes | PolicyError:
     return _whole(path, "unreadable", "this is not a regular file")
 
 
-class _PlaceError(Exception):
+class _PlaceError(SaeguardError):
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
         self.code: Code = code

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from saeguard.errors import InputError
+
 WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-class ModelConfigError(ValueError):
+class ModelConfigError(InputError):
     """A model's configuration cannot be read; says what to do."""
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saeguard.atomic_files import write_atomically
+from saeguard.errors import InputError
 from saeguard.policy.errors import PolicyError, PolicyErrors
 from saeguard.policy.files import find_files, is_test, read_bytes
 from saeguard.policy.types import Policy
@@ -33,7 +34,7 @@ PAYLOAD = "application/vnd.saeguard.bundle.v1+json"
 MAX_BYTES = 16 * 1024 * 1024
 
 
-class BundleError(ValueError):
+class BundleError(InputError):
     """The bundle is not what the key's owner signed, or older than one that was seen."""
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import yaml
 
+from saeguard.errors import SaeguardError
 from saeguard.policy.errors import Code, PolicyError, show
 from saeguard.policy.yaml_scalars import AmbiguousError, Scalar, kind, plain
 
@@ -135,7 +136,7 @@ def _error_at(path: Path, text: str, start: int, code: Code, message: str) -> Po
     return PolicyError(path, line, start - line_start + 1, code, message, source)
 
 
-class _StopError(Exception):
+class _StopError(SaeguardError):
     """The rest of the file cannot be read."""
 
 

@@ -10,6 +10,8 @@ import re
 from datetime import date
 from typing import TypeAlias
 
+from saeguard.errors import InputError
+
 Scalar: TypeAlias = str | int | float | bool | date | None
 
 _NULL = {"", "~", "null"}
@@ -45,7 +47,7 @@ _KINDS: dict[type, str] = {
 }
 
 
-class AmbiguousError(ValueError):
+class AmbiguousError(InputError):
     """The spelling means different things to different YAML readers."""
 
 

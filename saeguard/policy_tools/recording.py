@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from saeguard.errors import InputError
 from saeguard.features.schema import Document
 from saeguard.guard.scopes import BY_ROLE, PLACES, SCOPES
 from saeguard.policy.types import Policy
@@ -28,7 +29,7 @@ SCHEMA = "saeguard.recording/v1"
 UNTOLD = "it was recorded without roles; record the texts again with `saeguard policy record`"
 
 
-class RecordingError(ValueError):
+class RecordingError(InputError):
     """A recording cannot be read, or does not hold what a policy needs; says what to do."""
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
+from saeguard.errors import InputError
+
 MAX_TOKENS = 10_000
 
 _RUN = re.compile(r"(-?(?:0|[1-9][0-9]{0,3})(?:\.[0-9]{1,12})?)(?:x([1-9][0-9]{0,4}))?")
 
 
-class TraceError(ValueError):
+class TraceError(InputError):
     """A mistake in a trace.
 
     Attributes:

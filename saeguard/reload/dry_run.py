@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from saeguard.errors import InputError
 from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.ledger import Ledger
 from saeguard.guard.scopes import ASSISTANT, SYSTEM, TOOL, USER
@@ -14,7 +15,7 @@ PROMPT_ROLES = np.array([SYSTEM, USER, ASSISTANT, TOOL], np.uint8)
 """Whose turn each token of the prompt is in."""
 
 
-class RehearsalError(ValueError):
+class RehearsalError(InputError):
     """A list that compiled does not work."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saeguard.errors import InputError
 from saeguard.features.load import load_feature_set
 from saeguard.features.types import FeatureSet
 from saeguard.guard.watchlist import WatchList, build_watchlist
@@ -18,7 +19,7 @@ from saeguard.policy.signing import Manifest
 from saeguard.reload.file_watcher import fingerprint
 
 
-class SourceError(ValueError):
+class SourceError(InputError):
     """The operator's settings name something that is not there."""
 
 

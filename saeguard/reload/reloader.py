@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import structlog
 
+from saeguard.errors import InputError
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.tap import Write
 from saeguard.guard.watchlist import WatchList
@@ -46,7 +47,7 @@ TICK_S = 0.1
 RESTART_S = 1.0
 
 
-class RefusedError(ValueError):
+class RefusedError(InputError):
     """A list that compiled cannot be served by this server."""
 
 

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from saeguard.errors import InputError
+
 REVISION = "revision.json"
 STATUS = "engine-{}.json"
 
 
-class StateError(ValueError):
+class StateError(InputError):
     """The state folder holds something that cannot be what the server wrote."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from saeguard.errors import InputError
 
-class SaeError(ValueError):
+
+class SaeError(InputError):
     """A checkpoint is missing, damaged or of a form that cannot be read; says what to do."""

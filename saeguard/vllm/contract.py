@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+from saeguard.errors import CannotRunError
 
-class ContractError(RuntimeError):
+
+class ContractError(CannotRunError):
     """This version of vLLM lacks something the guard relies on."""
 
 

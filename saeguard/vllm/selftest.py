@@ -19,6 +19,7 @@ import structlog
 import torch
 from torch import nn
 
+from saeguard.errors import CannotRunError
 from saeguard.guard.tap import Tap, as_rows, pre_activations, set_floors
 from saeguard.sae.encoder import column_scales
 from saeguard.vllm.worker.attach import decoder_layers, is_here
@@ -39,7 +40,7 @@ STEPS = 64
 """Engine steps within which a request of 18 tokens must have been served."""
 
 
-class SelfTestError(RuntimeError):
+class SelfTestError(CannotRunError):
     """The guard does not see what it must see; serving would be unguarded."""
 
 

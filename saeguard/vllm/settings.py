@@ -10,6 +10,7 @@ import numpy as np
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from saeguard.errors import InputError
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy.access import EVERYBODY, Access, load_access
 from saeguard.policy.signing import BundleError, Manifest, check_revision
@@ -21,7 +22,7 @@ log = structlog.get_logger("saeguard")
 KEY = "saeguard"
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """The `saeguard` part of `--additional-config` is not usable."""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from saeguard.errors import InputError
 from saeguard.guard.scopes import BY_ROLE, PLACES, TEMPLATE, USER
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Opening(NamedTuple):
     """What the template writes after them; less where it runs into the content."""
 
 
-class RolesError(ValueError):
+class RolesError(InputError):
     """A policy's scope is a role, and the model's chat template does not tell that role."""
 
 

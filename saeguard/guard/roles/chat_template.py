@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saeguard.errors import InputError
 from saeguard.guard.roles.assign import START, Opening, Turns, roles_of
 from saeguard.guard.scopes import ASSISTANT, PLACES, TEMPLATE
 
@@ -43,7 +44,7 @@ CLOCKS = ("01 Jan 2001", "28 Feb 2034")
 """What templates that tell the day are told."""
 
 
-class TemplateError(ValueError):
+class TemplateError(InputError):
     """A chat template does not tell roles apart exactly; says why."""
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import structlog
 
+from saeguard.errors import CannotRunError
 from saeguard.events.metrics import Counts
 from saeguard.events.records import mismatch_event, reload_event, verdict_events
 from saeguard.events.sink import Sink
@@ -50,7 +51,7 @@ PASSES = 16
 """Passes judged together, unless a request ends before."""
 
 
-class ForwardPassError(RuntimeError):
+class ForwardPassError(CannotRunError):
     """The model's process runs another watch list than the engine core."""
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from saeguard.errors import CannotRunError
 from saeguard.guard.tap import tap_output
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class ModelError(RuntimeError):
+class ModelError(CannotRunError):
     """The model does not fit the watch list, or has no layers we can find."""
 
 
