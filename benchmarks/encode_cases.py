@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from saeguard.guard.rows import allocate_rows
+from saeguard.guard.forward_pass import allocate_rows
 from saeguard.guard.tap import Tap, kernels_for, read, set_floors
 from saeguard.guard.topk import Ranked
 from saeguard.sae import EncoderRows, encode_full, encoder_in_memory
@@ -124,14 +124,17 @@ def watched_rows(weights: Weights, x: torch.Tensor, watched: int) -> dict[str, C
     rows = EncoderRows(W, zero, zero)
     peak = torch.cat([(x @ W.t()).amax(1).cpu(), torch.tensor([-1.0])]).sort(descending=True).values
     last = max(1, len(x) // ONE_IN)
-    bars = {"screened": torch.inf, "passed": float(peak[last - 1 : last + 1].mean())}
+    screen_thresholds = {"screened": torch.inf, "passed": float(peak[last - 1 : last + 1].mean())}
     taps = {"watched": make_tap(rows, x)}
-    taps |= {name: make_tap(rows, x, weights.competitors, bar) for name, bar in bars.items()}
+    taps |= {
+        name: make_tap(rows, x, weights.competitors, screen)
+        for name, screen in screen_thresholds.items()
+    }
     return {f"{name} {watched}": partial(read, tap, x, None, tap.f) for name, tap in taps.items()}
 
 
 def make_tap(
-    rows: EncoderRows, x: torch.Tensor, competitors: Competitors | None = None, bar: float = 0.0
+    rows: EncoderRows, x: torch.Tensor, competitors: Competitors | None = None, screen: float = 0.0
 ) -> Tap:
     """Return a tap for passes of `len(x)` tokens, by rank where there are rivals."""
     watched = len(rows.b)
@@ -144,9 +147,9 @@ def make_tap(
             competitors=mine,
             columns=slice(0, watched),
             rows=rows,
-            bar=torch.full((watched,), bar, device=x.device),
+            screen=torch.full((watched,), screen, device=x.device),
             shown=torch.zeros((), dtype=torch.bool, device=x.device),
-            board=kernels and kernels.make_board(mine, watched, max_tokens=len(x)),
+            buffers=kernels and kernels.allocate_buffers(mine, watched, max_tokens=len(x)),
         )
         ranked = (part,)
     tap = Tap(

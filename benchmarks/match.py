@@ -114,7 +114,7 @@ def packets(batch: int, latents: int, firing: float, first: int) -> list[Forward
             request_ids=[str(i) for i in range(batch)],
             query_start=np.arange(batch + 1),
             positions=np.full(batch, first + t),
-            watched=np.ones(batch, bool),
+            eligible=np.ones(batch, bool),
             f=f[t],
             acted=None,
             ran=True,

@@ -331,9 +331,9 @@ def build(root: Path) -> tuple[Bench, dict[str, Any]]:
             clamp_lists={clamps_digest(watchlist): watchlist},
             tested=True,
         )
-        memory = memory_of(bench.core.scheduler, watchlist, wanted)
+        prefix_store = memory_of(bench.core.scheduler, watchlist, wanted)
         guards[state] = Guards(
-            dict(TAPS), worker, EngineGuard(started, wanted, "bench", memory=memory)
+            dict(TAPS), worker, EngineGuard(started, wanted, "bench", prefix_store=prefix_store)
         )
     about = {
         "parameters": parameters,

@@ -123,7 +123,7 @@ def measure(folder: Path, engine: dict[str, Any], swaps: int, pause: float) -> d
         steps.append((began, time.perf_counter() - began))
 
     deadline = time.perf_counter() + 60
-    while not guard.reloader.standing.outcomes and time.perf_counter() < deadline:
+    while not guard.reloader.status.outcomes and time.perf_counter() < deadline:
         step()  # the process that compiles has started and read everything once
     for _ in range(50):
         step()

@@ -67,7 +67,7 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixView:
+class RequestView:
     """One request as it is shown."""
 
     answer: Answer
@@ -102,8 +102,8 @@ class PolicyRow:
 class Pair:
     """One prompt without and with the clamp."""
 
-    off: PrefixView
-    on: PrefixView
+    off: RequestView
+    on: RequestView
 
     @property
     def telling(self) -> bool:
@@ -115,7 +115,7 @@ class Pair:
 class Account:
     """Everything the report tells."""
 
-    views: tuple[PrefixView, ...]
+    views: tuple[RequestView, ...]
     pairs: tuple[Pair, ...]
     clamp: Policy | None
     policies: tuple[PolicyRow, ...]
@@ -127,12 +127,12 @@ class Account:
     events: str = "events.jsonl"
 
     @property
-    def flagged(self) -> list[PrefixView]:
+    def flagged(self) -> list[RequestView]:
         """Flagged requests, gravest first."""
         return sorted((v for v in self.views if v.flagged), key=_gravity)
 
     @property
-    def quiet(self) -> list[PrefixView]:
+    def quiet(self) -> list[RequestView]:
         """The others."""
         return [v for v in self.views if not v.flagged]
 
@@ -189,7 +189,7 @@ def view(
     events: Iterable[Mapping[str, Any]],
     watchlist: WatchList,
     tokenizer: Any,
-) -> PrefixView:
+) -> RequestView:
     """Put one request's answer, verdicts and shares together.
 
     Args:
@@ -218,7 +218,7 @@ def view(
             )
         )
     hits.sort(key=lambda h: (SEVERITIES.index(h.policy.severity), -h.score))
-    return PrefixView(
+    return RequestView(
         answer=answer,
         hits=tuple(h for h in hits if h.action is not None),
         shadow=tuple(h for h in hits if h.action is None),
@@ -286,7 +286,7 @@ def _key(event: Mapping[str, Any]) -> tuple[str, str]:
     return event["policy"], event["policy_digest"]
 
 
-def _gravity(v: PrefixView) -> tuple[int, float]:
+def _gravity(v: RequestView) -> tuple[int, float]:
     return min(((SEVERITIES.index(h.policy.severity), -h.score) for h in v.hits), default=(9, 0.0))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from demo.account import OUTCOMES, Account, Hit, PrefixView, Token, Trace
+from demo.account import OUTCOMES, Account, Hit, RequestView, Token, Trace
 from demo.terminal import clamp_line
 
 HERE = Path(__file__).resolve().parent
@@ -73,7 +73,7 @@ def visible(token: Token) -> tuple[str, str]:
     return token.text, ""
 
 
-def other_traces(view: PrefixView) -> list[tuple[Hit, Trace]]:
+def other_traces(view: RequestView) -> list[tuple[Hit, Trace]]:
     """Return the features behind a request's matches but for the one shown, each once."""
     pairs = [(hit, trace) for hit in (*view.hits, *view.shadow) for trace in hit.traces]
     first: dict[str, tuple[Hit, Trace]] = {}

@@ -11,7 +11,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from demo.account import OUTCOMES, Account, Pair, PrefixView, Token, Trace
+from demo.account import OUTCOMES, Account, Pair, RequestView, Token, Trace
 from demo.judge import Judgement
 
 SEVERITY_STYLE = {"critical": "bold red", "high": "red", "medium": "yellow", "low": "cyan"}
@@ -53,7 +53,7 @@ def heat_text(trace: Trace, part: str) -> Text:
     return text
 
 
-def request_panel(view: PrefixView) -> Panel:
+def request_panel(view: RequestView) -> Panel:
     """Show a flagged request: what was asked, what came back, what fired and where."""
     strongest = view.hits[0].traces[0] if view.hits and view.hits[0].traces else None
     rows = Table.grid(padding=(0, 2))
@@ -189,7 +189,7 @@ def coverage_line(account: Account) -> str:
     )
 
 
-def _line(view: PrefixView) -> Text:
+def _line(view: RequestView) -> Text:
     line = Text(f"  {view.answer.id:14}", "dim", no_wrap=True, overflow="ellipsis")
     line.append(" ".join(view.answer.messages[-1]["content"].split()), "none")
     line.append("  →  ", "dim")
@@ -197,7 +197,7 @@ def _line(view: PrefixView) -> Text:
     return line
 
 
-def _code(view: PrefixView) -> RenderableType:
+def _code(view: RequestView) -> RenderableType:
     if view.judgement.code:
         return Syntax(
             view.judgement.code, "python", word_wrap=True, line_numbers=True,

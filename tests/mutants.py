@@ -182,9 +182,9 @@ MUTANTS = (
         "what is not needed any more goes after what is new",
         "import saeguard.vllm.worker.guard as w\n"
         "carry_out = w.WorkerGuard.carry_out\n"
-        "def last(self, orders):\n"
-        "    carry_out(self, orders._replace(dropped=()))\n"
-        "    for digest in orders.dropped:\n"
+        "def last(self, update):\n"
+        "    carry_out(self, update._replace(dropped=()))\n"
+        "    for digest in update.dropped:\n"
         "        self.clamp_lists.pop(digest, None)\n"
         "        [tap.clamps.pop(digest, None) for tap in self.taps]\n"
         "w.WorkerGuard.carry_out = last\n",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from saeguard.guard.judge import judge
-from saeguard.guard.scopes import PLACES
+from saeguard.guard.scopes import ROLES
 from saeguard.policy.types import Policy
 from saeguard.policy_tools.explanation import judge_recorded
 from saeguard.policy_tools.recording import Recording, RecordingError, read_recording
@@ -56,7 +56,7 @@ def run(policy: Policy, case: Case) -> Result:
     """Judge a case that gives its shares."""
     assert isinstance(case.given, Trace)
     shares = {feature: np.asarray(trace) for feature, trace in case.given.shares.items()}
-    roles = np.array([PLACES.index(role) for role in case.given.roles], np.uint8)
+    roles = np.array([ROLES.index(role) for role in case.given.roles], np.uint8)
     return compare(policy, case, judge(policy, shares, case.given.prompt_tokens, roles))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from saeguard.guard.aggregates import aggregate, pass_over
 from saeguard.guard.compiled_rules import Counted, Rules, Windowed
 from saeguard.guard.condition_program import evidence
-from saeguard.guard.scopes import OUTPUT, PLACES, TEMPLATE, in_scopes
+from saeguard.guard.scopes import OUTPUT, ROLES, TEMPLATE, in_scopes
 from saeguard.guard.state import State
 from saeguard.guard.verdict import THRESHOLD
 
@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
     """[requests, tokens] int64, consecutive within each request."""
     shares: np.ndarray
     """[requests, tokens, features] float32 or float64."""
-    watched: np.ndarray
+    eligible: np.ndarray
     """[requests, tokens] bool, False for tokens excluded by id."""
     finite: np.ndarray
     """[requests, tokens] bool, False where the activations could not be read."""
@@ -36,8 +36,8 @@ class Tokens(NamedTuple):
 class Scored(NamedTuple):
     """What the rules say of each token of a block."""
 
-    place: np.ndarray
-    """[requests, tokens] indices into `PLACES`."""
+    role: np.ndarray
+    """[requests, tokens] indices into `ROLES`."""
     values: np.ndarray
     """[requests, tokens, features + aggregates] what selections compare."""
     looked: np.ndarray
@@ -49,21 +49,21 @@ class Scored(NamedTuple):
     -inf may stand for it."""
 
 
-def places(s: State, at: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Return [requests, tokens] indices into `PLACES` of consecutive positions."""
-    place = np.where(position < s.prompt[at, None], TEMPLATE, OUTPUT)
+def roles_at(s: State, at: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Return [requests, tokens] indices into `ROLES` of consecutive positions."""
+    role = np.where(position < s.prompt[at, None], TEMPLATE, OUTPUT)
     for r in np.flatnonzero(position[:, 0] < s.prompt[at]):  # few: most are past their prompt
         roles = s.roles[at[r]]
         if roles is not None:
             here = roles[position[r, 0] : position[r, -1] + 1]
-            place[r, : len(here)] = here
-    return place
+            role[r, : len(here)] = here
+    return role
 
 
 def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scored:
     """Score a block of the requests in distinct slots `at`; windows and aggregates move on."""
-    place = places(s, at, tokens.position)
-    looked = in_scopes(place, tokens.watched & tokens.finite)
+    role = roles_at(s, at, tokens.position)
+    looked = in_scopes(role, tokens.eligible & tokens.finite)
     values = tokens.shares
     if len(rules.aggregates.feature):
         more = aggregate(rules.aggregates, s, at, tokens.position, values, looked)
@@ -82,7 +82,7 @@ def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scor
             _of_window(rules.windowed, s, at, tokens.position, score)
         if len(rules.counted.policy):
             _of_request(rules.counted, s, at, score)
-    return Scored(place, values, looked, e, score)
+    return Scored(role, values, looked, e, score)
 
 
 def _of_window(w: Windowed, s: State, at: np.ndarray, position: np.ndarray, e: np.ndarray) -> None:
@@ -136,12 +136,12 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
     """
     position = tokens.position
     scored = score_tokens(rules, s, at, tokens)
-    what = np.where(tokens.watched, np.where(tokens.finite, EVALUATED, ERROR), SPECIAL)
-    what += 5 * scored.place
-    kinds = 5 * len(PLACES)
+    what = np.where(tokens.eligible, np.where(tokens.finite, EVALUATED, ERROR), SPECIAL)
+    what += 5 * scored.role
+    kinds = 5 * len(ROLES)
     what += kinds * np.arange(len(at))[:, None]
     counted = np.bincount(what.ravel(), minlength=kinds * len(at))
-    s.counts[at] += counted.reshape(-1, len(PLACES), 5)
+    s.counts[at] += counted.reshape(-1, len(ROLES), 5)
     s.next[at] = position[:, -1] + 1
     s.score[at] = np.maximum(s.score[at], scored.score.max(axis=1))
     _tell(rules, s, at, position, scored)
@@ -187,8 +187,8 @@ def skip(rules: Rules, s: State, slot: int, position: int, why: int) -> None:
     gap = position - first
     if gap <= 0:
         return
-    place = places(s, np.array([slot]), np.arange(first, position)[None])
-    s.counts[slot, :, why] += np.bincount(place[0], minlength=len(PLACES))
+    role = roles_at(s, np.array([slot]), np.arange(first, position)[None])
+    s.counts[slot, :, why] += np.bincount(role[0], minlength=len(ROLES))
     longest = rules.windowed.longest
     s.ring[slot, np.arange(max(first, position - longest), position) % longest] = -np.inf
     pass_over(rules.aggregates, s, slot, first, position)

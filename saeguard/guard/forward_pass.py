@@ -1,4 +1,4 @@
-"""What one forward pass saw, on its way from the model's process to the rules."""
+"""One forward pass: how its rows are laid out, and what it brought to the rules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,75 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
+
+NO_SLOT = 0
+"""The slot of padding, warm-up and capture rows: nothing is ever enforced there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Persistent per-row buffers that the op reads, so that captured graphs stay valid.
+
+    `clamp_slot`, `position` and `offset` are [max_tokens] int64; `eligible` is [max_tokens] bool.
+    """
+
+    clamp_slot: torch.Tensor
+    """The request's slot in the clamp state; `NO_SLOT` for padding."""
+    position: torch.Tensor
+    """The token's position in its request, from 0."""
+    offset: torch.Tensor
+    """The row's distance from the first row of its request in this pass."""
+    eligible: torch.Tensor
+    """False for tokens that are excluded by id, such as BOS."""
+    role: torch.Tensor
+    """[max_tokens] int64, index into `ROLES`: whose turn of the prompt, or the output."""
+    staging: torch.Tensor
+    """[3, max_tokens] int64 on the host, pinned where there is a GPU: slots, offsets, places."""
+
+
+def allocate_rows(max_tokens: int, device: torch.device) -> Rows:
+    """Allocate the layout for passes of up to `max_tokens` rows, padding included."""
+    layout = torch.zeros(4, max_tokens, dtype=torch.int64, device=device)
+    return Rows(
+        clamp_slot=layout[0],
+        position=layout[1],
+        offset=layout[2],
+        eligible=torch.ones(max_tokens, dtype=torch.bool, device=device),
+        role=layout[3],
+        staging=torch.zeros(3, max_tokens, dtype=torch.int64, pin_memory=device.type == "cuda"),
+    )
+
+
+def lay_out(
+    rows: Rows,
+    slots: Sequence[int],
+    query_start: np.ndarray,
+    positions: torch.Tensor,
+    role: np.ndarray,
+) -> None:
+    """Write the layout of the next pass.
+
+    Args:
+        rows: the buffers.
+        slots: one per request, in row order.
+        query_start: [requests + 1] first row of each request, then the number of rows.
+        positions: [rows] int64 on the device, where the engine keeps them exact even when the
+            host has to guess how many drafts were accepted.
+        role: [rows] indices into `ROLES`. That of a draft is the output's, whatever its position.
+    """
+    counts = np.diff(query_start)
+    total = int(query_start[-1])
+    host = rows.staging.numpy()
+    host[0, :total] = np.repeat(np.asarray(slots, np.int64), counts)
+    host[0, total:] = NO_SLOT
+    host[1, :total] = np.arange(total) - np.repeat(query_start[:-1], counts)
+    host[1, total:] = 0
+    host[2, :total] = role
+    rows.clamp_slot.copy_(rows.staging[0], non_blocking=True)
+    rows.offset.copy_(rows.staging[1], non_blocking=True)
+    rows.role.copy_(rows.staging[2], non_blocking=True)
+    rows.position[:total] = positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +85,12 @@ class ForwardPass:
         request_ids: in row order.
         query_start: [requests + 1] first row of each request, then the number of rows.
         positions: [rows] position of each row's token in its request.
-        watched: [rows] bool, False for tokens excluded by id.
+        eligible: [rows] bool, False for tokens excluded by id.
         f: [rows, columns] float32 activations.
         acted: [rows, clamp policies] bool, where a clamp edited the row; None without clamps.
         ran: whether every tap ran in this pass; if not, `f` is stale and nothing was seen.
         watchlist: digest of the watch list that the model's process was started with.
-        orders: swaps of the watch list that its taps had carried out before the pass.
+        swaps: swaps of the watch list that its taps had carried out before the pass.
         acted_by: `acted` by digest of the clamps, where several lists have requests under way;
             `saeguard.reload.versions` picks each request's own.
     """
@@ -29,12 +98,12 @@ class ForwardPass:
     request_ids: list[str]
     query_start: np.ndarray
     positions: np.ndarray
-    watched: np.ndarray
+    eligible: np.ndarray
     f: np.ndarray
     acted: np.ndarray | None
     ran: bool
     watchlist: str
-    orders: int = 0
+    swaps: int = 0
     acted_by: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of_requests(self, which: Sequence[int]) -> ForwardPass:
@@ -46,7 +115,7 @@ class ForwardPass:
             request_ids=[self.request_ids[i] for i in which],
             query_start=np.concatenate([[0], np.cumsum(end - start)]),
             positions=self.positions[rows],
-            watched=self.watched[rows],
+            eligible=self.eligible[rows],
             f=self.f[rows],
             acted=None if self.acted is None else self.acted[rows],
             acted_by={digest: acted[rows] for digest, acted in self.acted_by.items()},

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.evaluate import CACHED, UNTRACKED, Tokens, advance, places, skip
+from saeguard.guard.evaluate import CACHED, UNTRACKED, Tokens, advance, roles_at, skip
 from saeguard.guard.forward_pass import ForwardPass, in_step
 from saeguard.guard.prefix.blocks import PrefixBlocks
 from saeguard.guard.prefix.store import PrefixStore, PrefixView
@@ -41,30 +41,30 @@ class Ledger:
         watchlist: WatchList,
         slots: int = 256,
         *,
-        memory: PrefixStore | PrefixView | None = None,
+        prefix_store: PrefixStore | PrefixView | None = None,
     ) -> None:
         """Start empty.
 
         Args:
             watchlist: the compiled policies.
             slots: a first guess; it grows with the load.
-            memory: what was seen of tokens in the prefix cache; None where there is no cache.
+            prefix_store: what was seen of tokens in the prefix cache; None where there is no cache.
         """
         self.watchlist = watchlist
-        self.memory = memory
+        self.prefix_store = prefix_store
         self.unwatched_passes = 0
         policies = watchlist.policies
         self._rules = watchlist.rules
-        self._prefixes = PrefixBlocks(memory) if memory is not None else None
+        self._prefixes = PrefixBlocks(prefix_store) if prefix_store is not None else None
         self._enforced = np.array([p.mode == "enforce" for p in policies], bool)
         self._stops_on_error = np.array([p.on_error == "stop" for p in policies], bool)
         self._clamped = [i for clamp in watchlist.clamps for i in clamp.policies]
         self._sampling = [i for i, p in enumerate(policies) if p.sample < 1]
         self._width = max(len(policies), len(self._rules.terms.trace))
-        self._together = sys.maxsize if memory is None else memory.block
+        self._together = sys.maxsize if prefix_store is None else prefix_store.block
         self._slot: dict[str, int] = {}
         self._free = list(range(slots))[::-1]
-        block = 0 if memory is None else memory.block
+        block = 0 if prefix_store is None else prefix_store.block
         columns = watchlist.columns if block else 0
         self._empty = make_state(self._rules, 1, block=block, columns=columns)
         self._state = blank(self._empty, slots)
@@ -153,7 +153,10 @@ class Ledger:
         if len(which):
             rows = starts[which][:, None]
             tokens = Tokens(
-                forward_pass.positions[rows], shares[rows], forward_pass.watched[rows], finite[rows]
+                forward_pass.positions[rows],
+                shares[rows],
+                forward_pass.eligible[rows],
+                finite[rows],
             )
             ids = [forward_pass.request_ids[i] for i in which]
             hits += self._advance(ids, slots[which], tokens)
@@ -204,7 +207,7 @@ class Ledger:
         block = Tokens(
             expected[:, None] + np.arange(len(packets)),
             shares.reshape(*f.shape[:2], -1),
-            np.stack([forward_pass.watched for forward_pass in packets], axis=1),
+            np.stack([forward_pass.eligible for forward_pass in packets], axis=1),
             finite.reshape(f.shape[:2]),
         )
         hits = self._advance(packets[0].request_ids, slots, block)
@@ -232,7 +235,7 @@ class Ledger:
         fresh = rows[position >= self._state.next[slot]]
         at = np.array([slot])
         if len(fresh):
-            block = (forward_pass.positions, shares, forward_pass.watched, finite)
+            block = (forward_pass.positions, shares, forward_pass.eligible, finite)
             hits = self._advance([request_id], at, Tokens(*(part[fresh][None] for part in block)))
         if self._prefixes is not None:
             self._prefixes.note_run(
@@ -240,7 +243,7 @@ class Ledger:
                 slot,
                 position,
                 forward_pass.f[rows],
-                forward_pass.watched[rows],
+                forward_pass.eligible[rows],
                 ran=forward_pass.ran,
             )
         self._edited(at, forward_pass.acted, rows[None])
@@ -314,8 +317,8 @@ class Ledger:
         """Return the policies that ask for a stop where they cannot read a token in scope."""
         if not self._stops_on_error.any():
             return []
-        place = places(self._state, at, tokens.position)
-        unread = in_scopes(place, tokens.watched & ~tokens.finite)[..., self._rules.scope]
+        role = roles_at(self._state, at, tokens.position)
+        unread = in_scopes(role, tokens.eligible & ~tokens.finite)[..., self._rules.scope]
         unread &= self._stops_on_error & self._state.sampled[at, None]
         where = unread.argmax(axis=1)
         return [
@@ -325,7 +328,7 @@ class Ledger:
 
     def _note(self, at: np.ndarray, tokens: Tokens, f: np.ndarray, *, ran: bool) -> None:
         if self._prefixes is not None:
-            self._prefixes.note(self._state, at, tokens.position, f, tokens.watched, ran=ran)
+            self._prefixes.note(self._state, at, tokens.position, f, tokens.eligible, ran=ran)
 
     def _edited(self, at: np.ndarray, acted: np.ndarray | None, rows: np.ndarray) -> None:
         """Note where clamps edited `rows` [requests, tokens] of a pass."""
@@ -341,7 +344,10 @@ class Ledger:
         hits: list[Hit] = []
         if enters and self._prefixes is not None:
             first = int(self._state.next[slot])
-            while first // self._prefixes.memory.block < position // self._prefixes.memory.block:
+            while (
+                first // self._prefixes.prefix_store.block
+                < position // self._prefixes.prefix_store.block
+            ):
                 end, seen = self._prefixes.recall(slot, first, position)
                 if seen is None:
                     skip(self._rules, self._state, slot, end, CACHED)

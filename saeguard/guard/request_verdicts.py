@@ -10,8 +10,8 @@ from typing import get_args, overload
 import numpy as np
 
 from saeguard.guard.compiled_rules import Rules
-from saeguard.guard.evaluate import CACHED, ERROR, EVALUATED, SPECIAL, UNTRACKED, places
-from saeguard.guard.scopes import MEMBERS, PLACES
+from saeguard.guard.evaluate import CACHED, ERROR, EVALUATED, SPECIAL, UNTRACKED, roles_at
+from saeguard.guard.scopes import MEMBERS, ROLES
 from saeguard.guard.state import State
 from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict, balanced
 
@@ -29,30 +29,30 @@ _MEMBERS = [np.flatnonzero(looks).tolist() for looks in MEMBERS.T]
 
 
 def coverages(s: State, slot: int, tokens: int) -> list[Coverage]:
-    """Return the coverage of each place of a request of `tokens` tokens, in `PLACES`' order."""
+    """Return the coverage of each place of a request of `tokens` tokens, in `ROLES`' order."""
     after = min(int(s.next[slot]), tokens)
     whole, left = (_count(s, slot, first, tokens) for first in (0, after))
     # The last token is never fed back; what else is missing was cut off.
     last = _count(s, slot, max(after, tokens - 1), tokens)
     found = []
-    for place, counts in enumerate(s.counts[slot].tolist()):
+    for role, counts in enumerate(s.counts[slot].tolist()):
         skipped: dict[Reason, int] = {
             reason: counts[what] for what, reason in _REASONS.items() if counts[what]
         }
-        if last[place]:
-            skipped["not_forwarded"] = last[place]
-        if left[place] - last[place]:
-            skipped["aborted"] = left[place] - last[place]
-        found.append(Coverage(whole[place], counts[EVALUATED], skipped))
+        if last[role]:
+            skipped["not_forwarded"] = last[role]
+        if left[role] - last[role]:
+            skipped["aborted"] = left[role] - last[role]
+        found.append(Coverage(whole[role], counts[EVALUATED], skipped))
     return found
 
 
 def _count(s: State, slot: int, first: int, end: int) -> list[int]:
     """Return how many of the tokens `first`, ... before `end` stand in each place."""
     if first >= end:
-        return [0] * len(PLACES)
-    place = places(s, np.array([slot]), np.arange(first, end)[None])
-    counts: list[int] = np.bincount(place[0], minlength=len(PLACES)).tolist()
+        return [0] * len(ROLES)
+    role = roles_at(s, np.array([slot]), np.arange(first, end)[None])
+    counts: list[int] = np.bincount(role[0], minlength=len(ROLES)).tolist()
     return counts
 
 

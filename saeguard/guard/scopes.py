@@ -13,15 +13,15 @@ import numpy as np
 
 from saeguard.policy.types import Scope
 
-Place: TypeAlias = Literal["template", "system", "user", "assistant", "tool", "output"]
-PLACES: tuple[Place, ...] = get_args(Place)
-TEMPLATE, SYSTEM, USER, ASSISTANT, TOOL, OUTPUT = range(len(PLACES))
+Role: TypeAlias = Literal["template", "system", "user", "assistant", "tool", "output"]
+ROLES: tuple[Role, ...] = get_args(Role)
+TEMPLATE, SYSTEM, USER, ASSISTANT, TOOL, OUTPUT = range(len(ROLES))
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
-LOOKS: Mapping[Scope, tuple[Place, ...]] = {
+LOOKS: Mapping[Scope, tuple[Role, ...]] = {
     "prompt": ("template", "system", "user", "assistant", "tool"),
     "output": ("output",),
-    "both": PLACES,
+    "both": ROLES,
     "assistant": ("assistant", "output"),
     "user": ("user",),
     "system": ("system",),
@@ -30,13 +30,13 @@ LOOKS: Mapping[Scope, tuple[Place, ...]] = {
 BY_ROLE: frozenset[Scope] = frozenset({"assistant", "user", "system", "tool"})
 """Scopes that need a prompt's turns told apart."""
 
-MEMBERS = np.array([[place in LOOKS[scope] for scope in SCOPES] for place in PLACES])
+MEMBERS = np.array([[role in LOOKS[scope] for scope in SCOPES] for role in ROLES])
 """[places, scopes] bool."""
 
 
-def in_scopes(place: np.ndarray, usable: np.ndarray) -> np.ndarray:
+def in_scopes(role: np.ndarray, usable: np.ndarray) -> np.ndarray:
     """Return [..., scopes] bool for tokens that can be used, in the order of `SCOPES`."""
-    looked: np.ndarray = MEMBERS[place] & usable[..., None]
+    looked: np.ndarray = MEMBERS[role] & usable[..., None]
     return looked
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from saeguard.guard.compiled_rules import Rules
-from saeguard.guard.scopes import PLACES
+from saeguard.guard.scopes import ROLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class State:
     prompt: np.ndarray
     """[slots] prompt tokens."""
     roles: np.ndarray
-    """[slots] of arrays [prompt tokens], indices into `PLACES`; None where no policy asks."""
+    """[slots] of arrays [prompt tokens], indices into `ROLES`; None where no policy asks."""
     counts: np.ndarray
     """[slots, places, evaluated or why not] tokens."""
     score: np.ndarray
@@ -58,7 +58,7 @@ class State:
     recent: np.ndarray
     """[slots, 2 blocks, columns] activations of the block under way, by `position % (2 * block)`:
     a few passes are noted at once, and the block before may have been completed by them."""
-    recent_watched: np.ndarray
+    recent_eligible: np.ndarray
     """[slots, 2 blocks] bool."""
 
 
@@ -81,7 +81,7 @@ def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) ->
         next=full(0),
         prompt=full(0),
         roles=full(None, dtype=object),
-        counts=full(0, len(PLACES), 5),
+        counts=full(0, len(ROLES), 5),
         score=full(-np.inf, policies, dtype=np.float64),
         first=full(-1, policies),
         matched=full(0, policies),
@@ -104,7 +104,7 @@ def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) ->
         noted=full(0),
         whole_from=full(0),
         recent=full(0.0, 2 * block, columns, dtype=np.float32),
-        recent_watched=full(False, 2 * block, dtype=bool),
+        recent_eligible=full(False, 2 * block, dtype=bool),
     )
     state.past[:] = over.missing[:windowed]
     state.level[:] = over.missing[windowed:]

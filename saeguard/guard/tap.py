@@ -21,8 +21,8 @@ import torch
 
 from saeguard.guard.clamp import rules as clamping
 from saeguard.guard.clamp.rules import Clamp
-from saeguard.guard.rows import Rows, allocate_rows
-from saeguard.guard.topk import Ranked, make_ranked, set_floor, settle
+from saeguard.guard.forward_pass import Rows, allocate_rows
+from saeguard.guard.topk import Ranked, apply_topk, make_ranked, set_floor
 from saeguard.guard.watchlist import WatchList, clamps_digest
 from saeguard.sae.encoder import column_scales
 from saeguard.sae.rows import EncoderRows
@@ -35,8 +35,8 @@ class Kernels(NamedTuple):
 
     read: Callable[..., None]
     edit: Callable[..., None]
-    make_board: Callable[..., Any]
-    settle: Callable[..., None]
+    allocate_buffers: Callable[..., Any]
+    apply_topk: Callable[..., None]
 
 
 class Write(NamedTuple):
@@ -163,7 +163,7 @@ def read(
     # A product rather than a choice, so that NaN stays NaN and is seen.
     f.mul_(f > tap.floor)
     for ranked in tap.ranked:
-        settle(ranked, x, f)
+        apply_topk(ranked, x, f)
     return scale
 
 
@@ -179,7 +179,7 @@ def _read_fused(
     W = tap.W.t()
     kernels.read(hidden, residual, tap.halves, W, tap.b, tap.theta, f, tap.norm, scale)
     for ranked in tap.ranked:
-        kernels.settle(ranked, hidden, residual, tap.halves, f, scale)
+        kernels.apply_topk(ranked, hidden, residual, tap.halves, f, scale)
     return scale
 
 
@@ -189,7 +189,7 @@ def kernels_for(device: torch.device) -> Kernels | None:
         return None
     fused = importlib.import_module("saeguard.guard.kernels.tap")
     rank = importlib.import_module("saeguard.guard.kernels.topk")
-    return Kernels(fused.read, fused.edit, rank.make_board, rank.settle)
+    return Kernels(fused.read, fused.edit, rank.allocate_buffers, rank.apply_topk)
 
 
 def pre_activations(
@@ -233,10 +233,10 @@ def install_taps(
     TAPS.clear()
     rows = allocate_rows(max_tokens, device)
     kernels = kernels_for(device)
-    board = None if kernels is None else partial(kernels.make_board, max_tokens=max_tokens)
+    buffers = None if kernels is None else partial(kernels.allocate_buffers, max_tokens=max_tokens)
     for hook in watchlist.hooks:
-        rows_ = EncoderRows(hook.W, hook.b, hook.theta).to(device)
-        W, b, theta = rows_.W, rows_.b, rows_.theta
+        encoder_rows = EncoderRows(hook.W, hook.b, hook.theta).to(device)
+        W, b, theta = encoder_rows.W, encoder_rows.b, encoder_rows.theta
         TAPS[hook.layer] = tap = Tap(
             layer=hook.layer,
             W=W.t(),
@@ -254,7 +254,8 @@ def install_taps(
             if hook.norm is None or kernels is None
             else torch.zeros(max_tokens, len(b), device=device),
             ranked=tuple(
-                make_ranked(part, rows_, device, make_board=board) for part in hook.ranked
+                make_ranked(part, encoder_rows, device, allocate_buffers=buffers)
+                for part in hook.ranked
             ),
         )
         set_floors(tap)
@@ -297,20 +298,20 @@ def write_rows(taps: Iterable[Tap], write: Write) -> None:
                 tap.norm[columns] = 0  # unless the rows say otherwise
             for name, rows in write.rows.items():
                 values = torch.from_numpy(rows).to(tap.W.device)
-                if name == "bar":
-                    _lower_bars(tap, columns, values)
+                if name == "screen":
+                    _lower_screen(tap, columns, values)
                     continue
                 held = tap.W.t() if name == "W" else getattr(tap, name)
                 held[columns] = values.to(held.dtype)
             set_floors(tap)
 
 
-def _lower_bars(tap: Tap, columns: torch.Tensor, bars: torch.Tensor) -> None:
+def _lower_screen(tap: Tap, columns: torch.Tensor, screen_thresholds: torch.Tensor) -> None:
     """Let latents show from a lower activation on; lists still in use need the bars they had."""
     for ranked in tap.ranked:
         mine = (columns >= ranked.columns.start) & (columns < ranked.columns.stop)
         at = columns[mine] - ranked.columns.start
-        ranked.bar[at] = torch.minimum(ranked.bar[at], bars[mine])
+        ranked.screen[at] = torch.minimum(ranked.screen[at], screen_thresholds[mine])
 
 
 def tap_output(

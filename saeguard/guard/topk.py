@@ -25,7 +25,7 @@ from saeguard.sae.rows import EncoderRows
 from saeguard.sae.topk_watched import Competitors, drop, read_competitors
 
 if TYPE_CHECKING:
-    from saeguard.guard.kernels.topk import Board
+    from saeguard.guard.kernels.topk import TopKBuffers
 
 ROUNDING = 1e-5
 """By how much, relatively, a bar lies below where real numbers would put it: the rules round."""
@@ -39,7 +39,7 @@ class RankedRows:
     columns: slice
     """Among the hook's."""
     latents: tuple[int, ...]
-    bar: torch.Tensor
+    screen: torch.Tensor
     """[latents] float32; +inf for a latent that alone makes no policy hold."""
 
     @property
@@ -57,10 +57,10 @@ class Ranked:
     columns: slice
     rows: EncoderRows
     """Of the latents: views of what the tap holds."""
-    bar: torch.Tensor
+    screen: torch.Tensor
     shown: torch.Tensor
     """[] bool: whether activations show whatever their rank, for the start-up self-test."""
-    board: Board | None = None
+    buffers: TopKBuffers | None = None
     """On a GPU: where its kernels count."""
 
 
@@ -69,7 +69,7 @@ def make_ranked(
     rows: EncoderRows,
     device: torch.device,
     *,
-    make_board: Callable[[Competitors, int], Board] | None = None,
+    allocate_buffers: Callable[[Competitors, int], TopKBuffers] | None = None,
 ) -> Ranked:
     """Bring what competes to the device.
 
@@ -77,31 +77,33 @@ def make_ranked(
         part: which of the hook's columns.
         rows: of all the hook's columns, on the device.
         device: of the model.
-        make_board: `saeguard.guard.kernels.topk.make_board` for passes of some size, on a GPU.
+        allocate_buffers: that of `saeguard.guard.kernels.topk` for passes of some size, on a GPU.
 
     Raises:
         SaeError: the weights are damaged, or the tap runs on a GPU without Triton, where which
             tokens pass would have to be asked of the device in every pass.
     """
-    if device.type == "cuda" and make_board is None:
+    if device.type == "cuda" and allocate_buffers is None:
         raise SaeError(
             "ranking the latents of TopK and groupmax SAEs on a GPU needs Triton, which is not "
             "installed: `pip install triton`, or let measured thresholds stand for ranks, an "
             "approximation: `saeguard features calibrate --topk approximate`"
         )
-    competitors = rivals_of(part.source, part.latents, device)
+    competitors = load_competitors(part.source, part.latents, device)
     return Ranked(
         competitors=competitors,
         columns=part.columns,
         rows=EncoderRows(*(t[part.columns] for t in (rows.W, rows.b, rows.theta))),
-        bar=part.bar.to(device),
+        screen=part.screen.to(device),
         shown=torch.zeros((), dtype=torch.bool, device=device),
-        board=None if make_board is None else make_board(competitors, len(part.latents)),
+        buffers=None
+        if allocate_buffers is None
+        else allocate_buffers(competitors, len(part.latents)),
     )
 
 
 @lru_cache(maxsize=8)
-def rivals_of(
+def load_competitors(
     source: SaeInfo | Encoder, latents: tuple[int, ...], device: torch.device
 ) -> Competitors:
     """Return what competes, read once a process."""
@@ -114,11 +116,11 @@ def set_floor(ranked: Ranked, floor: torch.Tensor) -> None:
     Above its threshold and its bar: so the screen is the comparison that the tap makes anyway.
     """
     theta = ranked.rows.theta
-    high = torch.maximum(theta, ranked.bar)
+    high = torch.maximum(theta, ranked.screen)
     floor[ranked.columns] = torch.where(ranked.shown, theta, high)
 
 
-def settle(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
+def apply_topk(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
     """Leave of `f` [rows, watched] what fires, in place.
 
     Args:
@@ -138,7 +140,7 @@ def settle(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
         mine[rows] = some
 
 
-def bars(
+def screen_thresholds(
     latents: Iterable[int],
     lowest: Iterable[tuple[Feature, float]],
     exact: frozenset[int] = frozenset(),
@@ -161,6 +163,6 @@ def bars(
         ]
         for term in positive:
             share = value / (len(positive) * abs(term.weight))
-            bar = max(share, 0.0) * (1 - ROUNDING)
-            out[term.latent] = min(out[term.latent], bar)
-    return torch.tensor([0.0 if n in exact else bar for n, bar in out.items()])
+            screen = max(share, 0.0) * (1 - ROUNDING)
+            out[term.latent] = min(out[term.latent], screen)
+    return torch.tensor([0.0 if n in exact else screen for n, screen in out.items()])

@@ -16,7 +16,7 @@ from saeguard.features.probe import ProbeError, read_probe
 from saeguard.features.topk_thresholds import Approximation
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
 from saeguard.guard.compiled_rules import Rules, RulesError, compile_rules
-from saeguard.guard.topk import ROUNDING, RankedRows, bars
+from saeguard.guard.topk import ROUNDING, RankedRows, screen_thresholds
 from saeguard.policy.lint import unmeasured
 from saeguard.policy.types import Clamp, Policy
 from saeguard.sae import SaeError, read_decoder_rows, read_rows
@@ -358,8 +358,8 @@ def _read_hook(
             W[at], b[at], theta[at] = read.W, read.b, read.theta
             norm[at] = NORMS.index(info.norm)
             if info.k is not None:
-                bar = _bars(latents, set_id, features, policies)
-                ranked.append(RankedRows(info, at, tuple(latents), bar))
+                screen = _screen_thresholds(latents, set_id, features, policies)
+                ranked.append(RankedRows(info, at, tuple(latents), screen))
         for feature in features.features.values():
             if feature.probe is not None and (set_id, _probe_key(feature.probe)) in keys:
                 i = keys.index((set_id, _probe_key(feature.probe)))
@@ -368,7 +368,7 @@ def _read_hook(
     return Hook(layer, d_in, W, b, theta, first_column, normed, tuple(ranked))
 
 
-def _bars(
+def _screen_thresholds(
     latents: Sequence[int], set_id: str, features: FeatureSet, policies: Sequence[Policy]
 ) -> torch.Tensor:
     """Return from which activation on each latent can make some policy hold."""
@@ -385,7 +385,7 @@ def _bars(
                 lowest.append((feature, feature.low + rise - slack))
             for name in policy.clamp.features if policy.clamp else ():
                 exact |= {term.latent for term in features.features[name].clamp}
-    return bars(latents, lowest, frozenset(exact))
+    return screen_thresholds(latents, lowest, frozenset(exact))
 
 
 def _read_probe(probe: ProbeRef, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:

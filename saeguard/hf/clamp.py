@@ -18,7 +18,7 @@ from saeguard.guard.roles.assign import roles_of
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.residuals import on_output
-from saeguard.hf.scan import hook_activations, turns_for
+from saeguard.hf.scan import hook_activations, role_marks_for
 from saeguard.sae.encoder import column_scales
 
 
@@ -27,8 +27,8 @@ def clamped(
     lm: LanguageModel, watchlist: WatchList, tokens: Sequence[int], prompt_tokens: int
 ) -> Iterator[None]:
     """Enforce the clamps of `watchlist` while `tokens` run as one sequence without a cache."""
-    turns = turns_for(lm, watchlist)
-    roles = None if turns is None else roles_of(turns, np.array(tokens[:prompt_tokens]))
+    marks = role_marks_for(lm, watchlist)
+    roles = None if marks is None else roles_of(marks, np.array(tokens[:prompt_tokens]))
     with ExitStack() as stack:
         for rows in watchlist.clamps:
             change = _change(watchlist, rows, tokens, prompt_tokens, roles)

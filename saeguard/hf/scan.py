@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from saeguard.guard.judge import judge_all
-from saeguard.guard.roles.assign import Turns, check_roles, roles_of
-from saeguard.guard.roles.chat_template import turns_of
-from saeguard.guard.topk import make_ranked, set_floor, settle
+from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
+from saeguard.guard.roles.chat_template import role_marks_of
+from saeguard.guard.topk import apply_topk, make_ranked, set_floor
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import Hook, WatchList
 from saeguard.hf.model import LanguageModel
@@ -28,18 +28,18 @@ def scan(
     Raises:
         RolesError: a policy's scope is a role that the model's chat template does not tell.
     """
-    turns = turns_for(lm, watchlist)
+    marks = role_marks_for(lm, watchlist)
     excluded = np.array(watchlist.exclude_tokens, np.int64)
     layers = [hook.layer for hook in watchlist.hooks]
     for i, residuals in record(lm, [t.tokens for t in texts], layers):
         shares = watchlist.shares(activations(watchlist, residuals))
         evaluable = ~np.isin(np.array(texts[i].tokens), excluded)
         prompt = texts[i].prompt_tokens
-        roles = None if turns is None else roles_of(turns, np.array(texts[i].tokens[:prompt]))
+        roles = None if marks is None else roles_of(marks, np.array(texts[i].tokens[:prompt]))
         yield i, judge_all(watchlist, shares, evaluable, prompt, roles)
 
 
-def turns_for(lm: LanguageModel, watchlist: WatchList) -> Turns | None:
+def role_marks_for(lm: LanguageModel, watchlist: WatchList) -> RoleMarks | None:
     """Return how the model's chat template sets turns apart, None where no policy asks.
 
     Raises:
@@ -47,10 +47,10 @@ def turns_for(lm: LanguageModel, watchlist: WatchList) -> Turns | None:
     """
     if not watchlist.rules.by_role:
         return None
-    turns = turns_of(lm.tokenizer)
-    check_roles(watchlist, turns)
-    assert isinstance(turns, Turns)
-    return turns
+    marks = role_marks_of(lm.tokenizer)
+    check_roles(watchlist, marks)
+    assert isinstance(marks, RoleMarks)
+    return marks
 
 
 def activations(watchlist: WatchList, residuals: Mapping[int, torch.Tensor]) -> np.ndarray:
@@ -70,5 +70,5 @@ def hook_activations(hook: Hook, x: torch.Tensor) -> torch.Tensor:
     pre = product(rows, x, column_scales(hook.norm, x))
     f = pre * (pre > floor)
     for part in ranked:
-        settle(part, x, f)
+        apply_topk(part, x, f)
     return f

@@ -10,8 +10,8 @@ import numpy as np
 from saeguard.features.calibrate import values
 from saeguard.features.load import load_feature_set
 from saeguard.features.schema import read_document
-from saeguard.guard.roles.assign import Turns, roles_of
-from saeguard.guard.roles.chat_template import turns_of
+from saeguard.guard.roles.assign import RoleMarks, roles_of
+from saeguard.guard.roles.chat_template import role_marks_of
 from saeguard.guard.scopes import OUTPUT
 from saeguard.hf.corpus import make_corpus
 from saeguard.hf.model import LanguageModel, check_model
@@ -56,13 +56,13 @@ def record_features(
             corpus = make_corpus(lm, some, features.sae.layer, excluded, features.id)
             blocks.append([values(features, f, corpus) for f in features.features.values()])
         columns += [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
-    turns = turns_of(lm.tokenizer)
+    marks = role_marks_of(lm.tokenizer)
     roles = None
-    if isinstance(turns, Turns):
+    if isinstance(marks, RoleMarks):
         parts = [np.full(len(text.tokens), OUTPUT, np.uint8) for text in texts]
         for part, text in zip(parts, texts, strict=True):
             prompt = np.array(text.tokens[: text.prompt_tokens], np.int64)
-            part[: len(prompt)] = roles_of(turns, prompt)
+            part[: len(prompt)] = roles_of(marks, prompt)
         roles = np.concatenate(parts)
     tokens = np.concatenate([np.array(text.tokens, np.int64) for text in texts])
     return Recording(
@@ -79,6 +79,6 @@ def record_features(
         },
         values=np.stack(columns, 1).astype(np.float32),
         roles=roles,
-        no_roles=turns if isinstance(turns, str) else "",
+        no_roles=marks if isinstance(marks, str) else "",
         pieces=tuple(lm.tokenizer.decode([int(t)]) for t in tokens) if with_text else None,
     )

@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from saeguard.errors import InputError
 from saeguard.features.schema import Document
-from saeguard.guard.scopes import BY_ROLE, PLACES, SCOPES
+from saeguard.guard.scopes import BY_ROLE, ROLES, SCOPES
 from saeguard.policy.types import Policy
 
 SCHEMA = "saeguard.recording/v1"
@@ -227,10 +227,8 @@ def _fits(recording: Recording) -> None:
     for name, found, due in wanted:
         if tuple(found) != due:
             raise ValueError(f"{name} has the shape {list(found)}, {list(due)} is due")
-    if recording.roles is not None and (recording.roles >= len(PLACES)).any():
-        raise ValueError(
-            f"a token's role is {recording.roles.max()}, {len(PLACES) - 1} is the last"
-        )
+    if recording.roles is not None and (recording.roles >= len(ROLES)).any():
+        raise ValueError(f"a token's role is {recording.roles.max()}, {len(ROLES) - 1} is the last")
     if (recording.lengths < 1).any() or (recording.prompt_tokens > recording.lengths).any():
         raise ValueError("a text is empty, or its prompt is longer than the text")
     if len(set(recording.ids)) != texts:

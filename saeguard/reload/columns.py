@@ -34,14 +34,14 @@ class CapacityError(WatchListError):
 
 def merge_writes(earlier: Sequence[Write], later: Sequence[Write]) -> tuple[Write, ...]:
     """Return writes that leave the taps as both would, one after the other; no column twice."""
-    lowered = [w for w in (*earlier, *later) if "bar" in w.rows]
-    over = [w for w in later if "bar" not in w.rows]
+    lowered = [w for w in (*earlier, *later) if "screen" in w.rows]
+    over = [w for w in later if "screen" not in w.rows]
     writes = [
         Write(layer, *_lowest([w for w in lowered if w.layer == layer]))
         for layer in sorted({w.layer for w in lowered})
     ]
     for write in earlier:
-        if "bar" in write.rows:
+        if "screen" in write.rows:
             continue
         again = [w.columns for w in over if w.layer == write.layer]
         left = ~np.isin(write.columns, np.concatenate([*again, write.columns[:0]]))
@@ -53,11 +53,11 @@ def merge_writes(earlier: Sequence[Write], later: Sequence[Write]) -> tuple[Writ
 
 def _lowest(writes: Sequence[Write]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return columns of one layer and the lowest bar that is written to each."""
-    bars = np.concatenate([w.rows["bar"] for w in writes])
+    screen_thresholds = np.concatenate([w.rows["screen"] for w in writes])
     columns, which = np.unique(np.concatenate([w.columns for w in writes]), return_inverse=True)
-    lowest = np.full(len(columns), np.inf, bars.dtype)
-    np.minimum.at(lowest, which, bars)
-    return columns, {"bar": lowest}
+    lowest = np.full(len(columns), np.inf, screen_thresholds.dtype)
+    np.minimum.at(lowest, which, screen_thresholds)
+    return columns, {"screen": lowest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ def check_fits(
             )
 
 
-class Placed(NamedTuple):
+class Assigned(NamedTuple):
     """A list whose rows have columns."""
 
     columns: tuple[Columns, ...]
@@ -210,13 +210,13 @@ class Placed(NamedTuple):
     """By hook of the list: which of its rows must be written."""
 
 
-def place(
+def assign_columns(
     columns: Sequence[Columns],
     hooks: Sequence[Hook],
     ids: Sequence[Sequence[RowId]],
     in_use: Mapping[int, frozenset[int]],
     number: int,
-) -> Placed | None:
+) -> Assigned | None:
     """Find columns for a list's rows; None where lists still in use leave too few.
 
     Args:
@@ -251,10 +251,10 @@ def place(
         by_layer[hook.layer] = replace(here, held=tuple(held), since=tuple(since))
         at.append(np.array([where[row] for row in rows], np.int64))
         missing.append(np.array(new, np.int64))
-    return Placed(tuple(by_layer.values()), tuple(at), tuple(missing))
+    return Assigned(tuple(by_layer.values()), tuple(at), tuple(missing))
 
 
-def spread(
+def over_tap_columns(
     watchlist: WatchList,
     columns: Sequence[Columns],
     at: Sequence[np.ndarray],
@@ -295,7 +295,7 @@ def spread(
     return replace(watchlist, hooks=tuple(hooks), mix=mix, clamps=clamps)
 
 
-def slim(watchlist: WatchList) -> WatchList:
+def without_weights(watchlist: WatchList) -> WatchList:
     """Return the list without the weights, which the rules do not need."""
 
     def without(hook: Hook) -> Hook:

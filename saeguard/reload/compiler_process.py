@@ -31,10 +31,10 @@ from saeguard.guard.watchlist import WatchList, WatchListError
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.signing import BundleError, Manifest
 from saeguard.policy.types import Policy
-from saeguard.reload.columns import RowId, row_ids, row_tensors, slim
+from saeguard.reload.columns import RowId, row_ids, row_tensors, without_weights
 from saeguard.reload.dry_run import RehearsalError, rehearse
 from saeguard.reload.file_watcher import changes
-from saeguard.reload.policy_source import Known, Loaded, Source, SourceError, load
+from saeguard.reload.policy_source import Loaded, ReadCache, Source, SourceError, load
 
 Trigger: TypeAlias = Literal["files", "signal"]
 
@@ -59,7 +59,7 @@ REFUSALS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class CompilerReading:
     """What one reading of the files came to."""
 
     trigger: Trigger
@@ -111,7 +111,7 @@ class Compiler:
             self._changed = True
         return self._changed
 
-    def read(self, trigger: Trigger) -> Reading:
+    def read(self, trigger: Trigger) -> CompilerReading:
         """Have the files read, whether they have changed or not.
 
         Raises:
@@ -119,7 +119,7 @@ class Compiler:
         """
         self._changed = False
         _send(self._pipe, trigger)
-        reading: Reading = self._answer()
+        reading: CompilerReading = self._answer()
         if reading.watchlist is None:
             return reading
         order, pieces = self._answer()
@@ -164,21 +164,23 @@ def _receive(pipe: Connection) -> Any:
 # --- in the process -----------------------------------------------------------------------------
 
 
-def read(source: Source, known: Known, trigger: Trigger) -> tuple[Reading, Loaded | None]:
+def read(
+    source: Source, known: ReadCache, trigger: Trigger
+) -> tuple[CompilerReading, Loaded | None]:
     """Read everything once; never raises, whatever the files hold."""
     began = time.perf_counter()
     try:
         loaded = load(source, known)
         rehearse(loaded.watchlist)
     except REFUSALS as error:
-        return Reading(trigger, time.perf_counter() - began, error=str(error)), None
+        return CompilerReading(trigger, time.perf_counter() - began, error=str(error)), None
     except Exception as error:  # noqa: BLE001 - a fault of ours must not end the watching
         told = f"{type(error).__name__} while reading: {error}"
-        return Reading(trigger, time.perf_counter() - began, error=told), None
-    reading = Reading(
+        return CompilerReading(trigger, time.perf_counter() - began, error=told), None
+    reading = CompilerReading(
         trigger,
         time.perf_counter() - began,
-        watchlist=slim(loaded.watchlist),
+        watchlist=without_weights(loaded.watchlist),
         ids=tuple(row_ids(hook) for hook in loaded.watchlist.hooks),
         manifest=loaded.manifest,
         digest=loaded.watchlist.digest,
@@ -189,7 +191,7 @@ def read(source: Source, known: Known, trigger: Trigger) -> tuple[Reading, Loade
 def serve(pipe: Connection) -> None:
     """Read whenever asked, and tell of changes, until the other end hangs up."""
     source: Source = _receive(pipe)
-    known, last = Known(), None
+    known, last = ReadCache(), None
     sent: tuple[Policy, ...] = ()
     gc.disable()  # a look at everything that is known would come in the middle of a reading
     one_at_a_time = threading.Lock()
@@ -223,7 +225,7 @@ def _notice(source: Source, pipe: Connection, one_at_a_time: threading.Lock) -> 
             _send(pipe, CHANGED)
 
 
-def _send_reading(pipe: Connection, reading: Reading, sent: Sequence[Policy]) -> None:
+def _send_reading(pipe: Connection, reading: CompilerReading, sent: Sequence[Policy]) -> None:
     """Send what the other end does not have, in pieces none of which takes long to take in.
 
     Args:

@@ -46,7 +46,7 @@ def rehearse(watchlist: WatchList) -> None:
             request_ids=["rehearsal"],
             query_start=np.array([0, len(f)]),
             positions=np.arange(first, end),
-            watched=np.ones(len(f), bool),
+            eligible=np.ones(len(f), bool),
             f=f,
             acted=None,
             ran=True,

@@ -51,14 +51,14 @@ class Loaded(NamedTuple):
 
 
 @dataclass(slots=True)
-class Known:
+class ReadCache:
     """What was read before, by content: most of it is the same the next time."""
 
     policies: Cache = field(default_factory=dict)
     feature_sets: dict[Path, tuple[Any, FeatureSet]] = field(default_factory=dict)
 
 
-def load(source: Source, known: Known | None = None) -> Loaded:
+def load(source: Source, known: ReadCache | None = None) -> Loaded:
     """Read everything, and compile it.
 
     What changed while it was read is read again: names from before a link was turned, and contents
@@ -72,7 +72,7 @@ def load(source: Source, known: Known | None = None) -> Loaded:
         PolicyErrors, FeatureSetError, WatchListError, BundleError, SourceError: with file, place
             and reason.
     """
-    known = known or Known()
+    known = known or ReadCache()
     roots = (source.policies, source.feature_sets)
     before = fingerprint(roots)
     for _ in range(ATTEMPTS):
@@ -92,7 +92,7 @@ def load(source: Source, known: Known | None = None) -> Loaded:
     raise SourceError(f"{source.policies}: changes faster than it can be read")
 
 
-def _load(source: Source, known: Known) -> Loaded:
+def _load(source: Source, known: ReadCache) -> Loaded:
     manifest = None
     if source.public_key is not None:
         manifest = signing.verify(source.policies, source.public_key)
@@ -121,7 +121,7 @@ def _load(source: Source, known: Known) -> Loaded:
     return Loaded(build_watchlist(policies, sets, may_enforce=may_enforce), manifest, left_out)
 
 
-def _feature_set(path: Path, known: Known) -> FeatureSet:
+def _feature_set(path: Path, known: ReadCache) -> FeatureSet:
     """Load a feature set, unless it and what it names are as they were: hashing takes its time."""
     try:
         content = hashlib.sha256(path.read_bytes()).digest()

@@ -27,13 +27,13 @@ from saeguard.policy.signing import Manifest
 from saeguard.reload import state_dir
 from saeguard.reload.columns import (
     Columns,
+    assign_columns,
     check_fits,
     oldest_readable,
-    place,
-    spread,
+    over_tap_columns,
     used,
 )
-from saeguard.reload.compiler_process import Compiler, Reading, Trigger
+from saeguard.reload.compiler_process import Compiler, CompilerReading, Trigger
 from saeguard.reload.policy_source import Source
 from saeguard.reload.versions import Versions, make_version
 from saeguard.reload.worker_updates import Swap, UpdateQueue
@@ -75,18 +75,18 @@ class Report:
 
 
 @dataclass(slots=True)
-class Where:
+class ReloadContext:
     """What a reload works on, and the checks that only the engine can make."""
 
     source: Source
-    generations: Versions
+    versions: Versions
     columns: tuple[Columns, ...]
-    outbox: UpdateQueue
+    updates: UpdateQueue
     report: Callable[[Report], None]
     accept: Callable[[WatchList], None]
     """Raises ValueError where the model does not fit."""
     check_manifest: Callable[[Manifest | None], None]
-    memory: PrefixStore | None = None
+    prefix_store: PrefixStore | None = None
     graphs_hold_clamps: bool = False
     """Whether captured CUDA graphs hold the clamps as they were at the start."""
     state: Path | None = None
@@ -94,7 +94,7 @@ class Where:
 
 
 @dataclass(slots=True)
-class Standing:
+class ReloadStatus:
     """How reloading stands; read by other threads."""
 
     current: bool = True
@@ -110,18 +110,18 @@ class Standing:
 class Reloader:
     """Keeps the present list that of the files."""
 
-    def __init__(self, where: Where, manifest: Manifest | None) -> None:
+    def __init__(self, where: ReloadContext, manifest: Manifest | None) -> None:
         """Start watching.
 
         Args:
             where: what to work on.
             manifest: of the list in use.
         """
-        self.standing = Standing()
+        self.status = ReloadStatus()
         self._where = where
         self._manifest = manifest
-        self._first_clamps = where.generations.current.clamps
-        self._last: Reading | None = None
+        self._first_clamps = where.versions.current.clamps
+        self._last: CompilerReading | None = None
         self._asked: list[Trigger] = []
         self._closed = False
         self._keep(manifest)
@@ -166,9 +166,9 @@ class Reloader:
             elif compiler.changed(TICK_S):
                 self._take(compiler, compiler.read("files"))
 
-    def _take(self, compiler: Compiler, reading: Reading) -> None:
+    def _take(self, compiler: Compiler, reading: CompilerReading) -> None:
         """Make a list the present one, or say why not."""
-        where, old = self._where, self._where.generations.current.watchlist.digest
+        where, old = self._where, self._where.versions.current.watchlist.digest
         began = time.perf_counter()
         rows = 0
         if reading.error is None and reading.watchlist is None and self._last is not None:
@@ -200,7 +200,7 @@ class Reloader:
                 old=old,
                 new=new,
                 error=error,
-                policies=len(where.generations.current.watchlist.policies),
+                policies=len(where.versions.current.watchlist.policies),
                 revision=None if self._manifest is None else self._manifest.revision,
                 read_ms=round(1e3 * reading.seconds, 1),
                 swap_ms=round(1e3 * (time.perf_counter() - began), 1),
@@ -208,7 +208,7 @@ class Reloader:
             )
         )
 
-    def _swap(self, compiler: Compiler, reading: Reading) -> int | None:
+    def _swap(self, compiler: Compiler, reading: CompilerReading) -> int | None:
         """Put a list in; return the rows written, None where a later reading came first.
 
         Raises:
@@ -216,7 +216,7 @@ class Reloader:
         """
         where, watchlist = self._where, reading.watchlist
         assert watchlist is not None
-        present = where.generations.current
+        present = where.versions.current
         if watchlist.exclude_tokens != present.watchlist.exclude_tokens:
             raise RefusedError(
                 f"the feature sets exclude tokens {list(watchlist.exclude_tokens)}, this server "
@@ -227,19 +227,21 @@ class Reloader:
         number = present.number + 1
         while True:
             self._retire()
-            placed = place(where.columns, watchlist.hooks, reading.ids, self._in_use(), number)
+            placed = assign_columns(
+                where.columns, watchlist.hooks, reading.ids, self._in_use(), number
+            )
             if placed is not None:
                 break
             # It fits, but not beside the lists that requests under way began with.
-            self.standing.waiting = watchlist.digest
+            self.status.waiting = watchlist.digest
             self._write_status()
             if self._closed or self._asked or compiler.changed(TICK_S):
-                self.standing.waiting = None
+                self.status.waiting = None
                 return None
-        self.standing.waiting = None
+        self.status.waiting = None
         writes = self._writes(compiler, watchlist, placed.at, placed.missing)
         reads = used(watchlist.hooks, placed.at)
-        whole = spread(watchlist, placed.columns, placed.at, present.watchlist.hooks)
+        whole = over_tap_columns(watchlist, placed.columns, placed.at, present.watchlist.hooks)
         needs = oldest_readable(placed.columns, reads)
         source = where.source
         ids = {p.id for p in watchlist.policies}
@@ -248,11 +250,11 @@ class Reloader:
             whole,
             reads,
             may_enforce=source.may_enforce | source.access.ever_enforced(ids),
-            memory=where.memory,
+            prefix_store=where.prefix_store,
             needs=needs,
         )
         clamps = {}
-        if version.clamps and version.clamps not in {g.clamps for g in where.generations.live}:
+        if version.clamps and version.clamps not in {g.clamps for g in where.versions.live}:
             if where.graphs_hold_clamps and version.clamps != self._first_clamps:
                 raise RefusedError(
                     "clamps differ from those that this server was started with, which its CUDA "
@@ -262,8 +264,8 @@ class Reloader:
             if not where.graphs_hold_clamps:
                 clamps = {version.clamps: whole}
         where.columns = placed.columns
-        where.outbox.put(Swap(number, writes, clamps))
-        where.generations.publish(version)
+        where.updates.put(Swap(number, writes, clamps))
+        where.versions.publish(version)
         return sum(len(write.columns) for write in writes if "W" in write.rows)
 
     def _writes(
@@ -273,15 +275,15 @@ class Reloader:
         at: Sequence[np.ndarray],
         missing: Sequence[np.ndarray],
     ) -> tuple[Write, ...]:
-        bars = tuple(
-            Write(hook.layer, where[part.columns], {"bar": part.bar.numpy()})
+        screen_thresholds = tuple(
+            Write(hook.layer, where[part.columns], {"screen": part.screen.numpy()})
             for hook, where in zip(watchlist.hooks, at, strict=True)
             for part in hook.ranked
         )
         if not any(map(len, missing)):
-            return bars
+            return screen_thresholds
         rows = compiler.rows(missing)
-        return bars + tuple(
+        return screen_thresholds + tuple(
             Write(hook.layer, where[which], values)
             for hook, where, which, values in zip(watchlist.hooks, at, missing, rows, strict=True)
             if len(which)
@@ -290,23 +292,23 @@ class Reloader:
     def _in_use(self) -> dict[int, frozenset[int]]:
         """Return the columns that lists in use read, by layer."""
         held: dict[int, frozenset[int]] = {}
-        for version in self._where.generations.live:
+        for version in self._where.versions.live:
             for layer, columns in version.reads.items():
                 held[layer] = held.get(layer, frozenset()) | columns
         return held
 
     def _retire(self) -> None:
         """Let go of lists that no request needs, and of their clamps."""
-        gone = self._where.generations.retire()
-        left = {g.clamps for g in self._where.generations.live}
+        gone = self._where.versions.retire()
+        left = {g.clamps for g in self._where.versions.live}
         for clamps in {g.clamps for g in gone} - left - {""}:
             if not self._where.graphs_hold_clamps:
-                self._where.outbox.drop(clamps)
+                self._where.updates.drop(clamps)
 
     # --- telling --------------------------------------------------------------------------------
 
     def _failed(self, error: str) -> None:
-        present = self._where.generations.current.watchlist
+        present = self._where.versions.current.watchlist
         revision = None if self._manifest is None else self._manifest.revision
         policies = len(present.policies)
         self._tell(
@@ -314,12 +316,12 @@ class Reloader:
         )
 
     def _tell(self, report: Report) -> None:
-        standing = self.standing
-        standing.current = report.error is None
-        standing.error = report.error
-        standing.asked += report.trigger != "files"
-        standing.outcomes[report.outcome] += 1
-        first = report.outcome == "unchanged" and standing.outcomes.total() == 1
+        status = self.status
+        status.current = report.error is None
+        status.error = report.error
+        status.asked += report.trigger != "files"
+        status.outcomes[report.outcome] += 1
+        first = report.outcome == "unchanged" and status.outcomes.total() == 1
         if not first:  # the reading at start, which found what is in use
             self._where.report(report)
         self._write_status(report)
@@ -331,9 +333,9 @@ class Reloader:
     def _write_status(self, report: Report | None = None) -> None:
         if self._where.state is None:
             return
-        standing = self.standing
-        present = self._where.generations.current
-        status: dict[str, Any] = {
+        status = self.status
+        present = self._where.versions.current
+        content: dict[str, Any] = {
             "pid": os.getpid(),
             "started_at": state_dir.started_at(os.getpid()),
             "time": datetime.now(UTC).isoformat(),
@@ -341,13 +343,13 @@ class Reloader:
             "swap": present.number,
             "policies": len(present.watchlist.policies),
             "revision": None if self._manifest is None else self._manifest.revision,
-            "current": standing.current,
-            "error": standing.error,
-            "waiting": standing.waiting,
-            "asked": standing.asked,
+            "current": status.current,
+            "error": status.error,
+            "waiting": status.waiting,
+            "asked": status.asked,
             "last": None if report is None else report.outcome,
         }
         try:
-            state_dir.write_status(self._where.state, self._where.engine, status)
+            state_dir.write_status(self._where.state, self._where.engine, content)
         except OSError as error:
             log.warning("saeguard status cannot be written", error=str(error))

@@ -61,7 +61,7 @@ def make_version(
     reads: Mapping[int, frozenset[int]],
     *,
     may_enforce: frozenset[str] = frozenset(),
-    memory: PrefixStore | None = None,
+    prefix_store: PrefixStore | None = None,
     needs: int = 0,
 ) -> Version:
     """Return a list with an empty account.
@@ -71,11 +71,11 @@ def make_version(
         watchlist: over the taps' columns.
         reads: by layer, the columns that it reads.
         may_enforce: ids of shadow policies that are enforced for some requests.
-        memory: of what was seen of cached tokens.
+        prefix_store: of what was seen of cached tokens.
         needs: the swap since which passes hold all of these columns.
     """
-    view = None if memory is None else PrefixView(memory, number, needs)
-    ledger = Ledger(watchlist, memory=view)
+    view = None if prefix_store is None else PrefixView(prefix_store, number, needs)
+    ledger = Ledger(watchlist, prefix_store=view)
     can_stop = any(
         (p.action == "stop" or p.on_error == "stop")
         and (p.mode == "enforce" or p.id in may_enforce)
@@ -86,7 +86,7 @@ def make_version(
 
 def _as_seen_by(version: Version, forward_pass: ForwardPass) -> ForwardPass:
     """Return a pass as a list's requests have it; taps that do not know its rows saw nothing."""
-    ran = forward_pass.ran and forward_pass.orders >= version.number
+    ran = forward_pass.ran and forward_pass.swaps >= version.number
     acted = forward_pass.acted_by.get(version.clamps, forward_pass.acted)
     if ran == forward_pass.ran and acted is forward_pass.acted:
         return forward_pass

@@ -89,7 +89,7 @@ class UpdateQueue:
         with self._lock:
             swap, self._swap = self._swap, None
             dropped, self._dropped = tuple(self._dropped), []
-        orders = WorkerUpdate(self.number, dropped, swap, admitted)
+        update = WorkerUpdate(self.number, dropped, swap, admitted)
         if swap is not None:
             self.number = swap.number
-        return orders
+        return update

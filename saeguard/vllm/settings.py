@@ -15,7 +15,7 @@ from saeguard.guard.watchlist import WatchList
 from saeguard.policy.access import EVERYBODY, Access, load_access
 from saeguard.policy.signing import BundleError, Manifest, check_revision
 from saeguard.reload import policy_source, state_dir
-from saeguard.reload.columns import Columns, allocate, spread, used
+from saeguard.reload.columns import Columns, allocate, over_tap_columns, used
 
 log = structlog.get_logger("saeguard")
 
@@ -207,7 +207,7 @@ def start(settings: Settings) -> Started:
     columns = allocate(loaded.watchlist, settings.watch_capacity)
     at = [np.arange(len(hook.W)) for hook in loaded.watchlist.hooks]
     return Started(
-        spread(loaded.watchlist, columns, at),
+        over_tap_columns(loaded.watchlist, columns, at),
         columns,
         used(loaded.watchlist.hooks, at),
         loaded.manifest,

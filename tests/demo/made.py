@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from demo.account import Account, Hit, Pair, PolicyRow, PrefixView, Token, Trace
+from demo.account import Account, Hit, Pair, PolicyRow, RequestView, Token, Trace
 from demo.ask import Answer
 from demo.judge import Finding, Judgement
 from saeguard.policy.types import Name, Policy, Selection, Window
@@ -76,12 +76,12 @@ def tokens() -> tuple[Token, ...]:
     )
 
 
-def view(*, flagged: bool = True, **fields: Any) -> PrefixView:
+def view(*, flagged: bool = True, **fields: Any) -> RequestView:
     """A request, flagged or not."""
     trace = Trace("shell", 0.5, tokens(), 4)
     hit = Hit(policy(), "flag", 1.8, 4, 1, (trace,))
     finding = Finding("B602", "high", 2, f"shell {EVIL}")
-    return PrefixView(
+    return RequestView(
         answer=answer(said={"flagged": flagged, "verdicts": [], "coverage": {}}, **fields),
         hits=(hit,) if flagged else (),
         shadow=(),

@@ -137,7 +137,9 @@ def fail(llm: Any) -> None:
 BETWEEN: dict[str, Callable[[Any], Any]] = {
     "reset": lambda llm: llm.reset_prefix_cache(reset_running_requests=True),
     "sleep": sleep,
-    "forget": lambda llm: llm.llm_engine.engine_core.engine_core.scheduler.saeguard.memory.clear(),
+    "forget": lambda llm: (
+        llm.llm_engine.engine_core.engine_core.scheduler.saeguard.prefix_store.clear()
+    ),
     "fail": fail,
 }
 
@@ -169,7 +171,7 @@ def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) ->
         said, cached = serve(llm, asked["mix"], asked.get("between"))
     else:
         BETWEEN[asked["what"]](llm)
-    remembered = len(guard.memory)
+    remembered = len(guard.prefix_store)
     for _ in range(1 + 2 * core.batch_queue_size):  # the worker learns what has finished
         core.step_fn()
     while guard.sink.written + guard.sink.dropped < guard.sink.produced:

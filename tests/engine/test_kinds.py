@@ -131,16 +131,16 @@ def test_kinds_side_by_side(tmp_path: Path) -> None:
             positions, f = served.activations[result["id"]]
             tokens = [*result["prompt"], *result["output"]][:-1]
             assert positions.tolist() == list(range(len(tokens)))
-            bar = {"rough": STAND_IN}.get(name, ABOVE * 8.0 if name in RANKED else 0.0)
+            screen = {"rough": STAND_IN}.get(name, ABOVE * 8.0 if name in RANKED else 0.0)
             with torch.no_grad():
                 x = lm(torch.tensor([tokens]), output_hidden_states=True).hidden_states[2][0]
                 full = encoder.encode(x).numpy()
-                high = encoder.pre(x).numpy() > bar if name in RANKED else full > bar
+                high = encoder.pre(x).numpy() > screen if name in RANKED else full > screen
             expected, got = full[:, latents], f[:, columns]
             close = 2e-4 * full.max()
             shown = got > 0
             np.testing.assert_allclose(got[shown], expected[shown], rtol=0, atol=close)
-            assert (expected[~shown] <= bar + close).all()
+            assert (expected[~shown] <= screen + close).all()
             outranked[name] += int((high[:, latents] & (expected == 0)).sum())
             for latent, column in zip(latents, expected[1:].T, strict=True):
                 if np.abs(column - ABOVE * 8.0).min() > close:  # BOS is not looked at

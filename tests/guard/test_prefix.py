@@ -30,7 +30,7 @@ from tests.guard.watchlists import (
 BLOCK = 4
 
 
-def memory(**more: int) -> PrefixStore:
+def prefix_store(**more: int) -> PrefixStore:
     """Return a memory with room for everything, unless told otherwise."""
     return PrefixStore(BLOCK, FEATURES, **{"blocks": 1000, "limit_bytes": 2**30, **more})
 
@@ -44,16 +44,16 @@ def block(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_block_comes_back_exactly() -> None:
     """Bit for bit, values that are no numbers among them."""
-    kept = memory()
-    f, watched = block(0)
+    kept = prefix_store()
+    f, eligible = block(0)
     f[0, 1, 2], f[0, 3, 0] = np.nan, np.inf
-    kept.put([b"k"], f, watched)
+    kept.put([b"k"], f, eligible)
 
     found = kept.get(b"k")
 
     assert found is not None
     np.testing.assert_array_equal(found[0], f[0])
-    np.testing.assert_array_equal(found[1], watched[0])
+    np.testing.assert_array_equal(found[1], eligible[0])
     assert kept.get(b"other") is None
 
 
@@ -65,20 +65,20 @@ def test_what_left_the_cache_makes_room() -> None:
         kept.put([bytes([i])], *block(i))
 
     assert len(kept) <= 21
-    assert kept.knows(sorted(cached))
+    assert kept.holds(sorted(cached))
     assert kept.dropped == 0
 
 
 def test_bytes_are_bounded_and_what_goes_is_counted() -> None:
     """The oldest go first; the sum of what is held is right."""
-    kept = memory(limit_bytes=20_000)
+    kept = prefix_store(limit_bytes=20_000)
     for i in range(200):
         kept.put([bytes([i])], *block(i))
 
     assert kept.nbytes <= 20_000
     assert len(kept) + kept.dropped == 200
-    assert kept.knows([bytes([199])])
-    assert not kept.knows([bytes([0])])
+    assert kept.holds([bytes([199])])
+    assert not kept.holds([bytes([0])])
     kept.clear()
     assert (len(kept), kept.nbytes) == (0, 0)
 
@@ -91,7 +91,7 @@ class Engine:
         self.rng = seeded(seed)
         self.policies = [random_policy(self.rng, f"p{i}") for i in range(4)]
         self.watchlist = make_watchlist(self.policies)
-        self.ledger = Ledger(self.watchlist, slots=2, memory=memory())
+        self.ledger = Ledger(self.watchlist, slots=2, prefix_store=prefix_store())
         self.cached: set[bytes] = set()
         self.hits = 0
         stems = [random_activations(self.rng, 24) for _ in range(2)]
@@ -195,8 +195,8 @@ def test_what_is_not_remembered_is_counted(lost: bool) -> None:
     """A block that the memory let go counts as cached and not evaluated; its neighbours do not."""
     rng = random.Random(3)  # noqa: S311 - seeded texts
     watchlist = make_watchlist([replace(random_policy(rng, "p"), scope="both")])
-    kept = memory()
-    ledger = Ledger(watchlist, memory=kept)
+    kept = prefix_store()
+    ledger = Ledger(watchlist, prefix_store=kept)
     text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)
@@ -216,24 +216,24 @@ def test_what_is_not_remembered_is_counted(lost: bool) -> None:
 def test_a_pass_that_was_not_read_is_not_remembered() -> None:
     """What a later request reuses of it counts as not evaluated, never as quiet."""
     rng = random.Random(4)  # noqa: S311 - seeded texts
-    kept = memory()
+    kept = prefix_store()
     policy = replace(random_policy(rng, "p"), scope="both")
-    ledger = Ledger(make_watchlist([policy]), memory=kept)
+    ledger = Ledger(make_watchlist([policy]), prefix_store=kept)
     text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)
     ledger.ingest(forward_pass([(text, 0, text.f[:6])], ran=False), np.array([6]))
     ledger.ingest(forward_pass([(text, 6, text.f[6:13])]), np.array([7]))
 
-    assert [kept.knows([key]) for key in keys] == [False, False, True]
+    assert [kept.holds([key]) for key in keys] == [False, False, True]
 
 
 def test_what_is_computed_again_is_remembered_again() -> None:
     """A preempted request brings back what was let go with its block while it waited."""
     rng = random.Random(5)  # noqa: S311 - seeded texts
-    kept = memory()
+    kept = prefix_store()
     policy = replace(random_policy(rng, "p"), scope="both")
-    ledger = Ledger(make_watchlist([policy]), memory=kept)
+    ledger = Ledger(make_watchlist([policy]), prefix_store=kept)
     text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)
@@ -242,5 +242,5 @@ def test_what_is_computed_again_is_remembered_again() -> None:
     ledger.ingest(forward_pass([(text, 0, text.f[:6])]), np.array([6]), {"r"})
     ledger.ingest(forward_pass([(text, 6, text.f[6:13])]), np.array([7]))
 
-    assert kept.knows(keys)
+    assert kept.holds(keys)
     assert ledger.coverage("r", 14).evaluated == 13

@@ -17,8 +17,8 @@ from torch import nn
 
 from saeguard.guard import tap as tapping
 from saeguard.guard.clamp import rules as clamping
-from saeguard.guard.rows import lay_out
-from saeguard.guard.scopes import OUTPUT, PLACES
+from saeguard.guard.forward_pass import lay_out
+from saeguard.guard.scopes import OUTPUT, ROLES
 from saeguard.guard.tap import FAILURES, TAPS, Tap, install_taps, tap_output
 from saeguard.guard.watchlist import ClampRows, WatchList, clamps_digest
 from saeguard.policy.types import Clamp, Name, Not, Policy, Selection, Window
@@ -62,7 +62,7 @@ def activations(residual: list[float]) -> list[float]:
 def edited(
     policy: Policy,
     text: list[list[float]],
-    watched: list[bool],
+    eligible: list[bool],
     prompt: int,
     roles: list[str],
 ) -> list[int]:
@@ -74,7 +74,9 @@ def edited(
     looked = [
         t
         for t in range(len(text))
-        if watched[t] and all(np.isfinite(text[t])) and reference.in_scope(policy, t, prompt, roles)
+        if eligible[t]
+        and all(np.isfinite(text[t]))
+        and reference.in_scope(policy, t, prompt, roles)
     ]
     return reference.edited(policy, shares, looked, len(text))
 
@@ -91,7 +93,7 @@ class Request:
     roles: list[str]
     enforced: list[bool]
     text: list[list[float]] = field(default_factory=list)
-    watched: list[bool] = field(default_factory=list)
+    eligible: list[bool] = field(default_factory=list)
     settled: int = 0
     """Tokens before the first one of its last pass: no draft behind them is rejected any more."""
 
@@ -133,13 +135,13 @@ def forward(
     total = sum(len(rows) for _, _, rows, _ in batch)
     query_start = np.cumsum([0, *(len(rows) for _, _, rows, _ in batch)])
     positions = torch.cat([torch.arange(s, s + len(rows)) for _, s, rows, _ in batch])
-    place = [
-        OUTPUT if t >= r.prompt else PLACES.index(r.roles[t])  # type: ignore[arg-type]
+    role = [
+        OUTPUT if t >= r.prompt else ROLES.index(r.roles[t])  # type: ignore[arg-type]
         for r, s, rows, _ in batch
         for t in range(s, s + len(rows))
     ]
-    lay_out(tap.rows, [r.slot for r, *_ in batch], query_start, positions, np.array(place))
-    tap.rows.watched[:total] = torch.tensor([w for *_, flags in batch for w in flags])
+    lay_out(tap.rows, [r.slot for r, *_ in batch], query_start, positions, np.array(role))
+    tap.rows.eligible[:total] = torch.tensor([w for *_, flags in batch for w in flags])
     x = torch.tensor(
         [row for _, _, rows, _ in batch for row in rows] + [[9.0] * FEATURES] * padding
     )
@@ -196,7 +198,7 @@ def check(seed: int) -> None:
             if rng.random() < 0.1:
                 rows[rng.randrange(n)][rng.randrange(FEATURES)] = rng.choice([np.nan, np.inf])
             flags = [rng.random() < 0.9 for _ in range(n)]
-            request.text[start:], request.watched[start:] = rows, flags
+            request.text[start:], request.eligible[start:] = rows, flags
             batch.append((request, start, rows, flags))
         x, y = forward(tap, rng, batch, halves=rng.random() < 0.5, padding=rng.choice([0, 0, 3]))
         compare(tap, watchlist, batch, x, y)
@@ -210,7 +212,7 @@ def compare(tap: Tap, watchlist: WatchList, batch: Any, x: torch.Tensor, y: torc
     for request, start, passed, _ in batch:
         text = request.text
         where = [
-            edited(p, text, request.watched, request.prompt, request.roles) if on else []
+            edited(p, text, request.eligible, request.prompt, request.roles) if on else []
             for p, on in zip(watchlist.policies, request.enforced, strict=True)
         ]
         for i in range(len(passed)):

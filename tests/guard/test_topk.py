@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard.features.types import Feature, Term
-from saeguard.guard.topk import Ranked, RankedRows, bars, make_ranked, set_floor, settle
+from saeguard.guard.topk import (
+    Ranked,
+    RankedRows,
+    apply_topk,
+    make_ranked,
+    screen_thresholds,
+    set_floor,
+)
 from saeguard.sae import EncoderRows, encode_latents, encoder_in_memory
 
 CPU = torch.device("cpu")
@@ -36,7 +43,7 @@ def seen(ranked: Ranked, rows: EncoderRows, x: torch.Tensor) -> torch.Tensor:
     set_floor(ranked, floor)
     z = x @ rows.W.t() + rows.b
     f = z * (z > floor)
-    settle(ranked, x, f)
+    apply_topk(ranked, x, f)
     return f
 
 
@@ -53,10 +60,10 @@ def test_no_policy_sees_the_difference(seed: int) -> None:
     features = [random_feature(rng, watched) for _ in range(3)]
     above = [float(a) for a in rng.uniform(0.1, 1.5, 3)]
     lowest = [(g, g.low + a * (g.high - g.low)) for g, a in zip(features, above, strict=True)]
-    bar = bars(range(watched), lowest)
+    screen = screen_thresholds(range(watched), lowest)
     exact = encode_latents(encoder, range(watched), x)
     mine = encoder.take(range(watched))
-    ranked = take_in(RankedRows(encoder, slice(0, watched), tuple(range(watched)), bar), mine)
+    ranked = take_in(RankedRows(encoder, slice(0, watched), tuple(range(watched)), screen), mine)
     f = seen(ranked, mine, x)
     assert ((f == 0) | (exact != 0)).all(), "what shows as firing fires"
     for feature, value in lowest:
@@ -82,8 +89,8 @@ def test_a_token_that_passes_shows_what_lies_below_its_bar() -> None:
     """Of it, every watched latent that stays counts: a condition may ask for two of them."""
     rows = EncoderRows(torch.eye(4), torch.zeros(4), torch.zeros(4))
     encoder = encoder_in_memory(rows, k=2)
-    mine, bar = encoder.take((0, 1)), torch.tensor([1.0, torch.inf])
-    ranked = take_in(RankedRows(encoder, slice(0, 2), (0, 1), bar), mine)
+    mine, screen = encoder.take((0, 1)), torch.tensor([1.0, torch.inf])
+    ranked = take_in(RankedRows(encoder, slice(0, 2), (0, 1), screen), mine)
     x = torch.tensor([[3.0, 0.25, 0.0, 0.0], [0.5, 0.25, 0.0, 0.0], [3.0, 0.25, 0.5, 0.0]])
     assert seen(ranked, mine, x).tolist() == [[3.0, 0.25], [0.0, 0.0], [3.0, 0.0]]
 
@@ -99,7 +106,7 @@ def test_columns_of_others_stay_as_they_are() -> None:
     assert f.tolist() == [[-7.0, 0.0, 0.0, -7.0], [7.0, 0.0, 0.0, -7.0]]
     f = torch.tensor([[7.0, torch.nan, 0.0, 7.0], [7.0, 0.0, 0.0, 7.0]])
     before = f.clone()
-    settle(ranked, x, f)
+    apply_topk(ranked, x, f)
     torch.testing.assert_close(f, before, equal_nan=True)
 
 

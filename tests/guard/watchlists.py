@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from saeguard.guard.compiled_rules import compile_rules
-from saeguard.guard.scopes import PLACES, SCOPES
+from saeguard.guard.scopes import ROLES, SCOPES
 from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 from saeguard.policy.types import (
     Aggregate,
@@ -148,14 +148,14 @@ def random_roles(rng: random.Random, prompt: int) -> list[str]:
     """Return whose turn each token of a prompt is in: short turns, of one token sometimes."""
     roles: list[str] = []
     while len(roles) < prompt:
-        role = rng.choice(PLACES[:-1])
+        role = rng.choice(ROLES[:-1])
         roles += [role] * rng.randint(1, 4)
     return roles[:prompt]
 
 
 def coded(roles: Sequence[str]) -> np.ndarray:
     """Return roles as the guard has them."""
-    return np.array([PLACES.index(role) for role in roles], np.uint8)  # type: ignore[arg-type]
+    return np.array([ROLES.index(role) for role in roles], np.uint8)  # type: ignore[arg-type]
 
 
 def make_watchlist(

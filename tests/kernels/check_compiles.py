@@ -77,9 +77,9 @@ def guard(dtype: torch.dtype, rows: int, *, second: bool) -> None:
             part,
             mine,
             torch.device("cpu"),
-            make_board=lambda r, n: topk.make_board(r, n, max_tokens=rows),
+            allocate_buffers=lambda r, n: topk.allocate_buffers(r, n, max_tokens=rows),
         )
-        topk.settle(ranked, hidden, residual, one, f, scale)
+        topk.apply_topk(ranked, hidden, residual, one, f, scale)
         room = torch.zeros(64, dtype=torch.int32)
         encode_into(
             hidden, W, zero, zero, room, room, zero[:64], room[0],

@@ -17,7 +17,7 @@ from tests.guard.test_tap_clamp import Request as Clamped
 from tests.guard.watchlists import make_hook, make_watchlist
 
 CPU = torch.device("cpu")
-KERNELS = Kernels(tap.read, tap.edit, topk.make_board, topk.settle)
+KERNELS = Kernels(tap.read, tap.edit, topk.allocate_buffers, topk.apply_topk)
 
 
 def ranked_tap() -> Tap:
@@ -26,8 +26,8 @@ def ranked_tap() -> Tap:
     W = torch.cat([torch.eye(FEATURES), extra])
     zero = torch.zeros(len(W))
     encoder = encoder_in_memory(EncoderRows(W, zero, zero), k=2)
-    bar = torch.tensor([0.0, *[0.5] * (FEATURES - 1)])  # what is clamped counts on every token
-    part = RankedRows(encoder, slice(0, FEATURES), tuple(range(FEATURES)), bar)
+    screen = torch.tensor([0.0, *[0.5] * (FEATURES - 1)])  # what is clamped counts on every token
+    part = RankedRows(encoder, slice(0, FEATURES), tuple(range(FEATURES)), screen)
     hook = replace(make_hook(), theta=torch.zeros(FEATURES), ranked=(part,))
     edit = ClampRows(0, (0,), (0,), (0,), torch.full((1,), 0.25), torch.eye(FEATURES)[:1])
     watchlist = make_watchlist([simple()], [hook], [edit])

@@ -34,17 +34,17 @@ def fires(encoder, rows, z: torch.Tensor) -> torch.Tensor:  # type: ignore[no-un
     return (place < limit).view(z.shape) & (z > rows.theta)
 
 
-def prepare(encoder, rows, bar: torch.Tensor, tokens: int, pairs: int) -> Ranked:  # type: ignore[no-untyped-def] # noqa: ANN001
+def prepare(encoder, rows, screen: torch.Tensor, tokens: int, pairs: int) -> Ranked:  # type: ignore[no-untyped-def] # noqa: ANN001
     """Return what the tap holds, with a column before and one behind those that are ranked."""
     mine = EncoderRows(
         *(torch.cat([t[:1], t[WATCHED], t[:1]]) for t in (rows.W, rows.b, rows.theta))
     )
-    part = RankedRows(encoder, slice(1, 1 + len(WATCHED)), tuple(WATCHED), bar)
+    part = RankedRows(encoder, slice(1, 1 + len(WATCHED)), tuple(WATCHED), screen)
 
-    def board(competitors, watched: int) -> topk.Board:  # type: ignore[no-untyped-def] # noqa: ANN001
-        return topk.make_board(competitors, watched, max_tokens=tokens, pairs=pairs)
+    def buffers(competitors, watched: int) -> topk.TopKBuffers:  # type: ignore[no-untyped-def] # noqa: ANN001
+        return topk.allocate_buffers(competitors, watched, max_tokens=tokens, pairs=pairs)
 
-    return make_ranked(part, mine, torch.device("cpu"), make_board=board)
+    return make_ranked(part, mine, torch.device("cpu"), allocate_buffers=buffers)
 
 
 def check() -> tuple[int, int, int]:
@@ -64,27 +64,27 @@ def check() -> tuple[int, int, int]:
         scale = token_scale(norm, x)
         by = torch.ones(tokens, 1) if scale is None else scale
         z = (x.double() @ rows.W.double().t()) * by.double() + rows.b.double()
-        bar = torch.full((len(WATCHED),), float(z.quantile(0.95)) if high else 0.0)
-        bar[0] = torch.inf  # alone it makes nothing hold
-        ranked = prepare(encoder, rows, bar, tokens, topk.PAIRS)
+        screen = torch.full((len(WATCHED),), float(z.quantile(0.95)) if high else 0.0)
+        screen[0] = torch.inf  # alone it makes nothing hold
+        ranked = prepare(encoder, rows, screen, tokens, topk.PAIRS)
         pre = (x @ rows.W.t()) * by + rows.b
         f = torch.full((tokens, 2 + len(WATCHED)), 7.0)
         first = pre[:, WATCHED] * (pre[:, WATCHED] > 0)
         f[:, 1:-1] = first
         scales = None if scale is None else scale.expand(f.shape).contiguous()
-        topk.settle(ranked, hidden, residual, torch.ones(()), f, scales)
-        passed = (first > bar).any(1, keepdim=True)
+        topk.apply_topk(ranked, hidden, residual, torch.ones(()), f, scales)
+        passed = (first > screen).any(1, keepdim=True)
         expected = first * (passed & fires(encoder, rows, z)[:, WATCHED])
         assert torch.equal(f[:, 1:-1], expected), (k, groups, norm, second, high)
         assert (f[:, [0, -1]] == 7.0).all(), "other columns stay as they are"
-        assert ranked.board is not None
+        assert ranked.buffers is not None
         assert (passed.any() and not passed.all()) or not high
         checked, asked = checked + 1, asked + int((first[passed[:, 0]] > 0).sum())
-        close += int(ranked.board.counters[topk.CLOSE.value])
+        close += int(ranked.buffers.counters[topk.CLOSE.value])
 
         ranked.shown.fill_(True)
         f[:, 1:-1] = first
-        topk.settle(ranked, hidden, residual, torch.ones(()), f, scales)
+        topk.apply_topk(ranked, hidden, residual, torch.ones(()), f, scales)
         assert torch.equal(f[:, 1:-1], first), "the self-test sees all"
     return checked, asked, close
 
@@ -97,13 +97,13 @@ def check_faults() -> None:
     hidden = torch.randn(5, 40)
     hidden *= torch.where(hidden @ rows.W[0] < 0, -1.0, 1.0)[:, None]
     hidden[3, 2] = torch.nan
-    bar = torch.zeros(len(WATCHED))
+    screen = torch.zeros(len(WATCHED))
     pre = (hidden @ rows.W.t())[:, WATCHED]
     for pairs in (5 * 140 * len(WATCHED), 100):
-        ranked = prepare(encoder, rows, bar, 5, pairs)
+        ranked = prepare(encoder, rows, screen, 5, pairs)
         f = torch.zeros(5, 2 + len(WATCHED))
         f[:, 1:-1] = pre * (pre > 0)
-        topk.settle(ranked, hidden, None, torch.ones(()), f)
+        topk.apply_topk(ranked, hidden, None, torch.ones(()), f)
         assert f[3, 1:-1].isnan().all()
         told = f[[0, 1, 2, 4], 1:-1]
         if pairs == 100:

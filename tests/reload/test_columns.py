@@ -17,14 +17,14 @@ from saeguard.reload.columns import (
     Columns,
     Write,
     allocate,
+    assign_columns,
     check_fits,
     merge_writes,
     oldest_readable,
-    place,
+    over_tap_columns,
     row_ids,
-    slim,
-    spread,
     used,
+    without_weights,
 )
 from saeguard.sae import EncoderRows
 from saeguard.sae.encoder import NORMS, encoder_in_memory
@@ -87,7 +87,7 @@ def test_lists_come_and_go() -> None:
     lists = [watching(rng.sample(range(30), rng.randint(1, 7))) for _ in range(60)]
     columns = allocate(lists[0], 16)
     at = [np.arange(len(lists[0].hooks[0].W))]
-    first = spread(lists[0], columns, at)
+    first = over_tap_columns(lists[0], columns, at)
     (tap,) = install_taps(first, max_tokens=8, slots=1, device=torch.device("cpu"))
     buffers = [t.data_ptr() for t in (tap.W, tap.b, tap.theta, tap.f)]
     live = [(0, lists[0], first, used(lists[0].hooks, at))]
@@ -98,7 +98,7 @@ def test_lists_come_and_go() -> None:
         in_use = {0: frozenset().union(*(reads[0] for *_, reads in live))}
         ids = [row_ids(h) for h in watchlist.hooks]
         check_fits(columns, watchlist.hooks, ids, {})
-        placed = place(columns, watchlist.hooks, ids, in_use, number)
+        placed = assign_columns(columns, watchlist.hooks, ids, in_use, number)
         if placed is None:
             refused += 1
             assert len(in_use[0] | {0}) + len(ids[0]) > 16 - 1
@@ -107,7 +107,7 @@ def test_lists_come_and_go() -> None:
         (which,) = placed.missing
         rows = {n: getattr(watchlist.hooks[0], n).numpy()[which] for n in ("W", "b", "theta")}
         write_rows([tap], Write(0, placed.at[0][which], rows))
-        whole = spread(watchlist, columns, placed.at, first.hooks)
+        whole = over_tap_columns(watchlist, columns, placed.at, first.hooks)
         live.append((number, watchlist, whole, used(watchlist.hooks, placed.at)))
         x = torch.randint(-8, 8, (5, D)) / 8
         torch.ops.saeguard.tap(x, None, 0)
@@ -144,9 +144,9 @@ def test_one_row_under_two_names() -> None:
     natural = watching([1, 1, 2])
     columns = allocate(watching([7]), 4)
     ids = [row_ids(natural.hooks[0])]
-    placed = place(columns, natural.hooks, ids, {}, 1)
+    placed = assign_columns(columns, natural.hooks, ids, {}, 1)
     assert placed is not None
-    whole = spread(natural, placed.columns, placed.at)
+    whole = over_tap_columns(natural, placed.columns, placed.at)
     f = np.array([[0.5, 0.5, 2.0]], np.float32)
     over = np.zeros((1, 4), np.float32)
     over[0, placed.at[0]] = f
@@ -156,11 +156,11 @@ def test_one_row_under_two_names() -> None:
 def test_slim_holds_no_weights() -> None:
     """The rules need shapes only."""
     natural = watching([1, 2])
-    bare = slim(natural)
+    bare = without_weights(natural)
     assert bare.columns == natural.columns
     assert bare.hooks[0].W.is_meta
     policy = make_policy("p", Name("a"), {"a": Selection("f0", 0.5)})
-    assert slim(make_watchlist([policy])).policies == (policy,)
+    assert without_weights(make_watchlist([policy])).policies == (policy,)
 
 
 def normalised(rows: Hook) -> Hook:
@@ -178,11 +178,14 @@ def test_norms() -> None:
     first = replace(watching([1, 2]), hooks=(normed,))
     columns = allocate(first, 2)
     (tap,) = install_taps(
-        spread(first, columns, [np.arange(2)]), max_tokens=4, slots=1, device=torch.device("cpu")
+        over_tap_columns(first, columns, [np.arange(2)]),
+        max_tokens=4,
+        slots=1,
+        device=torch.device("cpu"),
     )
     ids = [row_ids(plain)]
     check_fits(columns, [plain], ids, {})
-    placed = place(columns, [plain], ids, {}, 1)
+    placed = assign_columns(columns, [plain], ids, {}, 1)
     assert placed is not None
     rows = {n: getattr(plain, n).numpy() for n in ("W", "b", "theta")}
     write_rows([tap], Write(0, placed.at[0], rows))
@@ -197,10 +200,10 @@ def test_ranks() -> None:
     rows = EncoderRows(torch.randn(8, D), torch.zeros(8), torch.zeros(8))
     encoder = encoder_in_memory(rows, k=3)
 
-    def ranked(latents: tuple[int, ...], bar: float) -> Hook:
+    def ranked(latents: tuple[int, ...], screen: float) -> Hook:
         at = list(latents)
-        bars = torch.full((len(at),), bar)
-        part = RankedRows(encoder, slice(0, len(at)), latents, bars)
+        screen_thresholds = torch.full((len(at),), screen)
+        part = RankedRows(encoder, slice(0, len(at)), latents, screen_thresholds)
         plain = Hook(0, D, rows.W[at], rows.b[at], rows.theta[at], 0)
         return replace(plain, ranked=(part,))
 
@@ -209,28 +212,28 @@ def test_ranks() -> None:
     columns = allocate(first, 6)
     at = [np.arange(2)]
     (tap,) = install_taps(
-        spread(first, columns, at), max_tokens=4, slots=1, device=torch.device("cpu")
+        over_tap_columns(first, columns, at), max_tokens=4, slots=1, device=torch.device("cpu")
     )
     other = ranked((0, 6), 0.5)
     with pytest.raises(CapacityError, match="fire by rank, and their rivals are not what"):
         check_fits(columns, [other], [row_ids(other)], {})
     unranked = replace(start, ranked=())
     assert not set(row_ids(unranked)) & set(row_ids(start))
-    placed = place(columns, [unranked], [row_ids(unranked)], {}, 1)
+    placed = assign_columns(columns, [unranked], [row_ids(unranked)], {}, 1)
     assert placed is not None
     assert not set(placed.at[0].tolist()) & {0, 1}, "their columns are not for others"
 
     lower = ranked((5, 0), 0.25)
     ids = [row_ids(lower)]
     check_fits(columns, [lower], ids, {})
-    placed = place(columns, [lower], ids, {0: frozenset({0, 1})}, 2)
+    placed = assign_columns(columns, [lower], ids, {0: frozenset({0, 1})}, 2)
     assert placed is not None
     assert placed.at[0].tolist() == [1, 0]
     assert not len(placed.missing[0])
     # What passes before showed of them had higher bars.
     assert oldest_readable(placed.columns, used([lower], placed.at)) == 2
-    write_rows([tap], Write(0, placed.at[0], {"bar": np.array([0.25, 0.75], np.float32)}))
-    assert tap.ranked[0].bar.tolist() == [0.5, 0.25]
+    write_rows([tap], Write(0, placed.at[0], {"screen": np.array([0.25, 0.75], np.float32)}))
+    assert tap.ranked[0].screen.tolist() == [0.5, 0.25]
 
 
 def ranking_tap() -> Tap:
@@ -256,8 +259,13 @@ def test_writes_that_wait_are_as_many_as_columns() -> None:
         if rng.random() < 0.5:
             rows["norm"] = np.full(len(at), NORMS.index("layer_norm"))
         low = rng.choice(4, int(rng.integers(1, 5)), replace=False)
-        bars = {"bar": rng.uniform(0.2, 1.2, len(low)).astype(np.float32)}
-        writes = (Write(0, low, bars), Write(0, at, rows), Write(7, at, rows), Write(7, low, bars))
+        screen_thresholds = {"screen": rng.uniform(0.2, 1.2, len(low)).astype(np.float32)}
+        writes = (
+            Write(0, low, screen_thresholds),
+            Write(0, at, rows),
+            Write(7, at, rows),
+            Write(7, low, screen_thresholds),
+        )
         for write in writes:
             write_rows([one], write)
         waiting = merge_writes(waiting, writes)
@@ -269,6 +277,6 @@ def test_writes_that_wait_are_as_many_as_columns() -> None:
             waiting = ()
             for name in ("W", "b", "theta", "norm"):
                 assert torch.equal(getattr(one, name), getattr(all_, name))
-            assert torch.equal(one.ranked[0].bar, all_.ranked[0].bar)
-    assert one.ranked[0].bar.max() < 1
+            assert torch.equal(one.ranked[0].screen, all_.ranked[0].screen)
+    assert one.ranked[0].screen.max() < 1
     assert len(set(one.norm.tolist())) == 2 if one.norm is not None else False

@@ -34,7 +34,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     settings = {"policies": str(tmp_path / "policies"), "feature_sets": str(tmp_path / "sets")}
     server = Server(parse_settings(settings))
     deadline = time.monotonic() + 90
-    while not server.reloader.standing.outcomes and time.monotonic() < deadline:
+    while not server.reloader.status.outcomes and time.monotonic() < deadline:
         time.sleep(0.01)
     yield server
     server.reloader.close()
@@ -55,7 +55,7 @@ def test_lists_are_let_go(server: Server, tmp_path: Path) -> None:
         old = server.now
         write(tmp_path / "policies", i % 12, above=0.2 + i / 100)
         server.until(lambda r, old=old: r.outcome == "active" and r.old == old)  # type: ignore[misc]
-        server.outbox.take({})
+        server.updates.take({})
         server.reports.clear()
         lists.append(weakref.ref(server.lists.current))
         if i == RELOADS // 4:

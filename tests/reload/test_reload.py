@@ -15,7 +15,7 @@ from saeguard.guard.tap import install_taps
 from saeguard.policy import signing
 from saeguard.policy.load import load_policies
 from saeguard.reload import state_dir
-from saeguard.reload.reloader import Reloader, Report, Where
+from saeguard.reload.reloader import ReloadContext, Reloader, Report
 from saeguard.reload.versions import Pin, Versions, make_version
 from saeguard.reload.worker_updates import Admitted, UpdateQueue
 from saeguard.vllm.settings import Settings, check_manifest, load, parse_settings, source_of, start
@@ -53,12 +53,12 @@ class Server:
         started = start(settings)
         self.reports: list[Report] = []
         self.lists = Versions(make_version(0, started.watchlist, started.reads))
-        self.outbox = UpdateQueue()
-        where = Where(
+        self.updates = UpdateQueue()
+        where = ReloadContext(
             source=source_of(settings),
-            generations=self.lists,
+            versions=self.lists,
             columns=started.columns,
-            outbox=self.outbox,
+            updates=self.updates,
             report=self.reports.append,
             accept=lambda _: None,
             check_manifest=lambda manifest: check_manifest(settings, manifest),
@@ -98,9 +98,9 @@ def server(settings: Settings) -> Iterator[Server]:
     """A server whose reloader has read the files for the first time."""
     server = Server(settings)
     deadline = time.monotonic() + 90
-    while not server.reloader.standing.outcomes and time.monotonic() < deadline:
+    while not server.reloader.status.outcomes and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert server.reloader.standing.outcomes == {"unchanged": 1}
+    assert server.reloader.status.outcomes == {"unchanged": 1}
     yield server
     server.reloader.close()
 
@@ -110,7 +110,7 @@ def test_rows_are_written_where_nobody_reads(settings: Settings, server: Server)
     folder, first = Path(settings.policies), server.lists.current
     write(folder, 1, 2)
     report = server.until(lambda r: r.outcome == "active")
-    swap = server.outbox.take({}).swap
+    swap = server.updates.take({}).swap
     assert swap is not None
     (told,) = swap.writes
     assert report.rows == len(told.columns) == 1
@@ -119,7 +119,7 @@ def test_rows_are_written_where_nobody_reads(settings: Settings, server: Server)
     write(folder, 1, 2, above=0.9)
     report = server.until(lambda r: r.outcome == "active" and r.old != first.watchlist.digest)
     assert report.rows == 0
-    swap = server.outbox.take({}).swap
+    swap = server.updates.take({}).swap
     assert swap is not None
     assert (swap.number, swap.writes) == (2, ())
 
@@ -131,9 +131,9 @@ def waits(settings: Settings, server: Server) -> tuple[Pin, str]:
     server.until(lambda r: r.outcome == "active")
     write(Path(settings.policies), 3, 4)
     deadline = time.monotonic() + 60
-    while server.reloader.standing.waiting is None and time.monotonic() < deadline:
+    while server.reloader.status.waiting is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    waiting = server.reloader.standing.waiting
+    waiting = server.reloader.status.waiting
     assert waiting is not None
     while waiting not in [
         s["waiting"] for s in state_dir.read_statuses(state_of(settings)).values()
@@ -156,7 +156,7 @@ def test_a_list_waits_for_columns(settings: Settings, server: Server) -> None:
     del pin
     server.until(lambda r: r.new == waiting)
     assert server.now == waiting
-    assert server.reloader.standing.waiting is None
+    assert server.reloader.status.waiting is None
 
 
 def test_a_list_that_waits_gives_way_to_a_later_one(settings: Settings, server: Server) -> None:
@@ -185,10 +185,10 @@ def test_the_compiler_can_die(settings: Settings, server: Server) -> None:
     (child,) = children(os.getpid())
     os.kill(child, signal.SIGKILL)
     server.until(lambda r: r.outcome == "failed")
-    assert not server.reloader.standing.current
+    assert not server.reloader.status.current
     write(Path(settings.policies), 2)
     server.until(lambda r: r.outcome == "active")
-    assert server.reloader.standing.current
+    assert server.reloader.status.current
 
 
 def children(pid: int) -> list[int]:
@@ -269,20 +269,20 @@ def test_clamps_come_back_between_two_passes(
     """A list that is taken back while no request is under way edits as it did."""
     folder = Path(settings.policies)
     first = turn(server, folder, 2, -6.0)
-    worker.carry_out(server.outbox.take({}))
+    worker.carry_out(server.updates.take({}))
     assert list(worker.taps[0].clamps) == [first]
     assert turn(server, folder, 3, -5.0) != first
     assert turn(server, folder, 2, -6.0) == first
-    worker.carry_out(server.outbox.take({}))
+    worker.carry_out(server.updates.take({}))
     assert list(worker.taps[0].clamps) == list(worker.clamp_lists) == [first]
     # Those of the list between, which the workers never had, are no news to them.
-    orders = server.outbox.take({"r": Admitted(first, frozenset())})
-    assert (orders.dropped, orders.swap) == ((), None)
-    worker.carry_out(orders)
+    update = server.updates.take({"r": Admitted(first, frozenset())})
+    assert (update.dropped, update.swap) == ((), None)
+    worker.carry_out(update)
     with pytest.raises(RuntimeError, match=r"carried out swap 3 .* believes 7"):
-        worker.carry_out(orders._replace(after=7))
+        worker.carry_out(update._replace(after=7))
     with pytest.raises(RuntimeError, match=r"clamps \['other'\], which this rank does not have"):
-        worker.carry_out(server.outbox.take({"r": Admitted("other", frozenset())}))
+        worker.carry_out(server.updates.take({"r": Admitted("other", frozenset())}))
 
 
 def test_what_waits_does_not_grow(settings: Settings, server: Server) -> None:
@@ -290,11 +290,11 @@ def test_what_waits_does_not_grow(settings: Settings, server: Server) -> None:
     folder = Path(settings.policies)
     seen = [turn(server, folder, i % 6, -6.0 + i) for i in range(12)]
     assert len(set(seen)) == 12
-    orders = server.outbox.take({})
-    assert orders.dropped == ()
-    assert orders.swap is not None
-    assert (orders.after, orders.swap.number, list(orders.swap.clamps)) == (0, 12, seen[-1:])
-    written = [int(column) for write in orders.swap.writes for column in write.columns]
+    update = server.updates.take({})
+    assert update.dropped == ()
+    assert update.swap is not None
+    assert (update.after, update.swap.number, list(update.swap.clamps)) == (0, 12, seen[-1:])
+    written = [int(column) for write in update.swap.writes for column in write.columns]
     assert len(written) == len(set(written)) <= settings.watch_capacity  # type: ignore[operator]
 
 

@@ -43,12 +43,12 @@ def forward_pass(rows: dict[str, tuple[int, np.ndarray]], **more: Any) -> Forwar
         request_ids=list(rows),
         query_start=np.concatenate([[0], np.cumsum(counts)]),
         positions=np.concatenate([np.arange(s, s + len(f)) for s, f in rows.values()]),
-        watched=np.ones(sum(counts), bool),
+        eligible=np.ones(sum(counts), bool),
         f=np.concatenate([f for _, f in rows.values()]),
         acted=None,
         ran=True,
         watchlist="",
-        **{"orders": 99, **more},
+        **{"swaps": 99, **more},
     )
 
 
@@ -98,7 +98,7 @@ def test_each_request_keeps_its_list() -> None:
             n = rng.randint(1, prompt - done[name]) if done[name] < prompt else 1
             rows[name] = (done[name], f[done[name] : done[name] + n])
             done[name] += n
-        seen = forward_pass(rows, orders=step)
+        seen = forward_pass(rows, swaps=step)
         lists.ingest(seen, np.diff(seen.query_start))
         most = max(most, len(lists.live))
         for name in [n for n, (f, *_) in texts.items() if done[n] == len(f)]:
@@ -147,7 +147,7 @@ def test_taps_that_were_not_told_saw_nothing() -> None:
     lists.publish(a_list(4, 7))
     start(lists, "new", 2)
     f = random_activations(seeded(1), 2)
-    seen = forward_pass({"old": (0, f), "new": (0, f)}, orders=6)
+    seen = forward_pass({"old": (0, f), "new": (0, f)}, swaps=6)
     lists.ingest(seen, np.array([2, 2]))
     assert all(v.coverage.skipped.get("error") is None for v in lists.finish("old", 2))
     wrong = lists.coverage("new", 2)
@@ -156,17 +156,17 @@ def test_taps_that_were_not_told_saw_nothing() -> None:
 
 def test_what_another_list_saw_of_a_cached_prefix() -> None:
     """Counts where it held the rows, and is unseen where it did not."""
-    memory = PrefixStore(4, FEATURES, blocks=8, limit_bytes=10**6)
-    lists = Versions(a_list(5, memory=memory))
+    prefix_store = PrefixStore(4, FEATURES, blocks=8, limit_bytes=10**6)
+    lists = Versions(a_list(5, prefix_store=prefix_store))
     f = random_activations(seeded(2), 8)
     keys = (b"a", b"b")
     start(lists, "first", 8, keys)
     seen = forward_pass({"first": (0, f)})
     lists.ingest(seen, np.array([8]))
     lists.finish("first", 8)
-    assert len(memory) == 2
+    assert len(prefix_store) == 2
     for number, needs, evaluated in ((1, 0, 9), (2, 2, 1), (3, 2, 1), (4, 0, 9)):
-        lists.publish(a_list(5 + number, number, memory=memory, needs=needs))
+        lists.publish(a_list(5 + number, number, prefix_store=prefix_store, needs=needs))
         name = f"r{number}"
         start(lists, name, 9, keys)
         lists.ingest(forward_pass({name: (8, f[:1])}), np.array([1]))
@@ -182,18 +182,18 @@ def test_what_another_list_saw_of_a_cached_prefix() -> None:
 
 def test_an_older_list_does_not_overwrite_what_a_newer_one_saw() -> None:
     """Both compute a prefix; what the newer one saw holds more."""
-    memory = PrefixStore(2, 1, blocks=8, limit_bytes=10**6)
+    prefix_store = PrefixStore(2, 1, blocks=8, limit_bytes=10**6)
     one, two = np.full((1, 2, 1), 1.0, np.float32), np.full((1, 2, 1), 2.0, np.float32)
-    watched = np.ones((1, 2), bool)
-    memory.put([b"k"], two, watched, 5)
-    memory.put([b"k"], one, watched, 4)
-    found = memory.get(b"k", 5)
+    eligible = np.ones((1, 2), bool)
+    prefix_store.put([b"k"], two, eligible, 5)
+    prefix_store.put([b"k"], one, eligible, 4)
+    found = prefix_store.get(b"k", 5)
     assert found is not None
     assert found[0].tolist() == [[2.0], [2.0]]
-    assert memory.get(b"k", 6) is None
-    assert not memory.knows([b"k"], 6)
-    memory.put([b"k"], one, watched, 6)
-    assert memory.knows([b"k"], 6)
+    assert prefix_store.get(b"k", 6) is None
+    assert not prefix_store.holds([b"k"], 6)
+    prefix_store.put([b"k"], one, eligible, 6)
+    assert prefix_store.holds([b"k"], 6)
 
 
 def test_clamps_are_known_by_what_they_do() -> None:

@@ -20,7 +20,7 @@ import torch
 from saeguard.guard.clamp import ring
 from saeguard.guard.compiled_rules import Rules, compile_rules
 from saeguard.guard.condition_program import Program, evidence, on_device
-from saeguard.guard.rows import Rows
+from saeguard.guard.forward_pass import Rows
 from saeguard.guard.scopes import MEMBERS, SCOPES
 from saeguard.guard.verdict import THRESHOLD
 from saeguard.guard.watchlist import ClampRows, Hook, Mix, WatchList, shares_of
@@ -196,12 +196,12 @@ def apply(
             what its decoder writes is divided by it.
     """
     n = hidden.shape[0]
-    at = ring.here(rows.slot[:n], rows.position[:n], rows.offset[:n])
+    at = ring.here(rows.clamp_slot[:n], rows.position[:n], rows.offset[:n])
     position = at.position[:, None]
     # What cannot be read supports nothing, as on the host, and what to subtract is unknown.
     readable = f.isfinite().all(dim=1)
     enforced = clamp.enforced[at.slot]
-    looked = clamp.looks[rows.place[:n]] & (rows.watched[:n] & readable)[:, None]
+    looked = clamp.looks[rows.role[:n]] & (rows.eligible[:n] & readable)[:, None]
 
     match = _matches(clamp, _evidence(clamp, f, at, looked), at) & enforced
     last = ring.latest(match, at, ring.before(clamp.last, at, _of(clamp.last, -1)))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 ROWS = 16
 """Tokens of a tile; `tl.dot` wants 16 at least."""
-RIVALS = 64
+COMPETITORS = 64
 """Rivals of a tile."""
 PAIRS = 1 << 16
 """Close pairs that there is room for, of one pass."""
@@ -44,7 +44,7 @@ LISTED, OPEN, CLOSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class TopKBuffers:
     """Where the kernels count."""
 
     counters: torch.Tensor
@@ -65,9 +65,9 @@ class Board:
     """The largest norm of a rival's row, and the largest absolute bias."""
 
 
-def make_board(
+def allocate_buffers(
     competitors: Competitors, watched: int, *, max_tokens: int, pairs: int = PAIRS
-) -> Board:
+) -> TopKBuffers:
     """Allocate room for passes of up to `max_tokens` rows."""
     device = competitors.rows.b.device
 
@@ -75,7 +75,7 @@ def make_board(
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
     assert competitors.encoder.longest is not None
-    return Board(
+    return TopKBuffers(
         counters=room(3),
         listed=room(max_tokens),
         open=room(max_tokens),
@@ -94,7 +94,7 @@ def _screen(
     halves_at,
     f,
     scale,
-    bar,
+    screen,
     shown,
     counters,
     listed,
@@ -123,7 +123,7 @@ def _screen(
         column = first + tl.arange(0, K)
         inside = here[:, None] & (column < watched)[None, :]
         value = tl.load(f + at[:, None] * stride_f + column[None, :], mask=inside, other=0.0)
-        over = value > tl.load(bar + column, mask=column < watched, other=0.0)[None, :]
+        over = value > tl.load(screen + column, mask=column < watched, other=0.0)[None, :]
         passes = tl.maximum(passes, tl.max((over & inside).to(tl.int32), 1))
     if tl.load(shown) == 0:
         for first in range(0, watched, K):
@@ -350,7 +350,7 @@ def _exactly(
             tl.atomic_add(above + to, 1)
 
 
-def settle(
+def apply_topk(
     ranked: Ranked,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
@@ -369,8 +369,8 @@ def settle(
             not be told becomes so.
         scale: like `f`, of an SAE that normalises per token.
     """
-    competitors, board = ranked.competitors, ranked.board
-    assert board is not None
+    competitors, buffers = ranked.competitors, ranked.buffers
+    assert buffers is not None
     rows, d_in = hidden.shape
     if not rows:
         return
@@ -383,7 +383,7 @@ def settle(
     second = hidden if residual is None else residual
     strides = hidden.stride(0), second.stride(0)
     kind = {"SECOND": residual is not None, "NORMED": normed}
-    board.counters.zero_()
+    buffers.counters.zero_()
     tiles = (triton.cdiv(rows, ROWS),)
     _screen[tiles](
         hidden,
@@ -391,19 +391,19 @@ def settle(
         halves,
         mine,
         by,
-        ranked.bar,
+        ranked.screen,
         ranked.shown,
-        board.counters,
-        board.listed,
-        board.margin,
-        board.above,
-        board.near,
+        buffers.counters,
+        buffers.listed,
+        buffers.margin,
+        buffers.above,
+        buffers.near,
         rows,
         watched,
         d_in,
         *strides,
         f.stride(0),
-        *board.extent,
+        *buffers.extent,
         # Wider than `Reach` by what rounding can do to the length itself.
         (d_in + 16) * 2.0**-24,
         **kind,
@@ -412,7 +412,7 @@ def settle(
     )
 
     def compare(*, pairs: bool) -> None:
-        _compare[(triton.cdiv(len(b), RIVALS),)](
+        _compare[(triton.cdiv(len(b), COMPETITORS),)](
             hidden,
             second,
             halves,
@@ -423,25 +423,25 @@ def settle(
             competitors.start,
             competitors.stop,
             competitors.own,
-            board.counters,
-            board.listed,
-            board.open,
-            board.margin,
-            board.above,
-            board.near,
-            board.pair,
+            buffers.counters,
+            buffers.listed,
+            buffers.open,
+            buffers.margin,
+            buffers.above,
+            buffers.near,
+            buffers.pair,
             watched,
             len(b),
             d_in,
             competitors.limit,
-            len(board.pair),
+            len(buffers.pair),
             *strides,
             W.stride(0),
             f.stride(0),
             **kind,
             PAIR=pairs,
             TILE=ROWS,
-            COLUMNS=RIVALS,
+            COLUMNS=COMPETITORS,
             K=INNER,
             num_warps=WARPS,
         )
@@ -449,14 +449,14 @@ def settle(
     def conclude(*, last: bool) -> None:
         _conclude[tiles](
             mine,
-            board.counters,
-            board.listed,
-            board.open,
-            board.above,
-            board.near,
+            buffers.counters,
+            buffers.listed,
+            buffers.open,
+            buffers.above,
+            buffers.near,
             watched,
             competitors.limit,
-            len(board.pair),
+            len(buffers.pair),
             f.stride(0),
             LAST=last,
             TILE=ROWS,
@@ -474,13 +474,13 @@ def settle(
         W,
         b,
         competitors.own,
-        board.counters,
-        board.listed,
-        board.above,
-        board.pair,
+        buffers.counters,
+        buffers.listed,
+        buffers.above,
+        buffers.pair,
         watched,
         d_in,
-        len(board.pair),
+        len(buffers.pair),
         *strides,
         W.stride(0),
         f.stride(0),

@@ -22,15 +22,15 @@ class Whole(NamedTuple):
     """Which of its request's blocks."""
     f: np.ndarray
     """[block, columns] float32."""
-    watched: np.ndarray
+    eligible: np.ndarray
 
 
 class PrefixBlocks:
     """What the requests in flight have seen of their blocks, on its way into the memory."""
 
-    def __init__(self, memory: PrefixStore | PrefixView) -> None:
+    def __init__(self, prefix_store: PrefixStore | PrefixView) -> None:
         """Start with no request."""
-        self.memory = memory
+        self.prefix_store = prefix_store
         self._keys: dict[int, Sequence[bytes]] = {}
         """By slot: the keys of its whole blocks, a list that the engine extends."""
         self._unkeyed: list[Whole] = []
@@ -47,7 +47,7 @@ class PrefixBlocks:
 
     def take_back(self, slot: int, seen: int) -> None:
         """Drop what was noted of a request from position `seen` on."""
-        block = self.memory.block
+        block = self.prefix_store.block
         self._unkeyed = [w for w in self._unkeyed if w.slot != slot or (w.i + 1) * block <= seen]
 
     def recall(
@@ -59,19 +59,19 @@ class PrefixBlocks:
             The position behind what is returned, and activations and watched, or None where the
             tokens up to there are not remembered.
         """
-        block, keys, i = self.memory.block, self._keys[slot], first // self.memory.block
+        block, keys, i = self.prefix_store.block, self._keys[slot], first // self.prefix_store.block
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for key in keys[i : min(end // block, i + RECALLED_ROWS // block)]:
-            seen = self.memory.get(key)
+            seen = self.prefix_store.get(key)
             if seen is None:
                 break
             found.append(seen)
         if not found:
             return min(end, (i + 1) * block), None
-        f, watched = (
+        f, eligible = (
             np.concatenate(part)[first - i * block :] for part in zip(*found, strict=True)
         )
-        return (i + len(found)) * block, (f, watched)
+        return (i + len(found)) * block, (f, eligible)
 
     def note(
         self,
@@ -79,7 +79,7 @@ class PrefixBlocks:
         at: np.ndarray,
         position: np.ndarray,
         f: np.ndarray,
-        watched: np.ndarray,
+        eligible: np.ndarray,
         *,
         ran: bool,
     ) -> None:
@@ -90,10 +90,10 @@ class PrefixBlocks:
             at: [requests] slots.
             position: [requests, tokens].
             f: [requests, tokens, columns].
-            watched: [requests, tokens].
+            eligible: [requests, tokens].
             ran: whether the activations were read.
         """
-        block = self.memory.block
+        block = self.prefix_store.block
         first, end = position[:, 0], position[:, -1] + 1
         jumped = first != s.noted[at]
         s.whole_from[at[jumped]] = first[jumped]
@@ -103,7 +103,7 @@ class PrefixBlocks:
             return
         inside = position % (2 * block)
         s.recent[at[:, None], inside] = f
-        s.recent_watched[at[:, None], inside] = watched
+        s.recent_eligible[at[:, None], inside] = eligible
         for r, j in np.argwhere(position % block == block - 1):
             self._complete(s, int(at[r]), int(position[r, j]) // block)
         self.store()
@@ -114,12 +114,12 @@ class PrefixBlocks:
         slot: int,
         position: np.ndarray,
         f: np.ndarray,
-        watched: np.ndarray,
+        eligible: np.ndarray,
         *,
         ran: bool,
     ) -> None:
         """Keep consecutive rows of one slot: whole blocks now, the rest until theirs is."""
-        block = self.memory.block
+        block = self.prefix_store.block
         first, end = int(position[0]), int(position[-1]) + 1
         if first != s.noted[slot]:
             s.whole_from[slot] = first
@@ -129,14 +129,14 @@ class PrefixBlocks:
             return
         start = min(end, -(-first // block) * block)  # of the whole blocks, if there is one
         stop = max(start, end // block * block)
-        self._keep(s, slot, position[: start - first], f, watched)
+        self._keep(s, slot, position[: start - first], f, eligible)
         if start > first and start % block == 0:
             self._complete(s, slot, start // block - 1)
         for o in range(start - first, stop - first, block):
             rows = slice(o, o + block)
-            self._unkeyed.append(Whole(slot, (first + o) // block, f[rows], watched[rows]))
+            self._unkeyed.append(Whole(slot, (first + o) // block, f[rows], eligible[rows]))
         rest = slice(stop - first, None)
-        self._keep(s, slot, position[rest], f[rest], watched[rest])
+        self._keep(s, slot, position[rest], f[rest], eligible[rest])
         self.store()
 
     def store(self) -> None:
@@ -146,24 +146,24 @@ class PrefixBlocks:
         ready = [w for w in self._unkeyed if w.i < len(self._keys[w.slot])]
         self._unkeyed = [w for w in self._unkeyed if w.i >= len(self._keys[w.slot])]
         if ready:
-            self.memory.put(
+            self.prefix_store.put(
                 [self._keys[w.slot][w.i] for w in ready],
                 np.stack([w.f for w in ready]),
-                np.stack([w.watched for w in ready]),
+                np.stack([w.eligible for w in ready]),
             )
 
     def _keep(
-        self, s: State, slot: int, position: np.ndarray, f: np.ndarray, watched: np.ndarray
+        self, s: State, slot: int, position: np.ndarray, f: np.ndarray, eligible: np.ndarray
     ) -> None:
-        inside = position % (2 * self.memory.block)
+        inside = position % (2 * self.prefix_store.block)
         s.recent[slot, inside] = f[: len(inside)]
-        s.recent_watched[slot, inside] = watched[: len(inside)]
+        s.recent_eligible[slot, inside] = eligible[: len(inside)]
 
     def _complete(self, s: State, slot: int, i: int) -> None:
         """Take a block whose last row has come, if none of its rows is missing."""
-        block = self.memory.block
+        block = self.prefix_store.block
         if s.whole_from[slot] <= i * block:
             rows = slice(i % 2 * block, (i % 2 + 1) * block)
             self._unkeyed.append(
-                Whole(slot, i, s.recent[slot, rows].copy(), s.recent_watched[slot, rows].copy())
+                Whole(slot, i, s.recent[slot, rows].copy(), s.recent_eligible[slot, rows].copy())
             )

@@ -31,7 +31,7 @@ class Seen(NamedTuple):
     """[fired] uint32 index into the flattened [block, columns] activations."""
     value: np.ndarray
     """[fired] float32."""
-    watched: np.ndarray
+    eligible: np.ndarray
     """[block / 8] uint8: bits of the tokens that are not excluded by id."""
     made: int = 0
     """Swap of the watch list after which it was seen."""
@@ -39,7 +39,7 @@ class Seen(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Return the bytes that the entry holds."""
-        return ENTRY_BYTES + self.at.nbytes + self.value.nbytes + self.watched.nbytes
+        return ENTRY_BYTES + self.at.nbytes + self.value.nbytes + self.eligible.nbytes
 
 
 class PrefixStore:
@@ -83,24 +83,26 @@ class PrefixStore:
         block = 8 * self.block * self.columns + self.block // 8 + ENTRY_BYTES
         return self.blocks * block
 
-    def knows(self, keys: Sequence[bytes], needs: int = 0) -> bool:
+    def holds(self, keys: Sequence[bytes], needs: int = 0) -> bool:
         """Return whether all of the blocks were seen, by a list of swap `needs` or later."""
         return all(key in self._seen and self._seen[key].made >= needs for key in keys)
 
-    def put(self, keys: Sequence[bytes], f: np.ndarray, watched: np.ndarray, made: int = 0) -> None:
+    def put(
+        self, keys: Sequence[bytes], f: np.ndarray, eligible: np.ndarray, made: int = 0
+    ) -> None:
         """Remember whole blocks.
 
         Args:
             keys: one a block.
             f: [blocks, block, columns] float32 activations.
-            watched: [blocks, block] bool.
+            eligible: [blocks, block] bool.
             made: swap of the watch list after which they were seen.
         """
         flat = f.reshape(len(keys), -1)
         which, at = np.nonzero(flat)  # NaN is not zero: what could not be read stays an error
         value = flat[which, at]
         ends = np.searchsorted(which, np.arange(len(keys) + 1))
-        bits = np.packbits(watched, axis=1)
+        bits = np.packbits(eligible, axis=1)
         for i, key in enumerate(keys):
             part = slice(ends[i], ends[i + 1])
             fired = at[part].astype(np.uint32), value[part].copy()
@@ -117,8 +119,8 @@ class PrefixStore:
         self._seen.move_to_end(key)
         f = np.zeros(self.block * self.columns, np.float32)
         f[seen.at] = seen.value
-        watched = np.unpackbits(seen.watched, count=self.block).astype(bool)
-        return f.reshape(self.block, self.columns), watched
+        eligible = np.unpackbits(seen.eligible, count=self.block).astype(bool)
+        return f.reshape(self.block, self.columns), eligible
 
     def clear(self) -> None:
         """Forget everything: the weights may have changed, or the watch list."""
@@ -149,7 +151,7 @@ class PrefixStore:
 class PrefixView(NamedTuple):
     """The memory as one watch list uses it: what its passes see, and what it can read."""
 
-    memory: PrefixStore
+    prefix_store: PrefixStore
     made: int
     """Swap that brought the list: its requests' passes hold all columns written up to then."""
     needs: int
@@ -158,16 +160,16 @@ class PrefixView(NamedTuple):
     @property
     def block(self) -> int:
         """Return the tokens that a key stands for."""
-        return self.memory.block
+        return self.prefix_store.block
 
-    def knows(self, keys: Sequence[bytes]) -> bool:
+    def holds(self, keys: Sequence[bytes]) -> bool:
         """Return whether all of the blocks were seen."""
-        return self.memory.knows(keys, self.needs)
+        return self.prefix_store.holds(keys, self.needs)
 
-    def put(self, keys: Sequence[bytes], f: np.ndarray, watched: np.ndarray) -> None:
+    def put(self, keys: Sequence[bytes], f: np.ndarray, eligible: np.ndarray) -> None:
         """Remember whole blocks, as `Memory.put` does."""
-        self.memory.put(keys, f, watched, self.made)
+        self.prefix_store.put(keys, f, eligible, self.made)
 
     def get(self, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
         """Return a block, as `Memory.get` does."""
-        return self.memory.get(key, self.needs)
+        return self.prefix_store.get(key, self.needs)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from saeguard.errors import InputError
-from saeguard.guard.scopes import BY_ROLE, PLACES, TEMPLATE, USER
+from saeguard.guard.scopes import BY_ROLE, ROLES, TEMPLATE, USER
 
 if TYPE_CHECKING:
     from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
@@ -21,11 +21,11 @@ START = -1
 """Stands for the beginning of the text, which opens turns where a template has nothing else."""
 
 
-class Opening(NamedTuple):
+class StartMark(NamedTuple):
     """How a chat template opens the turns of a role; more than one way makes more than one."""
 
     role: int
-    """Index into `PLACES`."""
+    """Index into `ROLES`."""
     core: tuple[int, ...]
     """Token ids that have to be there, a special token or `START` the first of them."""
     rest: tuple[int, ...]
@@ -36,25 +36,25 @@ class RolesError(InputError):
     """A policy's scope is a role, and the model's chat template does not tell that role."""
 
 
-class Turns(NamedTuple):
+class RoleMarks(NamedTuple):
     """How a chat template sets turns apart, as token ids; made by `roles.chat_template`."""
 
-    openings: tuple[Opening, ...]
-    closings: tuple[tuple[int, ...], ...]
+    starts: tuple[StartMark, ...]
+    ends: tuple[tuple[int, ...], ...]
     """What the template writes before an opening, or last."""
 
     @property
     def roles(self) -> frozenset[int]:
-        """Return the roles that have turns of their own, as indices into `PLACES`."""
-        return frozenset(opening.role for opening in self.openings)
+        """Return the roles that have turns of their own, as indices into `ROLES`."""
+        return frozenset(opening.role for opening in self.starts)
 
 
-def check_roles(watchlist: WatchList, turns: Turns | str) -> None:
+def check_roles(watchlist: WatchList, marks: RoleMarks | str) -> None:
     """Refuse policies whose scope is a role that is not told.
 
     Args:
         watchlist: with the policies.
-        turns: of the model's chat template, or why it cannot be told.
+        marks: of the model's chat template, or why it cannot be told.
 
     Raises:
         RolesError: names the policy, the reason, and what is allowed.
@@ -62,9 +62,9 @@ def check_roles(watchlist: WatchList, turns: Turns | str) -> None:
     for policy in watchlist.policies:
         if policy.scope not in BY_ROLE:
             continue
-        told = [] if isinstance(turns, str) else [PLACES[role] for role in sorted(turns.roles)]
+        told = [] if isinstance(marks, str) else [ROLES[role] for role in sorted(marks.roles)]
         if policy.scope not in told:
-            why = turns if isinstance(turns, str) else f"it has no turns of the {policy.scope}"
+            why = marks if isinstance(marks, str) else f"it has no turns of the {policy.scope}"
             raise RolesError(
                 f"{policy.path}: scope: {policy.scope}, but the model's chat template does not "
                 f"tell it exactly: {why}; allowed here: "
@@ -72,15 +72,15 @@ def check_roles(watchlist: WatchList, turns: Turns | str) -> None:
             )
 
 
-def roles_of(turns: Turns, tokens: np.ndarray) -> np.ndarray:
-    """Return [tokens] uint8, indices into `PLACES`: whose turn each token of a prompt is in.
+def roles_of(marks: RoleMarks, tokens: np.ndarray) -> np.ndarray:
+    """Return [tokens] uint8, indices into `ROLES`: whose turn each token of a prompt is in.
 
     Args:
-        turns: of the model's chat template.
+        marks: of the model's chat template.
         tokens: [tokens] ids.
     """
     ids = np.concatenate([[START], np.asarray(tokens, np.int64)])
-    at, end, role = _openings(turns, ids)
+    at, end, role = _find_starts(marks, ids)
     # Of openings that overlap, the one that ends last holds.
     order = np.lexsort((at, end))
     at, end, role = at[order], end[order], role[order]
@@ -90,19 +90,19 @@ def roles_of(turns: Turns, tokens: np.ndarray) -> np.ndarray:
     out = np.concatenate([[USER], role])[latest]
     # The template's marks: an opening with the closing before it, and a closing at the end.
     at, end = np.append(at, len(ids)), np.append(end, len(ids))
-    begins = np.min([at, *(_behind(ids, at, closing) for closing in turns.closings)], axis=0)
-    marks = np.zeros(len(ids) + 1, np.int64)
-    np.add.at(marks, begins, 1)
-    np.add.at(marks, end, -1)
-    out = np.where(marks.cumsum()[: len(ids)] > 0, TEMPLATE, out)
+    begins = np.min([at, *(_behind(ids, at, closing) for closing in marks.ends)], axis=0)
+    edges = np.zeros(len(ids) + 1, np.int64)
+    np.add.at(edges, begins, 1)
+    np.add.at(edges, end, -1)
+    out = np.where(edges.cumsum()[: len(ids)] > 0, TEMPLATE, out)
     roles: np.ndarray = out[1:].astype(np.uint8)
     return roles
 
 
-def _openings(turns: Turns, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _find_starts(marks: RoleMarks, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return first token, the one behind the last, and role of each opening."""
     found = [(np.empty(0, np.int64),) * 3]
-    for opening in turns.openings:
+    for opening in marks.starts:
         core, rest = np.array(opening.core), np.array(opening.rest, np.int64)
         at = np.flatnonzero(ids[: max(0, len(ids) - len(core) + 1)] == core[0])
         at = at[(ids[at[:, None] + np.arange(len(core))] == core).all(axis=1)]

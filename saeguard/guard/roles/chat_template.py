@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saeguard.errors import InputError
-from saeguard.guard.roles.assign import START, Opening, Turns, roles_of
-from saeguard.guard.scopes import ASSISTANT, PLACES, TEMPLATE
+from saeguard.guard.roles.assign import START, RoleMarks, StartMark, roles_of
+from saeguard.guard.scopes import ASSISTANT, ROLES, TEMPLATE
 
 SHAPES = (
     ("user",),
@@ -52,7 +52,7 @@ class Part(NamedTuple):
     """What a template writes before a content, or behind the last."""
 
     role: int | None
-    """Of the content that follows, an index into `PLACES`; None behind the last."""
+    """Of the content that follows, an index into `ROLES`; None behind the last."""
     ids: tuple[int, ...]
 
 
@@ -66,7 +66,7 @@ class Rendered(NamedTuple):
     """By message; one more where the template opens the assistant's turn at the end."""
 
 
-def read_template(tokenizer: Any) -> Turns:
+def read_template(tokenizer: Any) -> RoleMarks:
     """Return how turns are set apart, as the tokenizer's chat template does it.
 
     A template that folds one role into another's turn, or cannot say it, tells the others.
@@ -92,7 +92,7 @@ def read_template(tokenizer: Any) -> Turns:
     raise refused
 
 
-def turns_of(tokenizer: Any) -> Turns | str:
+def role_marks_of(tokenizer: Any) -> RoleMarks | str:
     """Return how turns are set apart, or why that cannot be told."""
     try:
         return read_template(tokenizer)
@@ -100,7 +100,7 @@ def turns_of(tokenizer: Any) -> Turns | str:
         return str(error)
 
 
-def _read(tokenizer: Any, shapes: Sequence[tuple[str, ...]]) -> Turns:
+def _read(tokenizer: Any, shapes: Sequence[tuple[str, ...]]) -> RoleMarks:
     plain: list[Rendered | None] = []
     awkward: list[Rendered | None] = []
     for shape in shapes:
@@ -120,14 +120,14 @@ def _read(tokenizer: Any, shapes: Sequence[tuple[str, ...]]) -> Turns:
     if not plain:
         raise TemplateError("it renders none of the conversations that it was tried on")
     rendered = [r for r in (*plain, *awkward) if r is not None]
-    turns = _turns(
+    marks = _role_marks(
         [part for r in plain if r is not None for part in _parts(r)],
         [part for r in rendered for part in _parts(r)],
         {START, *tokenizer.added_tokens_decoder},
     )
     for one in rendered:
-        _check(tokenizer, turns, one)
-    return turns
+        _check(tokenizer, marks, one)
+    return marks
 
 
 # --- conversations as tokens --------------------------------------------------------------------
@@ -190,7 +190,7 @@ def _render(
     owner = np.full(len(first), -1)
     for i, (a, b) in enumerate(spans):
         owner[(first < b) & (last > a)] = i  # a token that is partly content is content
-    roles = [PLACES.index(role) for role in shape]
+    roles = [ROLES.index(role) for role in shape]
     return Rendered(tuple(read["input_ids"]), owner, (*roles, *([ASSISTANT] if prompt else [])))
 
 
@@ -212,7 +212,7 @@ def _parts(rendered: Rendered) -> Iterator[Part]:
 # --- what tells a role --------------------------------------------------------------------------
 
 
-def _turns(plain: Sequence[Part], every: Sequence[Part], special: set[int]) -> Turns:
+def _role_marks(plain: Sequence[Part], every: Sequence[Part], special: set[int]) -> RoleMarks:
     """Return the openings and closings.
 
     Args:
@@ -224,19 +224,19 @@ def _turns(plain: Sequence[Part], every: Sequence[Part], special: set[int]) -> T
         TemplateError: nothing that begins with a special token tells a role.
     """
     cores = _cores(list(dict.fromkeys(p for p in plain if p.role is not None)), special)
-    openings, closings = [], {part.ids for part in every if part.role is None and part.ids}
+    starts, ends = [], {part.ids for part in every if part.role is None and part.ids}
     for role, core in cores:
         whole = _alike(_behind(plain, role, core, cores))
         sure = _alike([whole, *_behind(every, role, core, cores)])
-        openings.append(Opening(role, (*core, *sure), whole[len(sure) :]))
+        starts.append(StartMark(role, (*core, *sure), whole[len(sure) :]))
 
     def opens(ids: tuple[int, ...]) -> list[int]:
-        return [at for opening in openings for at in _places(ids, opening.core)]
+        return [at for opening in starts for at in _places(ids, opening.core)]
 
     for part in every:
         if part.role is not None and opens(part.ids):
-            closings.add(part.ids[: min(opens(part.ids))])
-    return Turns(tuple(openings), tuple(sorted(c for c in closings if c and not opens(c))))
+            ends.add(part.ids[: min(opens(part.ids))])
+    return RoleMarks(tuple(starts), tuple(sorted(c for c in ends if c and not opens(c))))
 
 
 def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[int, ...]]]:
@@ -256,7 +256,7 @@ def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[in
                 cores.append((role, core))
                 break
         else:
-            roles = sorted({PLACES[part.role] for part in open_ if part.role is not None})
+            roles = sorted({ROLES[part.role] for part in open_ if part.role is not None})
             raise TemplateError(
                 f"nothing that begins with a special token tells a turn of {', '.join(roles)}"
             )
@@ -301,14 +301,14 @@ def _alike(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(column[0] for column in same)
 
 
-def _check(tokenizer: Any, turns: Turns, rendered: Rendered) -> None:
+def _check(tokenizer: Any, marks: RoleMarks, rendered: Rendered) -> None:
     """Check that a conversation's tokens are told as its messages have it.
 
     Raises:
         TemplateError: names the first token that is not.
     """
-    found = roles_of(turns, np.array(rendered.ids))
-    allowed = np.full((len(found), len(PLACES)), False)
+    found = roles_of(marks, np.array(rendered.ids))
+    allowed = np.full((len(found), len(ROLES)), False)
     messages = rendered.owner.max() + 1
     following = np.full(len(found), messages)
     for i in reversed(range(messages)):
@@ -328,8 +328,8 @@ def _check(tokenizer: Any, turns: Turns, rendered: Rendered) -> None:
         t = int(wrong[0])
         where = tokenizer.decode(rendered.ids[max(0, t - 3) : t + 4])
         owner = rendered.owner[t]
-        due = "template" if owner < 0 else PLACES[rendered.roles[owner]]
+        due = "template" if owner < 0 else ROLES[rendered.roles[owner]]
         raise TemplateError(
             f"in {where!r} the token {tokenizer.decode([rendered.ids[t]])!r} is {due}'s, and would "
-            f"be taken for {PLACES[found[t]]}'s"
+            f"be taken for {ROLES[found[t]]}'s"
         )

@@ -21,7 +21,7 @@ from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.ledger import Hit
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.request_verdicts import Verdicts
-from saeguard.guard.roles.assign import Turns, check_roles, roles_of
+from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
 from saeguard.guard.scopes import USER
 from saeguard.guard.state import State
 from saeguard.guard.verdict import Coverage, as_dict, balanced
@@ -73,8 +73,8 @@ class EngineGuard:
         settings: Settings,
         model: str,
         *,
-        memory: PrefixStore | None = None,
-        turns: Turns | str = "nobody has looked at the chat template",
+        prefix_store: PrefixStore | None = None,
+        marks: RoleMarks | str = "nobody has looked at the chat template",
     ) -> None:
         """Start with no request in flight; open the event log if there is to be one.
 
@@ -82,19 +82,19 @@ class EngineGuard:
             started: the first list.
             settings: the operator's.
             model: name that it is served under.
-            memory: of cached prefixes.
-            turns: how the chat template sets turns apart, or why that cannot be told.
+            prefix_store: of cached prefixes.
+            marks: how the chat template sets turns apart, or why that cannot be told.
 
         Raises:
             RolesError: a policy's scope is a role, and roles cannot be told.
         """
-        check_roles(started.watchlist, turns)
-        self.turns = turns
+        check_roles(started.watchlist, marks)
+        self.marks = marks
         self._roles: dict[str, np.ndarray] = {}
         """Of requests whose workers have not been told of them."""
         self.settings = settings
         self.model = model
-        self.memory = memory
+        self.prefix_store = prefix_store
         self.access = access_of(settings)
         self.columns = started.columns
         self.manifest = started.manifest
@@ -108,10 +108,10 @@ class EngineGuard:
                 started.watchlist,
                 started.reads,
                 may_enforce=self.may_enforce | ever,
-                memory=memory,
+                prefix_store=prefix_store,
             )
         )
-        self.outbox = UpdateQueue()
+        self.updates = UpdateQueue()
         self.reloader: Reloader | None = None
         self.requests: dict[str, Any] = {}
         self.admitted: dict[str, Admission] = {}
@@ -185,15 +185,15 @@ class EngineGuard:
         """
         if not watchlist.rules.by_role:
             return None
-        assert isinstance(self.turns, Turns)  # checked before the list was taken
+        assert isinstance(self.marks, RoleMarks)  # checked before the list was taken
         if request.prompt_token_ids is None:
             return np.full(request.num_prompt_tokens, USER, np.uint8)
-        return roles_of(self.turns, np.asarray(request.prompt_token_ids))
+        return roles_of(self.marks, np.asarray(request.prompt_token_ids))
 
-    def orders(self, new_requests: Iterable[str]) -> WorkerUpdate:
+    def worker_update(self, new_requests: Iterable[str]) -> WorkerUpdate:
         """Return what the workers are told with the pass that was just laid out."""
         known = ((r, self.admitted.get(r)) for r in new_requests)
-        return self.outbox.take(
+        return self.updates.take(
             {
                 r: Admitted(a.clamps, a.enforced, self._roles.pop(r, None))
                 for r, a in known
@@ -324,12 +324,12 @@ class EngineGuard:
     def recomputes(self, request: Any, cached_tokens: int) -> bool:
         """Return whether a request must compute cached tokens again, to have them looked at."""
         admission = self.admitted.get(request.request_id)
-        if self.memory is None or admission is None or not admission.recomputes:
+        if self.prefix_store is None or admission is None or not admission.recomputes:
             return False
         self.catch_up()
-        seen = self.ledger.of(request.request_id).ledger.memory
+        seen = self.ledger.of(request.request_id).ledger.prefix_store
         assert seen is not None
-        return not seen.knows(request.block_hashes[: cached_tokens // seen.block])
+        return not seen.holds(request.block_hashes[: cached_tokens // seen.block])
 
     # --- the end of a request -------------------------------------------------------------------
 
@@ -394,14 +394,14 @@ class EngineGuard:
         if self.sink is not None:
             for state in ("produced", "written", "dropped"):
                 self.counts.total("events", state, n=getattr(self.sink, state))
-        if self.memory is not None:
-            self.counts.total("memory_dropped", n=self.memory.dropped)
+        if self.prefix_store is not None:
+            self.counts.total("memory_dropped", n=self.prefix_store.dropped)
         self.counts.total("unread_passes", n=self.lost + self.ledger.unwatched_passes)
         if self.reloader is not None:
-            standing = self.reloader.standing
-            for outcome, n in list(standing.outcomes.items()):
+            status = self.reloader.status
+            for outcome, n in list(status.outcomes.items()):
                 self.counts.total("reloads", outcome, n=n)
-            self.counts.gauge("policies_current", int(standing.current))
+            self.counts.gauge("policies_current", int(status.current))
         return self.counts.take()
 
     def release(self, request_ids: Iterable[str]) -> None:

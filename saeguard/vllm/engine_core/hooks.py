@@ -13,7 +13,7 @@ import structlog
 
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.roles import chat_template
-from saeguard.guard.roles.assign import Turns
+from saeguard.guard.roles.assign import RoleMarks
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm import selftest
 from saeguard.vllm.engine_core import reload
@@ -39,15 +39,15 @@ def init(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) ->
             started,
             settings,
             name_of(model),
-            memory=memory_of(scheduler, started.watchlist, settings),
-            turns=turns_of(model),
+            prefix_store=memory_of(scheduler, started.watchlist, settings),
+            marks=role_marks_of(model),
         )
         reload.listen(guard)
     setattr(scheduler, ATTRIBUTE, guard)
     setattr(scheduler.kv_cache_manager, ATTRIBUTE, guard)
 
 
-def turns_of(model_config: Any) -> Turns | str:
+def role_marks_of(model_config: Any) -> RoleMarks | str:
     """Return how the model's chat template sets turns apart, or why that cannot be told.
 
     It is looked at whether a policy asks or not: one that is loaded later may.
@@ -64,7 +64,7 @@ def turns_of(model_config: Any) -> Turns | str:
             revision=model_config.tokenizer_revision,
             trust_remote_code=model_config.trust_remote_code,
         )
-        return chat_template.turns_of(tokenizer)
+        return chat_template.role_marks_of(tokenizer)
     except (OSError, ValueError, KeyError) as error:
         return str(error)
 
@@ -87,21 +87,21 @@ def memory_of(scheduler: Any, watchlist: WatchList, settings: Settings) -> Prefi
             for group in groups
         )
 
-    memory = PrefixStore(
+    prefix_store = PrefixStore(
         block,
         watchlist.columns,
         blocks=tokens // block,
         limit_bytes=settings.memory_mib * 2**20,
         in_cache=in_cache,
     )
-    most = min(memory.worst_bytes, memory.limit_bytes) / 2**20
+    most = min(prefix_store.worst_bytes, prefix_store.limit_bytes) / 2**20
     log.info(
         "saeguard remembers cached prefixes",
         kv_cache_tokens=tokens,
         at_most_mib=round(most, 1),
         bytes_per_fired_latent=8,
     )
-    return memory
+    return prefix_store
 
 
 def add_request(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any) -> Any:
@@ -117,8 +117,8 @@ def schedule(wrapped: Callable[..., Any], scheduler: Any, args: Any, kwargs: Any
     scheduled = wrapped(*args, **kwargs)
     guard: EngineGuard | None = getattr(scheduler, ATTRIBUTE, None)
     if guard is not None:
-        orders = guard.orders(new.req_id for new in scheduled.scheduled_new_reqs)
-        setattr(scheduled, ATTRIBUTE, orders)
+        update = guard.worker_update(new.req_id for new in scheduled.scheduled_new_reqs)
+        setattr(scheduled, ATTRIBUTE, update)
     return scheduled
 
 
@@ -217,9 +217,9 @@ def reset_prefix_cache(wrapped: Callable[..., Any], manager: Any, args: Any, kwa
     """Around `KVCacheManager.reset_prefix_cache`: KV is dropped where weights have changed."""
     done = wrapped(*args, **kwargs)
     guard: EngineGuard | None = getattr(manager, ATTRIBUTE, None)
-    if guard is not None and guard.memory is not None and done:
+    if guard is not None and guard.prefix_store is not None and done:
         guard.catch_up()
-        guard.memory.clear()
+        guard.prefix_store.clear()
     return done
 
 

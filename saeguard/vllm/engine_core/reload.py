@@ -13,7 +13,7 @@ from typing import Any
 
 from saeguard.guard.roles.assign import check_roles
 from saeguard.guard.watchlist import WatchList
-from saeguard.reload.reloader import Reloader, Where
+from saeguard.reload.reloader import ReloadContext, Reloader
 from saeguard.vllm.engine_core.guard import EngineGuard
 from saeguard.vllm.settings import check_manifest, settings_of, source_of
 from saeguard.vllm.worker.guard import check_model
@@ -44,15 +44,15 @@ def begin(core: Any, guard: EngineGuard) -> None:
     if not settings.reload:
         return
     config = core.vllm_config
-    where = Where(
+    where = ReloadContext(
         source=source_of(settings),
-        generations=guard.ledger,
+        versions=guard.ledger,
         columns=guard.columns,
-        outbox=guard.outbox,
+        updates=guard.updates,
         report=guard.reloaded,
         accept=partial(_accept, config, guard),
         check_manifest=partial(check_manifest, settings),
-        memory=guard.memory,
+        prefix_store=guard.prefix_store,
         graphs_hold_clamps=_graphs_are_captured(config),
         state=None if settings.state is None else Path(settings.state),
         engine=int(config.parallel_config.data_parallel_index),
@@ -71,7 +71,7 @@ def _accept(config: Any, guard: EngineGuard, watchlist: WatchList) -> None:
     new = set(watchlist.models) - set(guard.watchlist.models)
     shape = int(model.hf_text_config.hidden_size), int(model.hf_text_config.num_hidden_layers)
     check_model(model.model, *shape, new)
-    check_roles(watchlist, guard.turns)
+    check_roles(watchlist, guard.marks)
 
 
 def _graphs_are_captured(config: Any) -> bool:

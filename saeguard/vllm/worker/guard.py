@@ -15,8 +15,7 @@ import torch
 
 from saeguard.features.types import ModelRef
 from saeguard.guard.clamp import rules as clamping
-from saeguard.guard.forward_pass import ForwardPass
-from saeguard.guard.rows import Rows, allocate_rows, lay_out
+from saeguard.guard.forward_pass import ForwardPass, Rows, allocate_rows, lay_out
 from saeguard.guard.sampling import is_sampled
 from saeguard.guard.scopes import OUTPUT, TEMPLATE
 from saeguard.guard.tap import TAPS, Tap, add_clamps, fingerprint, install_taps, write_rows
@@ -40,10 +39,10 @@ class Pending:
     query_start: np.ndarray
     host: list[Reading]
     """By hook, in the watch list's order."""
-    watched: torch.Tensor
+    eligible: torch.Tensor
     positions: torch.Tensor
     event: Any
-    orders: int
+    swaps: int
 
 
 @dataclass(slots=True)
@@ -63,12 +62,12 @@ class WorkerGuard:
     """Prompt length and what may edit it, of requests not yet in a slot."""
     clamp_lists: dict[str, WatchList] = field(default_factory=dict)
     """By digest of the clamps in the taps: the list that they were made of."""
-    orders: int = 0
+    swaps: int = 0
     """Number of the last swap of the watch list that was carried out."""
     slots: dict[str, int] = field(default_factory=dict)
     free: list[int] = field(default_factory=list)
     prompts: dict[str, np.ndarray] = field(default_factory=dict)
-    """Of requests in a slot: [prompt tokens] indices into `PLACES`."""
+    """Of requests in a slot: [prompt tokens] indices into `ROLES`."""
     computed: dict[str, int] = field(default_factory=dict)
     """Of the requests of the pass that comes: tokens computed before it, drafts included."""
     opened: tuple[list[str], np.ndarray, torch.Tensor] | None = None
@@ -117,29 +116,29 @@ class WorkerGuard:
                 )
         return slot
 
-    def carry_out(self, orders: WorkerUpdate) -> None:
+    def carry_out(self, update: WorkerUpdate) -> None:
         """Do what the engine core tells before a pass.
 
         Raises:
             RuntimeError: an order before this one was lost, or clamps are missing.
         """
-        if orders.after != self.orders:
+        if update.after != self.swaps:
             raise RuntimeError(
-                f"saeguard: the taps carried out swap {self.orders} of the watch list, the engine "
-                f"core believes {orders.after}: this rank reads other rows than the rules judge"
+                f"saeguard: the taps carried out swap {self.swaps} of the watch list, the engine "
+                f"core believes {update.after}: this rank reads other rows than the rules judge"
             )
-        for digest in orders.dropped:
+        for digest in update.dropped:
             self.clamp_lists.pop(digest, None)
             for tap in self.taps:
                 tap.clamps.pop(digest, None)
-        if orders.swap is not None:
-            for write in orders.swap.writes:
+        if update.swap is not None:
+            for write in update.swap.writes:
                 write_rows(self.taps, write)
-            for digest, watchlist in orders.swap.clamps.items():
+            for digest, watchlist in update.swap.clamps.items():
                 self.clamp_lists[digest] = watchlist
                 add_clamps(self.taps, digest, watchlist, slots=len(self.free) + len(self.slots))
-            self.orders = orders.swap.number
-        needed = {admitted.clamps for admitted in orders.admitted.values()}
+            self.swaps = update.swap.number
+        needed = {admitted.clamps for admitted in update.admitted.values()}
         if missing := needed - self.clamp_lists.keys() - {""}:
             raise RuntimeError(
                 f"saeguard: requests may be edited by clamps {sorted(missing)}, which this rank "
@@ -175,7 +174,7 @@ class WorkerGuard:
             input_ids: [rows] token ids, on the device.
             positions: [rows] position of each token in its request, on the device.
         """
-        torch.logical_not(self.excluded[input_ids], out=self.rows.watched[: len(input_ids)])
+        torch.logical_not(self.excluded[input_ids], out=self.rows.eligible[: len(input_ids)])
         if self.clamps:
             slots = [self.admit(r) for r in request_ids]
             lay_out(
@@ -186,14 +185,14 @@ class WorkerGuard:
             tap.ticks.zero_()
 
     def _places(self, request_ids: list[str], query_start: np.ndarray) -> np.ndarray:
-        """Return [rows] indices into `PLACES`; of a prompt the engine knows how far it is."""
-        place = np.full(int(query_start[-1]), OUTPUT)
+        """Return [rows] indices into `ROLES`; of a prompt the engine knows how far it is."""
+        role = np.full(int(query_start[-1]), OUTPUT)
         for i, request_id in enumerate(request_ids):
             prompt, first = self.prompts[request_id], self.computed[request_id]
             if first < len(prompt):
                 here = prompt[first : first + int(query_start[i + 1] - query_start[i])]
-                place[query_start[i] : query_start[i] + len(here)] = here
-        return place
+                role[query_start[i] : query_start[i] + len(here)] = here
+        return role
 
     def after(self) -> None:
         """Start copying what the pass saw; `collect` finishes it. Other stages pass it on."""
@@ -215,13 +214,13 @@ class WorkerGuard:
             )
             for f, ticks, acted in (readings[hook.layer] for hook in self.watchlist.hooks)
         ]
-        watched, positions = self._to_host(self.rows.watched[:n]), self._to_host(positions)
+        eligible, positions = self._to_host(self.rows.eligible[:n]), self._to_host(positions)
         event: Any = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self.pending = Pending(
-            request_ids, query_start, host, watched, positions, event, self.orders
+            request_ids, query_start, host, eligible, positions, event, self.swaps
         )
 
     def collect(self, pending: Pending) -> ForwardPass:
@@ -237,12 +236,12 @@ class WorkerGuard:
             request_ids=pending.request_ids,
             query_start=pending.query_start,
             positions=pending.positions.numpy(),
-            watched=pending.watched.numpy(),
+            eligible=pending.eligible.numpy(),
             f=f[0] if len(f) == 1 else np.concatenate(f, axis=1),
             acted=None,
             ran=all(int(reading.ticks) == 1 for reading in pending.host),
             watchlist=self.watchlist.digest,
-            orders=pending.orders,
+            swaps=pending.swaps,
             acted_by={digest: np.concatenate(a, axis=1) for digest, a in acted.items()},
         )
 
@@ -260,13 +259,13 @@ def cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float
     for tap in guard.taps:
         clamps = tap.clamps.values()
         parts: list[Any] = [tap, tap.rows, *clamps, *(clamp.edits for clamp in clamps)]
-        parts += [ranked.board for ranked in tap.ranked if ranked.board is not None]
+        parts += [ranked.buffers for ranked in tap.ranked if ranked.buffers is not None]
         for part in parts:
             values = [getattr(part, f.name) for f in fields(part)]
             tensors |= {v for v in values if isinstance(v, torch.Tensor)}
         tensors |= {t for r in tap.ranked for t in (r.competitors.rows.W, r.competitors.rows.b)}
     held = sum(t.untyped_storage().nbytes() for t in tensors) / 2**20
-    guard.rows.slot.zero_()  # the slot of nobody: nothing is clamped
+    guard.rows.clamp_slot.zero_()  # the slot of nobody: nothing is clamped
     samples = []
     for _ in range(repeats):
         started = time.perf_counter()

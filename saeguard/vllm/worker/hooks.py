@@ -51,15 +51,15 @@ def announce(guard: WorkerGuard, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     intermediate = args[1] if len(args) > 1 else kwargs.get("intermediate_tensors")
     guard.received = pipeline_parallel.take(intermediate)
     guard.release(scheduler_output.finished_req_ids)
-    orders = getattr(scheduler_output, ATTRIBUTE, None)
-    if orders is not None:  # None with the passes that warm a model up
-        guard.carry_out(orders)
+    update = getattr(scheduler_output, ATTRIBUTE, None)
+    if update is not None:  # None with the passes that warm a model up
+        guard.carry_out(update)
     cached = scheduler_output.scheduled_cached_reqs
     guard.computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     for new in scheduler_output.scheduled_new_reqs:
         guard.computed[new.req_id] = new.num_computed_tokens
         tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
-        admitted = None if orders is None else orders.admitted.get(new.req_id)
+        admitted = None if update is None else update.admitted.get(new.req_id)
         guard.announced.setdefault(new.req_id, (len(tokens), admitted))
     return scheduler_output
 
