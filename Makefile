@@ -3,6 +3,7 @@
 #   make test   the test suite (make test-all adds what takes long)
 #   make parity measure every model family again and rewrite the table of docs/parity.md
 #   make check  format, lint, types
+#   make docs   the documentation site, into build/site
 #   make compat the tests that decide, on every vLLM version supported
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak reload-storm fuzz lsp check format bench bench-encode build doctor clean
+.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak reload-storm fuzz lsp check format bench bench-encode build docs doctor clean
 
 setup: $(READY)
 
@@ -98,6 +99,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/saeguard check policies
 	$(BIN)/saeguard test policies --require-tests --model demo/model
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: setup
 	$(BIN)/ruff format .
@@ -112,6 +114,10 @@ bench-encode: setup
 
 build: setup
 	$(BIN)/python -m build
+
+# The site, into build/site. A broken link or a page without a place in the navigation fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 doctor: setup
 	$(BIN)/saeguard doctor
