@@ -15,7 +15,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model demo-features demo-clamp test test-all storm mutants parity compat soak reload-storm fuzz lsp check format bench bench-encode build docs doctor clean
+.PHONY: setup demo demo-model smollm2 demo-features demo-clamp test test-all storm mutants parity compat soak reload-storm fuzz lsp check format bench bench-encode build docs doctor clean
 
 setup: $(READY)
 
@@ -45,6 +45,10 @@ demo: setup
 demo-model: setup
 	$(BIN)/python -m demo.train_model
 	$(BIN)/python -m demo.train_sae
+
+# The real model of docs/demo-model.md: downloaded and converted once, half a minute.
+smollm2: setup
+	$(BIN)/saeguard demo-model
 
 demo-features: setup
 	$(BIN)/python -m demo.build_features

@@ -17,6 +17,7 @@ VERBS = {
     "scan": "Judge a file of texts with a Hugging Face model.",
     "features": "Find latents that detect a behaviour; calibrate; see what else fired.",
     "sae": "Look at, fetch and convert SAE checkpoints.",
+    "demo-model": "Make the model of the demo, once.",
     "policy": "Check, test, compare, replay, explain, record, list, start and sign policies.",
 }
 """Each verb is `saeguard.cli.<verb>.verb`: a function, or a `typer.Typer` with verbs of its own."""
@@ -32,7 +33,8 @@ def build(verb: str | None = None) -> typer.Typer:
     )
     app.callback()(lambda: None)  # keeps verbs as verbs even where there is only one
     for name, summary in VERBS.items():
-        loaded = import_module(f"{__name__}.{name}").verb if name == verb else lambda: None
+        module = f"{__name__}.{name.replace('-', '_')}"
+        loaded = import_module(module).verb if name == verb else lambda: None
         if isinstance(loaded, typer.Typer):
             app.add_typer(loaded, name=name, help=summary)
         else:
