@@ -61,8 +61,8 @@ def sign(
     """
     from saeguard.features.load import FeatureSetError, load_feature_set
     from saeguard.policy import signing
-    from saeguard.policy.calibrated import leave_out_templates
     from saeguard.policy.errors import PolicyErrors
+    from saeguard.policy.lint import leave_out_templates
     from saeguard.policy.load import load_policies
 
     if folder.is_file():

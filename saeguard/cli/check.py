@@ -81,16 +81,16 @@ def of_other_model(
     policies: Sequence[Policy], sets: FeatureSets, folder: Path
 ) -> Iterator[PolicyError]:
     """Yield the policies whose feature set is made for a model of another shape."""
+    from saeguard.features.model_fit import ModelFitError, misfit, read_shape
     from saeguard.policy.load import locate
-    from saeguard.policy.model_shape import ModelConfigError, read_shape
 
     try:
         shape = read_shape(folder)
-    except ModelConfigError as error:
+    except ModelFitError as error:
         stop(f"--model: {error}", BAD_INPUT)
     for policy in policies:
         document = sets.known.get(policy.feature_set)
-        difference = document and shape.differs(document.model)
+        difference = document and misfit(document.model, shape)
         if difference:
             message = f"the feature set is {difference}; name one that is made for this model"
             yield locate(policy).error("other-model", message, ("feature_set",))

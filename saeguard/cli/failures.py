@@ -66,6 +66,7 @@ def told() -> Iterator[None]:
 def model_told() -> Iterator[None]:
     """The same for work that needs a model, whose modules take seconds to import."""
     try:
+        from saeguard.features.model_fit import ModelFitError
         from saeguard.features.probe import ProbeError
         from saeguard.hf.model import ModelError
         from saeguard.hf.texts import TextError
@@ -80,5 +81,5 @@ def model_told() -> Iterator[None]:
             yield
     except TextError as error:
         stop(str(error), BAD_INPUT)
-    except (ModelError, ProbeError, SaeError) as error:
+    except (ModelError, ModelFitError, ProbeError, SaeError) as error:
         stop(str(error), COULD_NOT_RUN)

@@ -13,6 +13,7 @@ def mistakes_told() -> Iterator[None]:
     """Turn a mistake in a file or an option into its message and exit code 1."""
     from saeguard.cli.failures import reason
     from saeguard.features.load import FeatureSetError
+    from saeguard.features.model_fit import ModelFitError
     from saeguard.features.probe import ProbeError
     from saeguard.features.search import SearchError
     from saeguard.guard.roles.assign import RolesError
@@ -25,8 +26,8 @@ def mistakes_told() -> Iterator[None]:
     try:
         yield
     except (
-        FeatureSetError, ModelError, OSError, PolicyErrors, ProbeError, RolesError, SaeError,
-        SearchError, TextError, WatchListError,
+        FeatureSetError, ModelError, ModelFitError, OSError, PolicyErrors, ProbeError, RolesError,
+        SaeError, SearchError, TextError, WatchListError,
     ) as error:  # fmt: skip
         typer.echo(reason(error) if isinstance(error, OSError) else str(error), err=True)
         raise typer.Exit(1) from error

@@ -47,6 +47,7 @@ def verb(
         known = ", ".join(sorted(sets.known))
         stop(f"there is no feature set {', '.join(unknown)}; there are: {known}", BAD_INPUT)
     with model_told():
+        from saeguard.features.model_fit import misfit
         from saeguard.hf.model import load_model, load_tokenizer
         from saeguard.hf.texts import read_texts
         from saeguard.policy_tools.record_features import record_features
@@ -57,17 +58,14 @@ def verb(
         if not read:
             stop(f"{texts}: there is no text in it", BAD_INPUT)
         lm = load_model(model, tokenizer)
-        shape = lm.hidden_size, len(lm.layers)
         of_model = [
-            name
-            for name, known in sorted(sets.known.items())
-            if (known.model.hidden_size, known.model.num_layers) == shape
+            name for name, known in sorted(sets.known.items()) if not misfit(known.model, lm.shape)
         ]
         names = set_ or of_model
         if not names:
             stop(
-                f"no feature set in {feature_sets} is made for {model}, which is {shape[0]} wide "
-                f"and has {shape[1]} layers; name one with --set",
+                f"no feature set in {feature_sets} is made for {model}, which is {lm.hidden_size} "
+                f"wide and has {len(lm.layers)} layers; name one with --set",
                 BAD_INPUT,
             )
         files = [feature_sets / f"{name}.yaml" for name in names]

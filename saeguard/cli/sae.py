@@ -182,6 +182,7 @@ def _print_pin(
 def _measure(info: SaeInfo, text: Path, model: Path, published: float | None) -> L0:
     import torch
 
+    from saeguard.features.model_fit import sae_misfit
     from saeguard.hf.model import load_model
     from saeguard.hf.residuals import record
     from saeguard.sae import SaeError
@@ -192,11 +193,9 @@ def _measure(info: SaeInfo, text: Path, model: Path, published: float | None) ->
     except UnicodeDecodeError as error:
         raise SaeError(f"{text}: this is not UTF-8; give a file of plain text") from error
     lm = load_model(model)
-    if lm.hidden_size != info.d_in:
-        raise SaeError(
-            f"{model}: its residual is {lm.hidden_size} wide, but the SAE reads {info.d_in}: it "
-            "is not of this model; name the one that it was trained on"
-        )
+    misfit = sae_misfit(info.d_in, info.layer, lm.shape)
+    if misfit:
+        raise SaeError(f"{model}: {misfit}; name the model that it was trained on")
     ids = lm.tokenizer(content)["input_ids"]
     pieces = [ids[i : i + TOKENS_A_PIECE] for i in range(0, len(ids), TOKENS_A_PIECE)]
     kept = []

@@ -38,7 +38,7 @@ def verb(
     from saeguard.hf.model import check_model, load_model, load_tokenizer
     from saeguard.hf.scan import scan
     from saeguard.hf.texts import TextError, read_texts
-    from saeguard.policy.calibrated import leave_out_templates
+    from saeguard.policy.lint import leave_out_templates
     from saeguard.policy.load import load_policies
 
     with mistakes_told():

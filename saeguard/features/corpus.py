@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from saeguard.guard.judge import window_score
+from saeguard.features.window import window_score
 
 Scope = Literal["prompt", "output", "both"]
 

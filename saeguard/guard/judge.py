@@ -24,7 +24,7 @@ from saeguard.guard.request_verdicts import Verdicts, verdicts_of
 from saeguard.guard.scopes import of_prompt
 from saeguard.guard.state import State, make_state
 from saeguard.guard.verdict import THRESHOLD, Verdict
-from saeguard.policy.types import ACTIONS, Policy
+from saeguard.policy.types import Policy, strongest_action
 
 if TYPE_CHECKING:
     from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
@@ -108,27 +108,10 @@ def clamped_tokens(
     return on_tokens(match, policy.keep if matched else len(match))
 
 
-def window_score(evidence: np.ndarray, k: int, n: int) -> np.ndarray:
-    """Return the k-th largest of the last `n` values at each position.
-
-    Args:
-        evidence: [tokens] or [tokens, policies] float64, -inf where nothing was evaluated.
-        k: how many must hold.
-        n: among how many.
-    """
-    if n == 1:
-        return evidence
-    pad = np.full((n - 1, *evidence.shape[1:]), -np.inf)
-    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([pad, evidence]), n, axis=0)
-    kth: np.ndarray = np.partition(windows, n - k, axis=-1)[..., n - k]
-    return kth
-
-
 def strongest(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """Return the acting verdicts of the strongest action; more than one is a tie."""
-    acting = [v for v in verdicts if v.acted is not None]
-    top = max((ACTIONS.index(v.acted) for v in acting if v.acted), default=-1)
-    return [v for v in acting if v.acted and ACTIONS.index(v.acted) == top]
+    top = strongest_action(v.acted for v in verdicts)
+    return [v for v in verdicts if v.acted is not None and v.acted == top]
 
 
 def judge_text(

@@ -17,7 +17,7 @@ from saeguard.features.topk_thresholds import Approximation
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef
 from saeguard.guard.compiled_rules import Rules, RulesError, compile_rules
 from saeguard.guard.topk import ROUNDING, RankedRows, screen_thresholds
-from saeguard.policy.lint import unmeasured
+from saeguard.policy.published import acts_on_published
 from saeguard.policy.types import Clamp, Policy
 from saeguard.sae import SaeError, read_decoder_rows, read_rows
 from saeguard.sae.encoder import NORMS
@@ -268,9 +268,9 @@ def _refuse_uncalibrated(
 ) -> None:
     for policy in policies:
         features = feature_sets.get(policy.feature_set)
-        acts = policy.action != "log" and (policy.mode == "enforce" or policy.id in may_enforce)
-        if features is not None and features.status == "published" and acts:
-            raise WatchListError(unmeasured(policy).render())
+        acting = features and acts_on_published(policy, features.status, may_enforce)
+        if acting:
+            raise WatchListError(acting.render())
 
 
 def _mix(used: Mapping[str, tuple[FeatureSet, Feature]], column: Mapping[RowKey, int]) -> Mix:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from saeguard.errors import InputError
+from saeguard.features.model_fit import ModelShape, check_fit
 from saeguard.features.types import FeatureSet
 
 LAYER_PATHS = (
@@ -50,6 +51,11 @@ class LanguageModel:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def shape(self) -> ModelShape:
+        """Name, width and depth."""
+        return ModelShape(self.name, self.hidden_size, len(self.layers))
 
     @property
     def special_tokens(self) -> tuple[int, ...]:
@@ -132,15 +138,6 @@ def check_model(lm: LanguageModel, features: FeatureSet) -> None:
     """Refuse a model of another shape than the feature set's.
 
     Raises:
-        ModelError: with both values.
+        ModelFitError: names both shapes.
     """
-    pinned = features.model
-    for name, wanted, found in (
-        ("hidden_size", pinned.hidden_size, lm.hidden_size),
-        ("num_layers", pinned.num_layers, len(lm.layers)),
-    ):
-        if wanted != found:
-            raise ModelError(
-                f"{features.path}: model.{name} is {wanted}, but {lm.path} has {found}; the "
-                f"features hold only for {pinned.name}"
-            )
+    check_fit(features.model, lm.shape, at=f"{features.path}: the feature set")

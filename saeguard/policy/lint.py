@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import Protocol
 
+from saeguard.features.feature_template import is_template
 from saeguard.features.schema import Document
 from saeguard.features.topk_thresholds import Approximation, approximation
-from saeguard.policy.errors import Code, Level, PolicyError, did_you_mean, show
+from saeguard.policy.errors import Code, Level, PolicyError, PolicyErrors, did_you_mean, show
 from saeguard.policy.load import locate
+from saeguard.policy.published import acts_on_published
 from saeguard.policy.types import Policy
 from saeguard.policy.yaml_reader import Loc
 
@@ -79,6 +82,27 @@ def uncalibrated(policy: Policy) -> PolicyError:
     return _at(policy, "not-calibrated", message, ("feature_set",), level="note")
 
 
+def leave_out_templates(
+    policies: Sequence[Policy], feature_sets: Path
+) -> tuple[tuple[Policy, ...], tuple[PolicyError, ...]]:
+    """Return the policies that can be served, and a note on each whose features are a template.
+
+    Args:
+        policies: as they were loaded.
+        feature_sets: the folder of feature sets.
+
+    Raises:
+        PolicyErrors: an enforced policy has a template; it would look like a guard and be none.
+    """
+    names = {policy.feature_set for policy in policies}
+    open_ = {name for name in names if is_template(feature_sets / f"{name}.yaml")}
+    notes = [uncalibrated(policy) for policy in policies if policy.feature_set in open_]
+    errors = [note for note in notes if note.level == "error"]
+    if errors:
+        raise PolicyErrors(errors)
+    return tuple(policy for policy in policies if policy.feature_set not in open_), tuple(notes)
+
+
 def of_feature_set(policy: Policy, document: Document) -> Iterator[PolicyError]:
     """Tell what a feature set is not good for, though it can be read.
 
@@ -86,8 +110,9 @@ def of_feature_set(policy: Policy, document: Document) -> Iterator[PolicyError]:
         policy: over the set.
         document: the set as its file says it.
     """
-    if document.status == "published" and policy.mode == "enforce" and policy.action != "log":
-        yield unmeasured(policy)
+    acting = acts_on_published(policy, document.status)
+    if acting is not None:
+        yield acting
     stand_ins = stand_ins_read(policy, document)
     if stand_ins is not None:
         message = (
@@ -111,17 +136,6 @@ def stand_ins_read(policy: Policy, document: Document) -> Approximation | None:
     if measured is None or not any(part.detect or part.clamp for part in read):
         return None
     return approximation(measured)
-
-
-def unmeasured(policy: Policy) -> PolicyError:
-    """Return that a policy would act on published latents, which nobody has measured here."""
-    message = (
-        f"mode: {policy.mode} with action {policy.action}, but the feature set "
-        f"{show(policy.feature_set)} holds published ids that were never measured here; "
-        "`mode: shadow` or `action: log` work at once, and `saeguard features calibrate` on your "
-        "own traffic makes the set one that may act"
-    )
-    return _at(policy, "not-calibrated", message, ("mode",))
 
 
 def _to_do(policy: Policy) -> Iterator[PolicyError]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -20,6 +20,11 @@ When: TypeAlias = Literal["matched", "rest", "always"]
 
 ACTIONS: tuple[Action, ...] = ("log", "flag", "clamp", "stop")
 """Weakest first; the strongest matching action wins."""
+
+
+def strongest_action(actions: Iterable[Action | None]) -> Action | None:
+    """Return the strongest of some actions; None if there is none."""
+    return max((a for a in actions if a is not None), key=ACTIONS.index, default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from saeguard.features.types import FeatureSet
 from saeguard.guard.watchlist import WatchList, build_watchlist
 from saeguard.policy import signing
 from saeguard.policy.access import EVERYBODY, Access, check_against
-from saeguard.policy.calibrated import leave_out_templates
+from saeguard.policy.lint import leave_out_templates
 from saeguard.policy.load import Cache, load_policies
 from saeguard.policy.signing import Manifest
 from saeguard.reload.file_watcher import fingerprint

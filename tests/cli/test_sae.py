@@ -96,7 +96,7 @@ def test_another_models_sae(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     shown = _run("inspect", path, "--text", text, "--model", model)
     assert shown.exit_code == 1
-    assert f"its residual is {D} wide, but the SAE reads {made.D}: it is not of this model" in (
+    assert f"reads vectors of width {made.D}, but the residual stream of model is {D} wide" in (
         plain(shown.output)
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saeguard.features.corpus import Corpus, join, peaks, with_ordinary
-from saeguard.guard.judge import window_score
+from saeguard.features.window import window_score
 from tests.features.planted import corpus
 
 

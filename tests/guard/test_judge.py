@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saeguard.features.window import window_score
 from saeguard.guard.condition_program import compile_program, evidence, on_device
-from saeguard.guard.judge import judge, judge_all, on_tokens, strongest, window_score
+from saeguard.guard.judge import judge, judge_all, on_tokens, strongest
 from saeguard.guard.verdict import Coverage, Verdict, balanced
 from saeguard.policy.types import And, KOf, Name, Not, Or, Policy, Selection, Window
 from tests import reference

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 from saeguard.events.metrics import show
+from saeguard.policy.types import strongest_action
 from saeguard.vllm.api_server import tenants
 
 KEY = "saeguard"
@@ -81,11 +82,10 @@ def summarise(said: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Any] |
         return None
     if len(parts) == 1:
         return dict(parts[0][1])
-    order = [None, "log", "flag", "clamp", "stop"]
     return {
         **{key: value for key, value in parts[0][1].items() if key != MESSAGE},
         "flagged": any(p["flagged"] for _, p in parts),
-        "action": max((p["action"] for _, p in parts), key=order.index),
+        "action": strongest_action(p["action"] for _, p in parts),
         "verdicts": [{"choice": i, **v} for i, p in parts for v in p["verdicts"]],
         "coverage": [{"choice": i, **p["coverage"]} for i, p in parts],
         "errors": sum(p["errors"] for _, p in parts),

@@ -26,6 +26,7 @@ from saeguard.guard.scopes import USER
 from saeguard.guard.state import State
 from saeguard.guard.verdict import Coverage, as_dict, balanced
 from saeguard.guard.watchlist import WatchList
+from saeguard.policy.types import strongest_action
 from saeguard.reload.reloader import Reloader, Report
 from saeguard.reload.versions import Versions, make_version
 from saeguard.reload.worker_updates import Admitted, UpdateQueue, WorkerUpdate
@@ -449,13 +450,11 @@ def _stale(request: Any) -> bool:
 def response(verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str) -> Mapping[str, Any]:
     """Return the `saeguard` object of a response: acting verdicts that the client may see."""
     shown = [v for v in verdicts.acting() if v.acted in VISIBLE]
-    order = ["log", "flag", "clamp", "stop"]
-    strongest = max((order.index(v.acted) for v in shown if v.acted), default=-1)
     stops = sorted((v.first_token or 0, v.message) for v in shown if v.message is not None)
     return {
         **({MESSAGE: stops[0][1]} if stops else {}),
         "flagged": bool(shown),
-        "action": order[strongest] if shown else None,
+        "action": strongest_action(v.acted for v in shown),
         "verdicts": [
             {
                 "policy": v.policy,

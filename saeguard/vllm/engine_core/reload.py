@@ -15,8 +15,8 @@ from saeguard.guard.roles.assign import check_roles
 from saeguard.guard.watchlist import WatchList
 from saeguard.reload.reloader import ReloadContext, Reloader
 from saeguard.vllm.engine_core.guard import EngineGuard
+from saeguard.vllm.model_fit import check_models
 from saeguard.vllm.settings import check_manifest, settings_of, source_of
-from saeguard.vllm.worker.guard import check_model
 
 ENGINE = "EngineCore"
 """What vLLM's names of engine core processes begin with."""
@@ -64,13 +64,10 @@ def _accept(config: Any, guard: EngineGuard, watchlist: WatchList) -> None:
     """Refuse feature sets that were made for another model, and roles that cannot be told.
 
     Raises:
-        ModelError: both values are in the message.
+        ModelFitError: names both shapes.
         RolesError: a policy's scope is a role.
     """
-    model = config.model_config
-    new = set(watchlist.models) - set(guard.watchlist.models)
-    shape = int(model.hf_text_config.hidden_size), int(model.hf_text_config.num_hidden_layers)
-    check_model(model.model, *shape, new)
+    check_models(config.model_config, set(watchlist.models) - set(guard.watchlist.models))
     check_roles(watchlist, guard.marks)
 
 

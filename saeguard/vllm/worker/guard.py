@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import structlog
 import torch
 
-from saeguard.features.types import ModelRef
+from saeguard.features.model_fit import ModelFitError, sae_misfit
 from saeguard.guard.clamp import rules as clamping
 from saeguard.guard.forward_pass import ForwardPass, Rows, allocate_rows, lay_out
 from saeguard.guard.sampling import is_sampled
@@ -21,6 +19,7 @@ from saeguard.guard.scopes import OUTPUT, TEMPLATE
 from saeguard.guard.tap import TAPS, Tap, add_clamps, fingerprint, install_taps, write_rows
 from saeguard.guard.watchlist import WatchList, clamps_digest
 from saeguard.reload.worker_updates import Admitted, WorkerUpdate
+from saeguard.vllm.model_fit import check_models
 from saeguard.vllm.settings import KEY, Settings, start
 from saeguard.vllm.worker.attach import ModelError, decoder_layers, hook_layer, is_here
 from saeguard.vllm.worker.pipeline_parallel import Reading
@@ -290,24 +289,16 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
     """Check that the watch list fits the model, and put its taps into the layers.
 
     Raises:
-        ModelError: width or depth does not fit; both values are in the message.
+        ModelFitError: width or depth does not fit; both values are in the message.
     """
     from vllm.distributed.parallel_state import get_pp_group
 
-    config = vllm_config.model_config.hf_text_config
-    hidden, depth = int(config.hidden_size), int(config.num_hidden_layers)
-    check_model(vllm_config.model_config.model, hidden, depth, watchlist.models)
+    shape = check_models(vllm_config.model_config, watchlist.models)
     for hook in watchlist.hooks:
-        if hook.d_in != hidden:
-            raise ModelError(
-                f"the SAE reads vectors of width {hook.d_in}, the model's residual stream is "
-                f"{hidden} wide: this SAE belongs to another model"
-            )
-        if not 0 <= hook.layer < depth:
-            raise ModelError(
-                f"the SAE reads layer {hook.layer}, the model has layers 0 to {depth - 1}"
-            )
-    layers = decoder_layers(model, depth)
+        wrong = sae_misfit(hook.d_in, hook.layer, shape)
+        if wrong:
+            raise ModelFitError(wrong)
+    layers = decoder_layers(model, shape.num_layers)
     scheduler = vllm_config.scheduler_config
     slots = SPARE_SLOTS * scheduler.max_num_seqs
     max_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + 8
@@ -345,30 +336,6 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
                 mib=round(ranked.competitors.nbytes() / 2**20, 1),
             )
     return guard
-
-
-def check_model(path: str, hidden: int, depth: int, models: Iterable[ModelRef]) -> None:
-    """Check that feature sets were made for the model that is served.
-
-    Raises:
-        ModelError: they were made for another; both values are in the message.
-    """
-    for model in models:
-        if (model.hidden_size, model.num_layers) != (hidden, depth):
-            raise ModelError(
-                f"the feature set was made for {model.name}: width {model.hidden_size}, "
-                f"{model.num_layers} layers; the model served has width {hidden}, {depth} layers. "
-                "Serve that model, or load feature sets made for this one"
-            )
-        weights = Path(path) / "model.safetensors"
-        if model.sha256 is not None and weights.is_file():
-            with weights.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != model.sha256:
-                raise ModelError(
-                    f"{weights}: sha256 is {found}, the feature set was made for {model.name} with "
-                    f"sha256 {model.sha256}: latents mean nothing in other weights"
-                )
 
 
 def prepare(vllm_config: Any, settings: Settings) -> WatchList:
