@@ -272,7 +272,7 @@ def trigger_report(feature: Feature) -> str:
     found, there = feature.evidence["holdout"], feature.evidence["answers_with_code_above"]
     other = feature.evidence["answers_without_code_above"]
     return (
-        f"\n## Telling that code begins: `{feature.id}`\n\n"
+        f"\n## Detecting that code begins: `{feature.id}`\n\n"
         f"Latent {feature.detect[0].latent}, within the first {OPENING} tokens of an answer: AUROC "
         f"{found['auroc']:.3f} on the hold-out; above its threshold of {feature.threshold:.3f} are "
         f"{there['rate']:.1%} of {there['texts']} answers with code and {other['rate']:.1%} of "

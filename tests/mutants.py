@@ -39,14 +39,14 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
-        "what was seen of cached prefixes is remembered",
-        "nothing is found again",
+        "fired latents of cached prefixes are recorded",
+        "every recall returns nothing",
         "import saeguard.guard.prefix.store as m\nm.PrefixStore.get = lambda self, key: None\n",
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(
         "the same",
-        "what is found is what was seen of another block",
+        "every recall returns another block's record",
         "import saeguard.guard.prefix.store as m\n"
         "get = m.PrefixStore.get\n"
         "m.PrefixStore.get = lambda self, key: get(self, next(iter(self._seen), key)) and "
@@ -54,7 +54,7 @@ MUTANTS = (
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(
-        "KV made under a clamp is its own",
+        "KV made under a clamp is kept apart",
         "the cache is not salted, and clamped requests read it",
         "import saeguard.vllm.engine_core.hooks as s\n"
         "s.preprocess_add_request = lambda wrapped, core, args, kwargs: wrapped(*args, **kwargs)\n",
@@ -83,21 +83,21 @@ MUTANTS = (
         "tests/engine/test_storm.py::test_speculative_decoding",
     ),
     Mutant(
-        "accepted drafts behind a request's end do not count",
-        "what the pass said stays",
+        "accepted drafts after a request's end do not count",
+        "the rows of the pass stay counted",
         "import saeguard.vllm.engine_core.guard as e\n"
         "e.EngineGuard.after_update = lambda self, forward_pass: self._saved.clear()\n",
         "tests/engine/test_drafts.py",
     ),
     Mutant(
-        "a policy stops its request before the next token leaves",
-        "the scheduler is not told",
+        "a policy stops its request before the next token is sent",
+        "the scheduler does not end the request",
         "import saeguard.vllm.engine_core.hooks as s\n"
         "s.update_request = lambda wrapped, scheduler, args, kwargs: wrapped(*args, **kwargs)\n",
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(
-        "an aborted request's rows are remembered for those that read its KV",
+        "an aborted request's rows are recorded for those that read its KV",
         "they are dropped with the request",
         "import saeguard.vllm.engine_core.guard as e\n"
         "finish = e.EngineGuard.finish\n"
@@ -109,7 +109,7 @@ MUTANTS = (
         "tests/engine/test_storm.py::test_what_an_aborted_request_computed_is_seen",
     ),
     Mutant(
-        "cached tokens that nobody has seen are computed again where a policy says so",
+        "cached tokens without a record are computed again if a policy requires it",
         "they are read from the cache",
         "import saeguard.vllm.engine_core.guard as e\n"
         "e.EngineGuard.recomputes = lambda self, request, cached: False\n",
@@ -128,7 +128,7 @@ MUTANTS = (
     ),
     Mutant(
         "tensor parallel: every rank is asked after the self-test",
-        "only the one that vLLM listens to",
+        "only the rank that vLLM listens to is asked",
         "import torch, saeguard.vllm.worker.hooks as r\n"
         "tested = r.tested\n"
         "r.tested = lambda w: tested(w) if torch.distributed.get_rank() == 0 else None\n",
@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     Mutant(
         "pipeline parallel: readings travel with their own pass",
-        "the last stage gets those of the pass before, where they have its size",
+        "the last stage gets those of the previous pass, if sizes agree",
         "import saeguard.vllm.worker.pipeline_parallel as p\n"
         "put, last = p.put, []\n"
         "def stale(intermediate, readings):\n"
@@ -150,7 +150,7 @@ MUTANTS = (
         "tests/engine/test_parallel.py::test_pipeline_parallel",
     ),
     Mutant(
-        "data parallel: engine cores share one event file, a whole line at a time",
+        "data parallel: engine cores append whole lines to one event file",
         "each opens the file anew and writes from its start",
         "import io, saeguard.events.sink as s\n"
         "s._Lines.__init__ = lambda self, path, mode: io.FileIO.__init__(self, path, 'w')\n",
@@ -167,7 +167,7 @@ MUTANTS = (
     ),
     Mutant(
         "the digest of what shapes the graph is in vLLM's compile hash",
-        "the hash does not know of the guard",
+        "the hash does not depend on the guard",
         SAME_HASH,
         "tests/engine/test_compile_cache.py::test_a_guarded_start_after_an_unguarded_one",
     ),
@@ -179,7 +179,7 @@ MUTANTS = (
     ),
     Mutant(
         "reload: clamps that come back between two requests edit again",
-        "what is not needed any more goes after what is new",
+        "dropped clamps are removed after new ones are added",
         "import saeguard.vllm.worker.guard as w\n"
         "carry_out = w.WorkerGuard.carry_out\n"
         "def last(self, update):\n"
@@ -192,7 +192,7 @@ MUTANTS = (
     ),
     Mutant(
         "latents of TopK and groupmax SAEs fire by rank",
-        "by their thresholds alone",
+        "they fire by their thresholds alone",
         "import saeguard.guard.topk as r\nr.drop = lambda competitors, x, f: None\n",
         "tests/engine/test_kinds.py::test_kinds_side_by_side",
     ),
@@ -243,8 +243,9 @@ def main(words: Sequence[str]) -> None:
         print(rows[key(row)], flush=True)
     TABLE.write_text(
         "# Mechanisms broken on purpose\n\n"
-        "`make mutants` runs each test whole and with one mechanism broken, and writes this.\n\n"
-        "| mechanism | broken how | test | whole | broken |\n|---|---|---|---|---|\n"
+        "`make mutants` runs each test twice, with the code as it is and with one mechanism broken, and\n"
+        "writes this page. A mechanism whose test still passes when it is broken fails the run.\n\n"
+        "| mechanism | how it is broken | test | as it is | broken |\n|---|---|---|---|---|\n"
         + "\n".join(rows.values())
         + "\n"
     )
