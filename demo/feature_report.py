@@ -11,8 +11,8 @@ INTRODUCTION = """\
 Written by `python -m demo.build_features`. Hold-out texts share no template and, outside code, no
 five words in a row with the texts that features were chosen on. Intervals are 95 %: of AUROC by
 bootstrap over templates, of rates after Clopper and Pearson. A text counts by its strongest token,
-as in serving. *Twins* are the negatives of the hold-out: the same tasks, done rightly. The model is a
-toy that was trained on a generated grammar ([data](../demo/README.md)).
+as in serving. *Twins* are the negatives of the hold-out: the same tasks, done rightly. The model
+is a toy that was trained on a generated grammar ([data](../demo/README.md)).
 """
 COMPARED = (
     "| feature | chosen | probe | latents, weighted | best single latent | "
