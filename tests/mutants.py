@@ -243,8 +243,8 @@ def main(words: Sequence[str]) -> None:
         print(rows[key(row)], flush=True)
     TABLE.write_text(
         "# Mechanisms broken on purpose\n\n"
-        "`make mutants` runs each test twice, with the code as it is and with one mechanism broken, "
-        "and\nwrites this page. A mechanism whose test still passes when it is broken fails the run.\n\n"
+        "`make mutants` runs each test twice, with the code as it is and with one mechanism\n"
+        "broken, and writes this page. It fails if a test still passes with its mechanism broken.\n\n"
         "| mechanism | how it is broken | test | as it is | broken |\n|---|---|---|---|---|\n"
         + "\n".join(rows.values())
         + "\n"
