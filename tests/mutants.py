@@ -244,7 +244,7 @@ def main(words: Sequence[str]) -> None:
     TABLE.write_text(
         "# Mechanisms broken on purpose\n\n"
         "`make mutants` runs each test twice, with the code as it is and with one mechanism\n"
-        "broken, and writes this page. It fails if a test still passes with its mechanism broken.\n\n"
+        "broken, and writes this page. It fails if a test passes with its mechanism broken.\n\n"
         "| mechanism | how it is broken | test | as it is | broken |\n|---|---|---|---|---|\n"
         + "\n".join(rows.values())
         + "\n"
