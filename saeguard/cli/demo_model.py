@@ -30,7 +30,6 @@ def verb(
         TimeElapsedColumn,
     )
 
-    from saeguard.errors import SaeguardError
     from saeguard.hf.demo_model import STAGES, make
 
     began = time.monotonic()
@@ -49,11 +48,7 @@ def verb(
     def show(stage: str) -> None:
         bar.update(task, description=stage, completed=STAGES.index(stage))
 
-    try:
-        with bar:
-            made = make(out, report=show)
-    except SaeguardError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(error.exit_code) from error
+    with bar:
+        made = make(out, report=show)
     what = f"made in {time.monotonic() - began:.0f} s" if made else "already there"
     typer.echo(f"{out}: {what}")

@@ -1,4 +1,4 @@
-"""`saeguard policy diff`: what changed between two sets of policies, and what that would do."""
+"""`saeguard policy diff`: what changed between two folders of policies, and its effect."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from saeguard.cli.failures import FINDINGS, told
-from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption, read_feature_sets
+from saeguard.cli.feature_folder import read_feature_sets
 from saeguard.cli.inputs import (
-    ModelOption,
     judge_corpus,
     judgeable,
     not_judged,
     open_corpus,
     read_all,
 )
+from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, OptionalModel, existing_file
 from saeguard.cli.report import columns, count
+from saeguard.errors import FINDINGS, InputError
 
 if TYPE_CHECKING:
     from saeguard.guard.verdict import Verdict
@@ -30,55 +30,59 @@ if TYPE_CHECKING:
     from saeguard.policy_tools.verdict_diff import Done, Shift
 
 SHOWN = 4
-"""Texts that a line names at most; JSON names all, with scores and tokens."""
+"""A line names at most so many texts; JSON names all, with scores and tokens."""
 
 
 def verb(
-    old: Annotated[Path, typer.Argument(help="Policy file or folder as it was.")],
-    new: Annotated[Path, typer.Argument(help="The same as it is to be.")],
+    old: Annotated[Path, typer.Argument(help="Policy file or folder before the change.")],
+    new: Annotated[Path, typer.Argument(help="Policy file or folder after the change.")],
     corpus: Annotated[
         Path | None,
-        typer.Option(help="Texts to judge by both: JSON lines with --model, or a recording."),
+        typer.Option(
+            help="Texts to judge by both: JSON lines (with --model), or a recording.",
+            callback=existing_file,
+        ),
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Fail where more than this share of texts would change.", min=0, max=1),
+        typer.Option(
+            help="Exit with 1 if more than this share of the texts would change.", min=0, max=1
+        ),
     ] = None,
-    model: ModelOption = None,
+    model: OptionalModel = None,
     feature_sets: FeatureSetsOption = FEATURE_SETS,
     format_: Annotated[
         Literal["text", "json"], typer.Option("--format", help="text, or json for programs.")
     ] = "text",
 ) -> None:
-    """Compare two sets of policies: key by key, and verdict by verdict on a corpus.
+    """Compare two folders of policies key by key, and verdict by verdict on a corpus.
 
-    A text changes where a verdict on it does, or what is done about it. Exits with 0, 1 where more
-    than --budget change, 2 where a file or the command is wrong, 3 where something is missing.
+    A text counts as changed if a verdict on it changes, or the action. Exit codes: 0, 1 more than
+    --budget change, 2 a file or the command is wrong, 3 something is missing.
     """
     from saeguard.policy_tools.policy_diff import pairs
 
     if budget is not None and corpus is None:
-        raise typer.BadParameter("a budget needs a --corpus", param_hint="--budget")
-    with told():
-        before, after = read_all([old]), read_all([new])
-        sets = read_feature_sets(feature_sets) if corpus is not None else None
-        both = pairs(before, after)
-        told_ = [_changed(pair) for pair in both]
-        report: dict[str, Any] = {"policies": [record for record in told_ if record]}
-        if sets is not None and corpus is not None:
-            ready_old, _ = judgeable(before, sets)
-            ready_new, _ = judgeable(after, sets)
-            recording = open_corpus(corpus, (*ready_old, *ready_new), model, feature_sets)
-            judged_old = judge_corpus(ready_old, sets, recording)
-            judged_new = judge_corpus(ready_new, sets, recording)
-            found = _found(
-                pairs(ready_old, ready_new), recording,
-                (ready_old, judged_old), (ready_new, judged_new),
-            )  # fmt: skip
-            report["corpus"] = _measured(found, recording, budget)
-            left_out = {p.id for p in (*before, *after)} - {p.id for p in (*ready_old, *ready_new)}
-            report["not_calibrated"] = sorted(left_out)
-    typer.echo(json.dumps(report, indent=2) if format_ == "json" else "\n".join(_told(report)))
+        raise InputError("--budget: needs a --corpus to measure the share on")
+    before, after = read_all([old]), read_all([new])
+    sets = read_feature_sets(feature_sets) if corpus is not None else None
+    both = pairs(before, after)
+    records = [_changed(pair) for pair in both]
+    report: dict[str, Any] = {"policies": [record for record in records if record]}
+    if sets is not None and corpus is not None:
+        ready_old, _ = judgeable(before, sets)
+        ready_new, _ = judgeable(after, sets)
+        recording = open_corpus(corpus, (*ready_old, *ready_new), model, feature_sets)
+        judged_old = judge_corpus(ready_old, sets, recording)
+        judged_new = judge_corpus(ready_new, sets, recording)
+        found = _found(
+            pairs(ready_old, ready_new), recording,
+            (ready_old, judged_old), (ready_new, judged_new),
+        )  # fmt: skip
+        report["corpus"] = _measured(found, recording, budget)
+        left_out = {p.id for p in (*before, *after)} - {p.id for p in (*ready_old, *ready_new)}
+        report["not_calibrated"] = sorted(left_out)
+    typer.echo(json.dumps(report, indent=2) if format_ == "json" else "\n".join(_lines(report)))
     if report.get("corpus", {}).get("over_budget"):
         raise typer.Exit(FINDINGS)
 
@@ -99,7 +103,7 @@ def _found(
     old: tuple[Sequence[Policy], Sequence[Sequence[Verdict]]],
     new: tuple[Sequence[Policy], Sequence[Sequence[Verdict]]],
 ) -> list[tuple[str, list[Shift], Done | None]]:
-    """Return each text that changes, with its verdicts that do and what is done about it."""
+    """Return each text that changes, with the verdicts and the action that change."""
     from saeguard.policy_tools.verdict_diff import done, shifts
 
     found = []
@@ -144,8 +148,8 @@ def _measured(
     }
 
 
-def _told(report: dict[str, Any]) -> list[str]:
-    """Return the report in lines for people."""
+def _lines(report: dict[str, Any]) -> list[str]:
+    """Return the report as lines for a terminal."""
     lines = []
     for record in report["policies"]:
         lines.append(f"{record['what']:8} {record['policy']}")
@@ -155,7 +159,7 @@ def _told(report: dict[str, Any]) -> list[str]:
         ]
         lines += columns(rows)
     if not report["policies"]:
-        lines.append("the policies say the same")
+        lines.append("no policy has changed")
     lines += not_judged(report.get("not_calibrated", ()))
     measured = report.get("corpus")
     if measured is None:

@@ -1,4 +1,4 @@
-"""`saeguard policy explain`: why a request matched, or did not."""
+"""`saeguard policy explain`: why a policy matched a request, or did not."""
 
 from __future__ import annotations
 
@@ -9,22 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeguard.cli.failures import BAD_INPUT, model_told, must_be_there, stop, told
-from saeguard.cli.feature_folder import (
-    FEATURE_SETS,
-    FeatureSets,
-    FeatureSetsOption,
-    read_feature_sets,
-)
+from saeguard.cli.feature_folder import FeatureSets, read_feature_sets
 from saeguard.cli.inputs import (
-    ModelOption,
-    approximate_told,
+    approximate_lines,
     approximations,
     judgeable,
     open_corpus,
     read_all,
 )
+from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, OptionalModel, existing_file
 from saeguard.cli.report import columns, count
+from saeguard.errors import InputError
 
 if TYPE_CHECKING:
     from saeguard.events.schema import Event
@@ -36,52 +31,54 @@ COMPLETION = "completion"
 
 
 def verb(
-    policy: Annotated[Path, typer.Argument(help="Policy file, or folder with --id.")],
+    policy: Annotated[
+        Path, typer.Argument(help="Policy file, or a folder (choose one with --id).")
+    ],
     source: Annotated[
         Path | None,
         typer.Argument(
-            help="Event log or JSON lines of texts, .jsonl; or a recording, .safetensors."
+            help="Event log or texts (.jsonl), or recording (.safetensors).",
+            callback=existing_file,
         ),
     ] = None,
     request: Annotated[
         str | None,
-        typer.Option(help="Id of the request in the log, or of the text. Default: each."),
+        typer.Option(help="Id of the request in the log, or of the text. Default: all."),
     ] = None,
-    id_: Annotated[str | None, typer.Option("--id", help="Which policy of a folder.")] = None,
-    prompt: Annotated[str, typer.Option(help="In place of a file: what the model is given.")] = "",
-    completion: Annotated[str, typer.Option(help="And what it says.")] = "",
-    model: ModelOption = None,
+    id_: Annotated[
+        str | None, typer.Option("--id", help="Id of the policy in a folder. Default: all.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Text in place of a file: the user's message.")] = "",
+    completion: Annotated[str, typer.Option(help="Text in place of a file: the answer.")] = "",
+    model: OptionalModel = None,
     feature_sets: FeatureSetsOption = FEATURE_SETS,
     as_json: Annotated[bool, typer.Option("--json", help="Print records for programs.")] = False,
 ) -> None:
-    """Say in words which selection held at which tokens, how near it came, and what was done.
+    """Explain a verdict: which selections held at which tokens, and what the policy did.
 
-    A log tells each feature's highest share only; a recording, or texts with --model, tell every
-    token. Exits with 0 whatever the verdict, 2 where a file or the command is wrong, 3 where
-    something is missing.
+    An event log holds each feature's highest share only; a recording, or texts with --model, show
+    every token. Exit codes: 0 whatever the verdict, 2 a file or the command is wrong, 3 something
+    is missing.
     """
-    if source is not None:
-        must_be_there(source)
-        if prompt or completion:
-            stop(f"give either {source} or --prompt and --completion, not both", BAD_INPUT)
-    with told():
-        known = read_all([policy])
-        policies = [p for p in known if id_ in (None, p.id)]
-        if not policies:
-            ids = ", ".join(sorted({p.id for p in known}))
-            stop(f"{policy}: there is no policy with the id {id_}; there are: {ids}", BAD_INPUT)
-        if source is not None and source.suffix == ".jsonl" and model is None:
-            found = list(of_log(source, policies, request))
+    if source is not None and (prompt or completion):
+        raise InputError(f"give either {source} or --prompt and --completion, not both")
+    known = read_all([policy])
+    policies = [p for p in known if id_ in (None, p.id)]
+    if not policies:
+        ids = ", ".join(sorted({p.id for p in known}))
+        raise InputError(f"{policy}: there is no policy with the id {id_}; there are: {ids}")
+    if source is not None and source.suffix == ".jsonl" and model is None:
+        found = list(of_log(source, policies, request))
+    else:
+        sets = read_feature_sets(feature_sets)
+        ready, notes = judgeable(policies, sets)
+        if not ready:
+            raise InputError("\n".join(note.render() for note in notes))
+        if source is not None:
+            recording = open_corpus(source, ready, model, feature_sets)
         else:
-            sets = read_feature_sets(feature_sets)
-            ready, notes = judgeable(policies, sets)
-            if not ready:
-                stop("\n".join(note.render() for note in notes), BAD_INPUT)
-            if source is not None:
-                recording = open_corpus(source, ready, model, feature_sets)
-            else:
-                recording = of_text(prompt, completion, ready, model, feature_sets)
-            found = list(of_recording(recording, ready, sets, request))
+            recording = of_text(prompt, completion, ready, model, feature_sets)
+        found = list(of_recording(recording, ready, sets, request))
     if as_json:
         typer.echo(json.dumps([record for record, _ in found], indent=2))
     else:
@@ -95,25 +92,26 @@ def of_text(
     model: Path | None,
     feature_sets: Path,
 ) -> Recording:
-    """Return what the model shows on a text of the command line."""
+    """Record the text that the command line gives."""
     if model is None or not (prompt or completion):
-        stop("give a recording, an event log, or --model with --prompt and --completion", BAD_INPUT)
-    with model_told():
-        from saeguard.hf.model import load_model
-        from saeguard.hf.texts import make_turn
-        from saeguard.policy_tools.record_features import record_features
+        raise InputError(
+            "give a recording, an event log, or --model with --prompt and --completion"
+        )
+    from saeguard.hf.model import load_model
+    from saeguard.hf.texts import make_turn
+    from saeguard.policy_tools.record_features import record_features
 
-        lm = load_model(model)
-        text = make_turn("text", lm.tokenizer, prompt, completion)
-        names = sorted({policy.feature_set for policy in policies})
-        files = [feature_sets / f"{name}.yaml" for name in names]
-        return record_features(lm, files, [text], path=model, with_text=True)
+    lm = load_model(model)
+    text = make_turn("text", lm.tokenizer, prompt, completion)
+    names = sorted({policy.feature_set for policy in policies})
+    files = [feature_sets / f"{name}.yaml" for name in names]
+    return record_features(lm, files, [text], path=model, with_text=True)
 
 
 def of_recording(
     recording: Recording, policies: Sequence[Policy], sets: FeatureSets, request: str | None
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Yield a record and its lines for each policy and text."""
+    """Yield the record of each policy and text, with its lines for a terminal."""
     from saeguard.policy_tools.explain_text import told as in_words
     from saeguard.policy_tools.explanation import account
 
@@ -126,14 +124,14 @@ def of_recording(
             lines = [f"Text {recording.ids[text]}", "", *in_words(found, pieces, written(policy))]
             approximate = approximations([policy], sets)
             if approximate:
-                lines += ["", *approximate_told(approximate)]
+                lines += ["", *approximate_lines(approximate)]
             yield _record(recording.ids[text], found, bool(approximate)), lines
 
 
 def of_log(
     path: Path, policies: Sequence[Policy], request: str | None
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Yield the events of the policies, and what they tell, in words."""
+    """Yield each event of the policies, with its lines for a terminal."""
     from saeguard.events.reader import read_log
 
     by_id = {policy.id: policy for policy in policies}
@@ -145,12 +143,12 @@ def of_log(
         seen = True
         yield event.model_dump(mode="json", by_alias=True), list(_event(event, policy))
     if not seen:
-        stop(f"{path}: there is no event of {', '.join(by_id)}"
-             + (f" for the request {request}" if request else ""), BAD_INPUT)  # fmt: skip
+        raise InputError(f"{path}: there is no event of {', '.join(by_id)}"
+             + (f" for the request {request}" if request else ""))  # fmt: skip
 
 
 def written(policy: Policy) -> dict[str, str]:
-    """Return the condition and the window as they stand in the policy's file."""
+    """Return the condition and the window as the policy's file spells them."""
     from saeguard.policy.load import locate
 
     data = locate(policy).data or {}
@@ -161,7 +159,7 @@ def written(policy: Policy) -> dict[str, str]:
 
 
 def _event(event: Event, policy: Policy) -> Iterator[str]:
-    """Yield what one event tells."""
+    """Yield the lines of one event."""
     score = "" if event.score is None else f" The score is {event.score:.2f}; it matches above 1."
     verdict = event.verdict.replace("_", " ").upper()
     where = ""

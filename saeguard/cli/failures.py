@@ -1,85 +1,66 @@
-"""What the exit codes of the policy tools mean."""
+"""How an error ends a command: one message on stderr, one exit code, no traceback."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-FINDINGS = 1
-"""It ran, and what it looks for was found: a mistake, a failed case, a change above the budget."""
-BAD_INPUT = 2
-"""The command or a file it was given is wrong, so there is nothing to say."""
-COULD_NOT_RUN = 3
-"""Something it needs is missing: a package, a model, a checkpoint, a place to write."""
+from saeguard.errors import COULD_NOT_RUN, SaeguardError
 
-
-def stop(message: str, code: int) -> NoReturn:
-    """Say why there is no result, and end the command.
-
-    Raises:
-        typer.Exit: always.
-    """
-    typer.echo(message, err=True)
-    raise typer.Exit(code)
-
-
-def reason(error: OSError) -> str:
-    """Return which file the system would not have, and why, without its number for that."""
-    path = error.filename2 or error.filename
-    return f"{path}: {error.strerror}" if path is not None else str(error)
+INTERRUPTED = 130
+"""128 and the number of SIGINT, as shells count."""
+EXTRAS = {
+    "cryptography": "saeguard[sign]",
+    "scipy": "saeguard[features]",
+    "sklearn": "saeguard[features]",
+    "tqdm": "saeguard[features]",
+    "transformers": "saeguard[features]",
+    "torch": "torch",
+    "vllm": "vllm",
+}
+"""What to install for a package that not every command needs."""
 
 
-def must_be_there(path: Path) -> None:
-    """End the command where a file that it is given is none.
+class Verbs(TyperGroup):
+    """A group of verbs whose errors are reported by `reported`."""
 
-    Raises:
-        typer.Exit: with `BAD_INPUT`.
-    """
-    if os.path.isdir(path):  # noqa: PTH112 - pathlib raises at names that are too long
-        stop(f"{path}: this is a folder, a file is due", BAD_INPUT)
-    if not os.path.exists(path):  # noqa: PTH110 - the same; a pipe is there
-        stop(f"{path}: there is no such file", BAD_INPUT)
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        with reported():
+            return super().invoke(ctx)
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Turn what keeps a policy tool from its work into a message and its exit code."""
-    from saeguard.events.reader import LogError
-    from saeguard.features.schema import FeatureSetError
-    from saeguard.policy.errors import PolicyErrors
-    from saeguard.policy_tools.recording import RecordingError
+def reported() -> Iterator[None]:
+    """Report an error of the block, and end the command with the error's exit code.
 
+    Raises:
+        typer.Exit: the block raised an error of ours, of the system, or for a missing package.
+    """
     try:
         yield
-    except (LogError, RecordingError, FeatureSetError, PolicyErrors) as error:
-        stop(str(error), BAD_INPUT)
+    except SaeguardError as error:
+        _end(str(error), error.exit_code, error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        message = f"this needs {package}, which is not installed: pip install '{EXTRAS[package]}'"
+        _end(message, COULD_NOT_RUN, error)
+    except BrokenPipeError:  # the reader of a pipe has left, which typer ends quietly
+        raise
     except OSError as error:
-        stop(reason(error), COULD_NOT_RUN)
+        path = error.filename2 or error.filename
+        message = str(error) if path is None else f"{path}: {error.strerror}"
+        _end(message, COULD_NOT_RUN, error)
+    except KeyboardInterrupt as error:
+        _end("interrupted", INTERRUPTED, error)
 
 
-@contextmanager
-def model_told() -> Iterator[None]:
-    """The same for work that needs a model, whose modules take seconds to import."""
-    try:
-        from saeguard.features.model_fit import ModelFitError
-        from saeguard.features.probe import ProbeError
-        from saeguard.hf.model import ModelError
-        from saeguard.hf.texts import TextError
-        from saeguard.sae import SaeError
-    except ImportError as error:
-        stop(
-            f"this needs {error.name}, which is not installed: pip install saeguard[features]",
-            COULD_NOT_RUN,
-        )
-    try:
-        with told():
-            yield
-    except TextError as error:
-        stop(str(error), BAD_INPUT)
-    except (ModelError, ModelFitError, ProbeError, SaeError) as error:
-        stop(str(error), COULD_NOT_RUN)
+def _end(message: str, code: int, error: BaseException) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(code) from error

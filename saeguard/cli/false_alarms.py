@@ -1,4 +1,4 @@
-"""How often policies match ordinary texts, which nobody wants them to."""
+"""How often policies match ordinary texts, on which every match is a false alarm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saeguard.cli.failures import COULD_NOT_RUN, stop
 from saeguard.cli.inputs import judge_corpus, judgeable, open_corpus
 from saeguard.policy.errors import PolicyError
 from saeguard.policy.types import Policy
@@ -16,12 +15,12 @@ if TYPE_CHECKING:
     from saeguard.cli.feature_folder import FeatureSets
 
 SHOWN = 5
-"""Texts that a message names at most."""
+"""A message names at most so many texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """How often one policy matches."""
+    """How often one policy matches ordinary texts."""
 
     policy: Policy
     texts: tuple[str, ...]
@@ -32,7 +31,7 @@ class Alarm:
     """95 %, exact (Clopper and Pearson 1934)."""
 
     def finding(self, budget: float) -> PolicyError:
-        """Return that the rate is above the budget."""
+        """Return the finding that the rate is above the budget."""
         named = ", ".join(self.texts[:SHOWN]) + (", ..." if len(self.texts) > SHOWN else "")
         message = (
             f"matches {len(self.texts)} of {self.trials} ordinary texts ({self.rate:.2%}), the "
@@ -48,7 +47,7 @@ def alarms(
     model: Path | None,
     feature_sets: Path,
 ) -> list[Alarm]:
-    """Judge ordinary texts by every policy that is calibrated, and return each one's rate."""
+    """Judge ordinary texts by every calibrated policy, and return the rate of each."""
     ready, _ = judgeable(policies, sets)
     recording = open_corpus(corpus, ready, model, feature_sets)
     verdicts = judge_corpus(ready, sets, recording)
@@ -65,10 +64,7 @@ def alarms(
 
 def rate(hits: int, trials: int) -> tuple[float, tuple[float, float]]:
     """Return a rate with its exact 95 % interval."""
-    try:
-        from saeguard.features import stats
-    except ImportError as error:
-        stop(f"intervals need {error.name}, which is not installed: pip install "
-             "saeguard[features]", COULD_NOT_RUN)  # fmt: skip
+    from saeguard.features import stats
+
     low, high = stats.interval(hits, trials)
     return hits / trials, (low, high)

@@ -1,4 +1,4 @@
-"""`saeguard features fired`: every latent that fires on a text, token by token."""
+"""`saeguard features fired`: the strongest latents of the whole SAE, token by token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeguard.cli.files import mistakes_told
+from saeguard.cli.options import ModelOption, existing_file
+from saeguard.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,44 +22,51 @@ Fired = list[tuple[int, float]]
 
 def verb(
     set_: Annotated[
-        Path, typer.Option("--set", help="Feature set: its SAE is read, its latents are named.")
+        Path,
+        typer.Option(
+            "--set",
+            help="Feature-set file: its SAE is used, its features are named.",
+            callback=existing_file,
+        ),
     ],
-    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model.", exists=True)],
-    prompt: Annotated[str, typer.Option(help="What the model is given.")] = "",
-    completion: Annotated[str, typer.Option(help="What it says.")] = "",
+    model: ModelOption,
+    prompt: Annotated[str, typer.Option(help="The user's message.")] = "",
+    completion: Annotated[str, typer.Option(help="The model's answer.")] = "",
     token: Annotated[
-        list[int] | None, typer.Option(help="Only this position, as events count. Repeatable.")
+        list[int] | None,
+        typer.Option(
+            help="Show this position only, counted from 0 as in events. Repeatable. Default: all."
+        ),
     ] = None,
-    most: Annotated[int, typer.Option(help="Strongest latents of each token.", min=1)] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    most: Annotated[
+        int, typer.Option(help="Number of latents to show for each token.", min=1)
+    ] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Say what else fired on a token: the strongest latents of the whole SAE.
+    """Show the strongest latents of the whole SAE at each token of a text.
 
-    An event names a request's features and where each was highest, but holds no text. With the text
-    at hand, this shows the same tokens under every latent of the checkpoint.
+    An event names only the features that policies read, and holds no text. With the text at hand,
+    this shows every other latent that fired on the same tokens.
     """
     from saeguard.features.load import load_feature_set
     from saeguard.hf.model import check_model, load_model
     from saeguard.hf.residuals import record
-    from saeguard.hf.texts import TextError, make_turn
+    from saeguard.hf.texts import make_turn
     from saeguard.sae import what_fired
 
     if not (prompt or completion):
-        raise typer.BadParameter("there is no text; give --prompt, --completion or both")
-    with mistakes_told():
-        features = load_feature_set(set_)
-        lm = load_model(model)
-        check_model(lm, features)
-        text = make_turn("text", lm.tokenizer, prompt, completion)
-        positions = range(len(text.tokens)) if token is None else token
-        outside = [i for i in positions if not 0 <= i < len(text.tokens)]
-        if outside:
-            raise TextError(
-                f"--token {outside[0]}: the text has tokens 0 to {len(text.tokens) - 1}"
-            )
-        ((_, residuals),) = record(lm, [text.tokens], [features.sae.layer])
-        x = residuals[features.sae.layer][list(positions)]
-        found = what_fired(features.sae.inspect(), x, most=most)
+        raise InputError("there is no text; give --prompt, --completion or both")
+    features = load_feature_set(set_)
+    lm = load_model(model)
+    check_model(lm, features)
+    text = make_turn("text", lm.tokenizer, prompt, completion)
+    positions = range(len(text.tokens)) if token is None else token
+    outside = [i for i in positions if not 0 <= i < len(text.tokens)]
+    if outside:
+        raise InputError(f"--token {outside[0]}: the text has tokens 0 to {len(text.tokens) - 1}")
+    ((_, residuals),) = record(lm, [text.tokens], [features.sae.layer])
+    x = residuals[features.sae.layer][list(positions)]
+    found = what_fired(features.sae.inspect(), x, most=most)
     pieces = [lm.tokenizer.decode([text.tokens[i]]) for i in positions]
     names = named(features)
     if as_json:
@@ -82,7 +90,7 @@ def as_records(
     found: Sequence[Fired],
     names: Mapping[int, list[str]],
 ) -> list[dict[str, Any]]:
-    """Return one object a token, for programs."""
+    """Return one record for each token, for JSON."""
     return [
         {
             "at": at,

@@ -1,15 +1,14 @@
-"""What the policy tools judge on: recordings, or texts that a model reads first."""
+"""Read what the policy tools judge: policies, and recordings or texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from saeguard.cli.failures import BAD_INPUT, model_told, must_be_there, stop, told
+from saeguard.cli.options import check_file
+from saeguard.errors import InputError
 
 if TYPE_CHECKING:
     from saeguard.cli.feature_folder import FeatureSets
@@ -17,11 +16,6 @@ if TYPE_CHECKING:
     from saeguard.policy.errors import PolicyError
     from saeguard.policy.types import Policy
     from saeguard.policy_tools.recording import Recording
-
-ModelOption = Annotated[
-    Path | None,
-    typer.Option("--model", help="Folder of a Hugging Face model, where texts have to be read."),
-]
 
 
 def read_all(paths: Sequence[Path]) -> tuple[Policy, ...]:
@@ -45,7 +39,7 @@ def judgeable(
     """Return the policies whose features are calibrated, and a note on each of the others.
 
     Raises:
-        PolicyErrors: a policy names a feature that there is not.
+        PolicyErrors: a policy names a feature or feature set that does not exist.
     """
     from saeguard.policy.errors import PolicyErrors
     from saeguard.policy.lint import resolve, uncalibrated
@@ -66,19 +60,19 @@ def judgeable(
 
 
 def not_judged(ids: Sequence[str]) -> list[str]:
-    """Return a line on the policies that could not be judged, none where there are none."""
+    """Return a line that names the policies that were not judged; no line if there are none."""
     if not ids:
         return []
     policies = f"{len(ids)} policies are" if len(ids) > 1 else "1 policy is"
-    return [f"{policies} not judged, as the features are templates: {', '.join(ids)}"]
+    return [f"{policies} not judged, because the features are templates: {', '.join(ids)}"]
 
 
 def approximations(policies: Iterable[Policy], sets: FeatureSets) -> dict[str, str]:
-    """Return how well thresholds stand for ranks, by the feature sets of which policies read them.
+    """Return how well thresholds agree with TopK ranks, by the name of the feature set.
 
     Args:
-        policies: that are judged.
-        sets: those that they name are known.
+        policies: those that are judged.
+        sets: hold every feature set that the policies name.
     """
     from saeguard.policy.lint import stand_ins_read
 
@@ -86,47 +80,47 @@ def approximations(policies: Iterable[Policy], sets: FeatureSets) -> dict[str, s
     return {name: read.told for name, read in sorted(found, key=itemgetter(0)) if read is not None}
 
 
-def approximate_told(found: Mapping[str, str]) -> list[str]:
-    """Return a line on each feature set, as at a server's start."""
+def approximate_lines(found: Mapping[str, str]) -> list[str]:
+    """Return a line for each feature set, with the words of a server's start-up log."""
     return [f"feature set {name}: TopK latents are {told}" for name, told in found.items()]
 
 
 def open_corpus(
     path: Path, policies: Iterable[Policy], model: Path | None, feature_sets: Path
 ) -> Recording:
-    """Return the recording at `path`, or that of the texts at `path`, read by `model` now.
+    """Return the recording at `path`, or record the texts at `path` with `model`.
 
     Args:
         path: `.safetensors`, or JSON lines.
-        policies: whose feature sets are wanted.
-        model: folder of a Hugging Face model, for JSON lines.
-        feature_sets: folder.
+        policies: their feature sets are recorded.
+        model: folder of a Hugging Face model; needed for JSON lines.
+        feature_sets: folder of feature sets.
 
     Raises:
-        typer.Exit: the file cannot be read, or there is no model to read it with.
+        InputError: the file cannot be read, or holds texts and no model was given.
     """
     from saeguard.policy_tools.recording import read_recording
 
-    must_be_there(path)
+    check_file(path)
     if path.suffix == ".safetensors":
-        with told():
-            return read_recording(path)
+        return read_recording(path)
     if model is None:
-        stop(f"{path}: these are texts; give the --model that reads them, or a recording that "
-             "`saeguard policy record` made", BAD_INPUT)  # fmt: skip
-    with model_told():
-        from saeguard.hf.model import load_model, load_tokenizer
-        from saeguard.hf.texts import read_texts
-        from saeguard.policy_tools.record_features import record_features
+        raise InputError(
+            f"{path}: these are texts; give the --model that reads them, or a recording that "
+            "`saeguard policy record` made"
+        )
+    from saeguard.hf.model import load_model, load_tokenizer
+    from saeguard.hf.texts import read_texts
+    from saeguard.policy_tools.record_features import record_features
 
-        tokenizer = load_tokenizer(model)
-        texts = read_texts(path, tokenizer)
-        if not texts:
-            stop(f"{path}: there is no text in it", BAD_INPUT)
-        lm = load_model(model, tokenizer)
-        names = sorted({policy.feature_set for policy in policies})
-        files = [feature_sets / f"{name}.yaml" for name in names]
-        return record_features(lm, files, texts, path=path, with_text=True)
+    tokenizer = load_tokenizer(model)
+    texts = read_texts(path, tokenizer)
+    if not texts:
+        raise InputError(f"{path}: the file holds no text")
+    lm = load_model(model, tokenizer)
+    names = sorted({policy.feature_set for policy in policies})
+    files = [feature_sets / f"{name}.yaml" for name in names]
+    return record_features(lm, files, texts, path=path, with_text=True)
 
 
 def judge_corpus(
@@ -135,5 +129,4 @@ def judge_corpus(
     """Return one verdict per policy for every text of a recording."""
     from saeguard.policy_tools.explanation import judge_recorded
 
-    with told():
-        return list(judge_recorded(policies, sets.known, recording, range(len(recording.ids))))
+    return list(judge_recorded(policies, sets.known, recording, range(len(recording.ids))))

@@ -1,4 +1,4 @@
-"""Test results as JUnit XML, which CI systems show."""
+"""Write test results as JUnit XML, which CI systems read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from saeguard.policy_tools.test_results import Result
 
 
 def junit_xml(results: Sequence[Result]) -> bytes:
-    """Return one test suite per policy, one test case per case; to-do cases count as skipped.
+    """Return one test suite per policy and one test case per case; to-do cases count as skipped.
 
-    The form is that of the Jenkins xUnit plugin's `junit-10.xsd`, which GitLab and GitHub's
-    reporters read, too.
+    The format is that of the Jenkins xUnit plugin's `junit-10.xsd`, which GitLab's and GitHub's
+    reporters read as well.
     """
     root = ET.Element("testsuites", name="saeguard")
     for policy, group in groupby(results, key=lambda result: result.policy):

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeguard.cli.failures import told
-from saeguard.cli.feature_folder import (
-    FEATURE_SETS,
-    FeatureSets,
-    FeatureSetsOption,
-    read_feature_sets,
-)
+from saeguard.cli.feature_folder import FeatureSets, read_feature_sets
 from saeguard.cli.inputs import read_all
+from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption
 from saeguard.cli.report import columns
 
 if TYPE_CHECKING:
@@ -40,19 +35,19 @@ def verb(
         list[Path] | None, typer.Argument(help="Policy files or folders. Default: policies.")
     ] = None,
     feature_sets: FeatureSetsOption = FEATURE_SETS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print records for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print an index by behaviour, with links.")
+        bool,
+        typer.Option("--markdown", help="Print a Markdown page, grouped by behaviour, with links."),
     ] = False,
 ) -> None:
-    """List policies with what they do and who answers for them.
+    """List policies with their mode, action, severity, owner and feature set.
 
-    Exits with 0, or 2 where a file or the command is wrong.
+    Exit codes: 0, 2 a file or the command is wrong.
     """
     places = paths or [Path("policies")]
-    with told():
-        policies = sorted(read_all(places), key=lambda p: (p.id, p.mode))
-        sets = read_feature_sets(feature_sets)
+    policies = sorted(read_all(places), key=lambda p: (p.id, p.mode))
+    sets = read_feature_sets(feature_sets)
     if as_json:
         typer.echo(json.dumps([record(p, sets) for p in policies], indent=2))
     elif markdown:
@@ -62,7 +57,7 @@ def verb(
 
 
 def record(policy: Policy, sets: FeatureSets) -> dict[str, Any]:
-    """Return what is told of a policy."""
+    """Return one policy as a record for JSON."""
     return {
         "id": policy.id,
         "mode": policy.mode,
@@ -79,7 +74,7 @@ def record(policy: Policy, sets: FeatureSets) -> dict[str, Any]:
 
 
 def table(policies: Sequence[Policy], sets: FeatureSets) -> list[str]:
-    """Return the policies in lines for a terminal."""
+    """Return the policies as a table for a terminal."""
     heads = ("id", "mode", "action", "severity", "owner", "review by", "feature set")
     rows = [
         (r["id"], r["mode"], r["action"], r["severity"], r["owner"], r["review_by"] or "-",

@@ -1,4 +1,4 @@
-"""`saeguard policy`: everything about policy files under one name."""
+"""`saeguard policy`: the verbs for policy files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from saeguard.cli import bundle, check, diff, explain, fmt, list_, new, record, replay, test
+from saeguard.cli.failures import Verbs
 
-verb = typer.Typer(no_args_is_help=True)
+verb = typer.Typer(cls=Verbs, no_args_is_help=True)
 verb.command("check")(check.verb)
 verb.command("test")(test.verb)
 verb.command("diff")(diff.verb)
@@ -27,10 +28,11 @@ verb.command("verify")(bundle.verify)
 @verb.command()
 def schema(
     of: Annotated[
-        Literal["policy", "test"], typer.Argument(help="policy, or test for test files.")
+        Literal["policy", "test"],
+        typer.Argument(help="policy: of policy files; test: of test files."),
     ] = "policy",
 ) -> None:
-    """Print the JSON Schema of policy files or of test files, for editors."""
+    """Print the JSON Schema of policy files or test files, for editors."""
     from saeguard.policy import schema as policy_schema
     from saeguard.policy_tools import test_case_schema
 

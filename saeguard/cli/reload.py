@@ -1,4 +1,4 @@
-"""`saeguard reload`: have a running server read its policies again, and say what came of it."""
+"""`saeguard reload`: make a running server read its policies again, and report the outcome."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ from typing import Annotated, Any
 
 import typer
 
+from saeguard.cli.options import existing_folder
+from saeguard.errors import COULD_NOT_RUN, FINDINGS, CannotRunError
+
 
 def verb(
-    state: Annotated[Path, typer.Argument(help="The server's `state` folder.")],
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 30.0,
+    state: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder that the server was started with as --state.", callback=existing_folder
+        ),
+    ],
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for every engine core.")] = 30.0,
 ) -> None:
-    """Signal every engine core of a server, and wait until each has read the policies.
+    """Make a running server read its policies again, and wait until every engine core has.
 
-    Who may do so is decided by the system: it takes the right to signal the server's processes.
-    Exits with 0 where the files are in use now, 1 where they were refused, 2 where no server
-    answers.
+    The command needs the right to signal the server's processes. Exit codes: 0 the policies are in
+    use, 1 they were refused, 2 the folder is wrong, 3 no server answers.
     """
     from saeguard.reload import state_dir as states
 
     before = {p: s for p, s in states.read_statuses(state).items() if _runs(s)}
     if not before:
-        typer.echo(f"{state}: no running server keeps its state here", err=True)
-        raise typer.Exit(2)
+        raise CannotRunError(f"{state}: no running server keeps its state here")
     for status in before.values():
         os.kill(status["pid"], signal.SIGHUP)
     deadline = time.monotonic() + timeout
@@ -39,19 +45,19 @@ def verb(
                 del waiting[path]
         time.sleep(0.02)
     for path, status in answers.items():
-        _tell(path, status)
+        _report(path, status)
     for path in waiting:
         now = states.read_statuses(state).get(path, {})
         held = now.get("waiting")
         why = f"waits for requests under way to end, with {held[:12]}" if held else "no answer"
         typer.echo(f"{path.stem}: {why} within {timeout:g} s", err=True)
     if waiting:
-        raise typer.Exit(2)
+        raise typer.Exit(COULD_NOT_RUN)
     if any(status["error"] is not None for status in answers.values()):
-        raise typer.Exit(1)
+        raise typer.Exit(FINDINGS)
 
 
-def _tell(path: Path, status: dict[str, Any]) -> None:
+def _report(path: Path, status: dict[str, Any]) -> None:
     revision = "" if status["revision"] is None else f", revision {status['revision']}"
     typer.echo(
         f"{path.stem}: {status['last']}: {status['policies']} policies, watch list "
@@ -62,7 +68,7 @@ def _tell(path: Path, status: dict[str, Any]) -> None:
 
 
 def _runs(status: dict[str, Any]) -> bool:
-    """Return whether the process that wrote a status is there, and not another of its number."""
+    """Return whether the process that wrote a status still runs (its id may be reused)."""
     from saeguard.reload.state_dir import started_at
 
     return status["started_at"] is not None and started_at(status["pid"]) == status["started_at"]

@@ -1,4 +1,4 @@
-"""`saeguard policy replay`: what other policies would have concluded of what has been recorded."""
+"""`saeguard policy replay`: what other policies would have concluded on recorded requests."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from saeguard.cli.failures import BAD_INPUT, must_be_there, stop, told
-from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption, read_feature_sets
+from saeguard.cli.feature_folder import read_feature_sets
 from saeguard.cli.inputs import (
-    approximate_told,
+    approximate_lines,
     approximations,
     judge_corpus,
     judgeable,
     not_judged,
     read_all,
 )
+from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, existing_file
 from saeguard.cli.report import columns, count
+from saeguard.errors import InputError
 
 if TYPE_CHECKING:
     from saeguard.events.schema import Event
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     from saeguard.policy_tools.verdict_diff import Shift
 
 SHOWN = 20
-"""Requests that the text output names at most; JSON names all."""
+"""The text output names at most so many requests; JSON names all."""
 NO_VERDICT = (
-    "there is no verdict in it, so there is nothing to replay. Either this is not the file that "
+    "the file holds no verdict, so there is nothing to replay. Either this is not the file that "
     "the server's `events` (--events of `saeguard serve`) names, or no request has ended under the "
     "guard yet: send one, and look for `saeguard ready` in the server's log"
 )
@@ -40,41 +41,42 @@ NO_VERDICT = (
 
 def verb(
     log: Annotated[
-        Path, typer.Argument(help="Event log (JSON lines), or a recording (safetensors).")
+        Path,
+        typer.Argument(
+            help="Event log (JSON lines), or recording (.safetensors).", callback=existing_file
+        ),
     ],
-    policies: Annotated[Path, typer.Option(help="Policy file or folder to ask about.")],
+    policies: Annotated[Path, typer.Option(help="Policy file or folder to try out.")],
     was: Annotated[
         Path | None,
-        typer.Option(help="The policies that wrote the log. A recording can do without."),
+        typer.Option(help="Policy file or folder that wrote the log. Optional for a recording."),
     ] = None,
     feature_sets: FeatureSetsOption = FEATURE_SETS,
     format_: Annotated[
         Literal["text", "json"], typer.Option("--format", help="text, or json for programs.")
     ] = "text",
 ) -> None:
-    """Say what other policies would have concluded of recorded requests.
+    """Judge recorded requests by other policies, and list the verdicts that would change.
 
-    A recording holds every token's features and answers in full. An event holds a score and each
-    feature's highest share: where they do not decide, the answer is "unknown". Exits with 0
-    whatever changes, 2 where a file or the command is wrong, 3 where something is missing.
+    A recording holds every token's features, so every verdict is known. An event holds a score and
+    each feature's highest share; if they do not decide, the verdict is "unknown". Exit codes: 0
+    whatever changes, 2 a file or the command is wrong, 3 something is missing.
     """
-    must_be_there(log)
-    with told():
-        new = read_all([policies])
-        old = read_all([was]) if was is not None else None
-        if log.suffix == ".safetensors":
-            report = of_recording(log, old, new, feature_sets)
-        elif old is None:
-            stop("an event log needs --was: the policies that wrote it", BAD_INPUT)
-        else:
-            report = of_events(log, old, new)
-    typer.echo(json.dumps(report, indent=2) if format_ == "json" else "\n".join(_told(report)))
+    new = read_all([policies])
+    old = read_all([was]) if was is not None else None
+    if log.suffix == ".safetensors":
+        report = of_recording(log, old, new, feature_sets)
+    elif old is None:
+        raise InputError("an event log needs --was: the policies that wrote it")
+    else:
+        report = of_events(log, old, new)
+    typer.echo(json.dumps(report, indent=2) if format_ == "json" else "\n".join(_lines(report)))
 
 
 def of_recording(
     path: Path, old: Sequence[Policy] | None, new: Sequence[Policy], feature_sets: Path
 ) -> dict[str, Any]:
-    """Judge a recording by the new policies, and by the old ones where they are given."""
+    """Judge a recording by the new policies, and by the old ones if they are given."""
     from saeguard.policy_tools.policy_diff import pairs
     from saeguard.policy_tools.recording import read_recording
     from saeguard.policy_tools.verdict_diff import shifts
@@ -106,7 +108,7 @@ def of_recording(
 
 
 def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[str, Any]:
-    """Say what the new policies would have concluded, as far as the events tell."""
+    """Judge events by the new policies, as far as their scores and shares decide."""
     from saeguard.events.reader import read_log
     from saeguard.policy_tools.policy_diff import pairs
     from saeguard.policy_tools.verdict_diff import Shift
@@ -130,7 +132,7 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
                       event.first_token)
             )  # fmt: skip
     if not unread and not any(tally.values()):
-        stop(f"{path}: {NO_VERDICT}", BAD_INPUT)
+        raise InputError(f"{path}: {NO_VERDICT}")
     unasked = [pair.name for pair in pairs(old, new) if pair.old is None]
     return _report(tally, changed, []) | {
         "unread": dict(unread),
@@ -140,7 +142,7 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
 
 
 def answer(event: Event, pair: Pair) -> tuple[str, float | None]:
-    """Return what the event tells of the new policy: a verdict, and the score where it is known."""
+    """Return the new policy's verdict on the event's request, and its score; None if unknown."""
     from saeguard.policy_tools.score_bounds import Seen, foretell, same_verdict, verdict_of
 
     if pair.new is None:
@@ -164,8 +166,8 @@ def _report(
     }
 
 
-def _told(report: dict[str, Any]) -> Iterator[str]:
-    """Yield the report in lines for people."""
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    """Yield the report as lines for a terminal."""
     rows = [
         (record["policy"], f"{n}", verdicts)
         for record in report["policies"]
@@ -181,23 +183,23 @@ def _told(report: dict[str, Any]) -> Iterator[str]:
     if unknown:
         yield ""
         yield (
-            f"{count(unknown, 'verdict')} cannot be told from the log: an event holds a score and "
-            "each feature's highest share, not every token. Record the texts with "
-            "`saeguard policy record` to know."
+            f"{count(unknown, 'verdict')} unknown: an event holds a score and each feature's "
+            "highest share, not every token. Record the texts with `saeguard policy record` to "
+            "know."
         )
-    yield from approximate_told(report.get("approximate", {}))
+    yield from approximate_lines(report.get("approximate", {}))
     for policy, n in report.get("approximate_events", {}).items():
         yield (
             f"{count(n, 'event')} of {policy}: TopK latents were approximate: measured thresholds "
             "stood for ranks"
         )
     for policy, n in report.get("unread", {}).items():
-        yield f"{n} events of {policy} are passed over: no policy under --was has this digest"
+        yield f"{count(n, 'event')} of {policy} skipped: no policy under --was has this digest"
     for name in report.get("not_in_log", ()):
-        yield f"{name} is new: the log says nothing of it"
+        yield f"{name} is new: the log holds no event of it"
     yield from not_judged(report["not_calibrated"])
     yield ""
-    yield f"{count(len(report['changed']), 'verdict')} would have been another"
+    yield f"{count(len(report['changed']), 'verdict')} would change"
     for shift in report["changed"][:SHOWN]:
         yield f"  {shift['request']}: {shift['policy']}: {shift['old']} -> {shift['new']}"
     if len(report["changed"]) > SHOWN:

@@ -1,4 +1,4 @@
-"""Findings as text, as JSON, as SARIF for code scanning, and as annotations on GitHub."""
+"""Print findings as text, JSON, SARIF for code scanning, or GitHub annotations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANNOTATIONS: dict[Level, str] = {"error": "error", "warning": "warning", "note":
 
 
 def rendered(findings: Sequence[PolicyError], format_: Format) -> str:
-    """Return the findings in one of the formats; empty where there is nothing to print."""
+    """Return the findings in one of the formats; empty if there is nothing to print."""
     match format_:
         case "json":
             records = [asdict(f) | {"path": os.fspath(f.path)} for f in findings]
@@ -35,7 +35,7 @@ def rendered(findings: Sequence[PolicyError], format_: Format) -> str:
 
 
 def annotation(finding: PolicyError) -> str:
-    """Return a GitHub workflow command, which shows at the line in a pull request."""
+    """Return a GitHub workflow command, which annotates the line in a pull request."""
     place = {"file": finding.path, "line": finding.line, "col": finding.column}
     known = {key: value for key, value in place.items() if value} | {"title": finding.code}
     properties = ",".join(f"{key}={_escaped(str(value))}" for key, value in known.items())
@@ -116,7 +116,7 @@ def count(number: int, one: str, many: str = "") -> str:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows of text with their columns under each other, two spaces apart."""
+    """Return rows of text as aligned columns, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

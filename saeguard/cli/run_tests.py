@@ -1,4 +1,4 @@
-"""Judge the cases of test files: traces at once, recordings from disk, texts through a model."""
+"""Run the cases of test files: on traces, on recordings, and on texts that a model reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from saeguard.policy_tools.test_results import Result, compare
 if TYPE_CHECKING:
     from saeguard.cli.feature_folder import FeatureSets
 
-NO_SETS = "there is no folder of feature sets to judge it with; give --feature-sets"
+NO_SETS = "no folder of feature sets to judge it with; give --feature-sets"
 
 
 def run_cases(
@@ -28,13 +28,13 @@ def run_cases(
     model: Path | None,
     feature_sets: Path,
 ) -> list[Result]:
-    """Return what came of each case, in their order.
+    """Return the result of each case, in their order.
 
     Args:
-        cases: with the policy that each belongs to.
-        sets: needed for recordings and texts.
-        model: folder of a Hugging Face model; without it texts are skipped.
-        feature_sets: the folder that `sets` were read from.
+        cases: each with its policy.
+        sets: the feature sets; needed for recordings and texts.
+        model: folder of a Hugging Face model; if None, cases with texts are skipped.
+        feature_sets: the folder that `sets` was read from.
     """
     known = sets.known if sets else {}
     said = [(p, c) for p, c in cases if isinstance(c.given, Said) and p.feature_set in known]
@@ -53,7 +53,7 @@ def run_cases(
 
 
 def run(policy: Policy, case: Case) -> Result:
-    """Judge a case that gives its shares."""
+    """Judge a case that spells out its shares."""
     assert isinstance(case.given, Trace)
     shares = {feature: np.asarray(trace) for feature, trace in case.given.shares.items()}
     roles = np.array([ROLES.index(role) for role in case.given.roles], np.uint8)
@@ -67,7 +67,7 @@ def _recorded(
     recordings: dict[Path, Recording],
     read: Recording | None,
 ) -> Result:
-    """Judge a case whose shares are in a recording; what keeps it from that is its failure."""
+    """Judge a case whose shares are in a recording; a case that cannot be judged fails."""
 
     def failed(why: str) -> Result:
         return Result(policy, case, None, "todo" if case.todo else "failed", why)
@@ -78,7 +78,9 @@ def _recorded(
         return failed(f"the features of {policy.feature_set} are not calibrated, so only shares "
                       "can be judged")  # fmt: skip
     if policy.feature_set not in sets.known:
-        return failed(f"there is no feature set {policy.feature_set}, see `saeguard check`")
+        return failed(
+            f"the feature set {policy.feature_set} is missing or wrong, see `saeguard check`"
+        )
     try:
         if isinstance(case.given, Recorded):
             path = case.given.path
@@ -95,23 +97,20 @@ def _recorded(
 
 
 def _read_texts(cases: Sequence[tuple[Policy, Case]], model: Path, feature_sets: Path) -> Recording:
-    """Return what the model shows on the texts of `cases`."""
-    from saeguard.cli.failures import model_told
+    """Record the texts of `cases`."""
+    from saeguard.hf.model import load_model
+    from saeguard.hf.texts import make_text
+    from saeguard.policy_tools.record_features import record_features
 
-    with model_told():
-        from saeguard.hf.model import load_model
-        from saeguard.hf.texts import make_text
-        from saeguard.policy_tools.record_features import record_features
-
-        lm = load_model(model)
-        texts = [
-            make_text(_name(policy, case), lm.tokenizer, case.given.prompt, case.given.completion)
-            for policy, case in cases
-            if isinstance(case.given, Said)
-        ]
-        names = sorted({policy.feature_set for policy, _ in cases})
-        files = [feature_sets / f"{name}.yaml" for name in names]
-        return record_features(lm, files, texts, path=model)
+    lm = load_model(model)
+    texts = [
+        make_text(_name(policy, case), lm.tokenizer, case.given.prompt, case.given.completion)
+        for policy, case in cases
+        if isinstance(case.given, Said)
+    ]
+    names = sorted({policy.feature_set for policy, _ in cases})
+    files = [feature_sets / f"{name}.yaml" for name in names]
+    return record_features(lm, files, texts, path=model)
 
 
 def _name(policy: Policy, case: Case) -> str:

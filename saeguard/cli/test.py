@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeguard.cli.failures import COULD_NOT_RUN, FINDINGS, stop, told
-from saeguard.cli.feature_folder import FEATURE_SETS, FeatureSetsOption, read_feature_sets
-from saeguard.cli.inputs import ModelOption
+from saeguard.atomic_files import write_atomically
+from saeguard.cli.feature_folder import read_feature_sets
+from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, OptionalModel, existing_file
 from saeguard.cli.report import Format, rendered
+from saeguard.errors import FINDINGS
 
 if TYPE_CHECKING:
     from saeguard.cli.false_alarms import Alarm
@@ -26,28 +27,32 @@ def verb(
         list[Path] | None, typer.Argument(help="Policy files or folders. Default: policies.")
     ] = None,
     require_tests: Annotated[
-        bool, typer.Option("--require-tests", help="Fail where a policy has no tests.")
+        bool, typer.Option("--require-tests", help="Exit with 1 if a policy has no test file.")
     ] = False,
     feature_sets: FeatureSetsOption = FEATURE_SETS,
-    model: ModelOption = None,
+    model: OptionalModel = None,
     benign: Annotated[
         Path | None,
-        typer.Option(help="Ordinary texts, JSON lines or a recording, which should not match."),
+        typer.Option(
+            help="Ordinary texts that should not match: JSON lines, or a recording.",
+            callback=existing_file,
+        ),
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="Share of them that any one policy may match.", min=0, max=1)
+        float,
+        typer.Option(help="Share of the --benign texts that a policy may match.", min=0, max=1),
     ] = 0.01,
     format_: Annotated[
-        Format, typer.Option("--format", help="text, or json, sarif and github for what failed.")
+        Format, typer.Option("--format", help="text; or json, sarif, github: the failures only.")
     ] = "text",
     junit: Annotated[
-        Path | None, typer.Option(help="Write the results as JUnit XML to this file, too.")
+        Path | None, typer.Option(help="Write the results to this file as JUnit XML as well.")
     ] = None,
 ) -> None:
-    """Test policies: run each NAME.test.yaml on traces, recordings, and texts where --model is.
+    """Test policies: run the NAME.test.yaml beside each, on traces, recordings and texts.
 
-    Exits with 0 where every case passed, 1 where one did not, 2 where a file or the command is
-    wrong, 3 where something it needs is missing.
+    Texts need --model and are skipped without it. Exit codes: 0 every case passed, 1 one did not,
+    2 a file or the command is wrong, 3 something is missing.
     """
     from saeguard.cli import false_alarms as ordinary
     from saeguard.cli.junit import junit_xml
@@ -57,27 +62,22 @@ def verb(
     from saeguard.policy.load import read_policies
     from saeguard.policy_tools.test_cases import policy_path
 
-    if model is not None and not (model / "config.json").is_file():  # also where no case needs it
-        stop(f"--model: {model}: no config.json; give the folder of a model", COULD_NOT_RUN)
     places = [policy_path(p) if is_test(p) else p for p in paths or [Path("policies")]]
-    with told():
-        policies, errors = read_policies(*places)
-        cases, found, absent = gather(places, policies, require_tests=require_tests)
-        if errors or found:
-            raise PolicyErrors([*errors, *found, *absent])
-        absent_default = feature_sets == FEATURE_SETS and not feature_sets.is_dir()
-        sets = None if absent_default else read_feature_sets(feature_sets)  # traces need none
-        results = run_cases(cases, sets, model, feature_sets)
-        alarms: list[Alarm] = []
-        if benign is not None:
-            sets = sets or read_feature_sets(feature_sets)
-            alarms = ordinary.alarms(policies, sets, benign, model, feature_sets)
+    policies, errors = read_policies(*places)
+    cases, found, absent = gather(places, policies, require_tests=require_tests)
+    if errors or found:
+        raise PolicyErrors([*errors, *found, *absent])
+    absent_default = feature_sets == FEATURE_SETS and not feature_sets.is_dir()
+    sets = None if absent_default else read_feature_sets(feature_sets)  # traces need none
+    results = run_cases(cases, sets, model, feature_sets)
+    alarms: list[Alarm] = []
+    if benign is not None:
+        sets = sets or read_feature_sets(feature_sets)
+        alarms = ordinary.alarms(policies, sets, benign, model, feature_sets)
     failed = [*absent, *(r.finding() for r in results if r.status in {"failed", "passes"})]
     failed += [alarm.finding(budget) for alarm in alarms if alarm.rate > budget]
     if junit is not None:
-        with told():
-            junit.parent.mkdir(parents=True, exist_ok=True)
-            junit.write_bytes(junit_xml(results))
+        write_atomically(junit, junit_xml(results))
     if format_ == "text":
         _print(results, alarms, budget)
     text = rendered(PolicyErrors(failed).errors, format_)
@@ -92,7 +92,7 @@ def verb(
 def gather(
     places: Sequence[Path], policies: Sequence[Policy], *, require_tests: bool
 ) -> tuple[list[tuple[Policy, Case]], list[PolicyError], list[PolicyError]]:
-    """Return every case with its policy, what is wrong with test files, and which are absent."""
+    """Return every case with its policy, the mistakes in test files, and the missing files."""
     from saeguard.policy.errors import PolicyError
     from saeguard.policy.files import find_files, is_test
     from saeguard.policy_tools.test_cases import cases_path, missing_tests, policy_path, read_cases
@@ -116,7 +116,7 @@ def gather(
 
 
 def _counted(results: Sequence[Result]) -> str:
-    """Return one line with how many cases became what."""
+    """Return one line with the number of cases of each status."""
     words = {"skipped": "skipped (give --model)", "todo": "to do", "passes": "to do, but passing"}
     count = {s: sum(r.status == s for r in results) for s in ("passed", "failed", *words)}
     line = f"{count['passed']} passed, {count['failed']} failed"

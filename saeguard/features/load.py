@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from saeguard.atomic_files import staged
 from saeguard.features.schema import (
     SCHEMA,
     Document,
@@ -65,14 +66,10 @@ def save_feature_set(features: FeatureSet, path: str | Path) -> None:
     """
     file = Path(path).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
     text = yaml.safe_dump(_plain(features, file.parent), sort_keys=False, allow_unicode=True)
-    try:
-        part.write_text(text, encoding="utf-8")
+    with staged(file, text) as part:
         read_document(part)
         part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from saeguard.atomic_files import write_atomically
 from saeguard.errors import InputError
 from saeguard.features.schema import Document
 from saeguard.guard.scopes import BY_ROLE, ROLES, SCOPES
@@ -163,13 +164,7 @@ def write_recording(recording: Recording, path: Path) -> None:
         "evaluable": recording.evaluable.astype(bool),
         "values": np.ascontiguousarray(recording.values, np.float32),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(save(tensors, metadata=kept))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, save(tensors, metadata=kept))
 
 
 def read_recording(path: Path) -> Recording:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from saeguard.atomic_files import write_atomically
 from saeguard.errors import InputError
 
 REVISION = "revision.json"
@@ -47,13 +47,14 @@ def keep_revision(folder: Path, revision: int, manifest: str) -> None:
     with _locked(folder):
         seen = read_revision(folder)
         if seen is None or revision > seen[0]:
-            _replace(folder / REVISION, {"revision": revision, "manifest": manifest})
+            content = {"revision": revision, "manifest": manifest}
+            write_atomically(folder / REVISION, json.dumps(content) + "\n")
 
 
 def write_status(folder: Path, engine: int, status: Mapping[str, Any]) -> None:
     """Say what one engine core of the server is doing."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / STATUS.format(engine), status)
+    write_atomically(folder / STATUS.format(engine), json.dumps(status) + "\n")
 
 
 def read_statuses(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -73,15 +74,6 @@ def started_at(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except OSError:
         return None
-
-
-def _replace(path: Path, content: Mapping[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w") as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 @contextmanager

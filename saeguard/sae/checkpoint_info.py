@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from saeguard.atomic_files import write_atomically
 from saeguard.sae.errors import SaeError
 
 LARGE = 256 << 20
@@ -197,8 +198,5 @@ def _digest(file: Path, key: str, large: bool) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if large:
         with suppress(OSError):  # a read-only home only costs the time again
-            cache.mkdir(parents=True, exist_ok=True)
-            part = note.with_name(f"{note.name}.{os.getpid()}")
-            part.write_text(f"{key} {digest}")
-            part.replace(note)
+            write_atomically(note, f"{key} {digest}")
     return digest

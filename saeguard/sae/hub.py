@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from saeguard.sae.errors import SaeError
+from saeguard.sae.errors import DownloadError, SaeError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLACES = {
@@ -105,7 +105,7 @@ def download(ref: HubRef) -> Path:
     """Download the files of `ref` and return the path of the weights.
 
     Raises:
-        SaeError: they cannot be had; says what to do.
+        DownloadError: they cannot be had; says what to do.
     """
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - a second, and rarely needed
     from huggingface_hub.errors import (  # noqa: PLC0415
@@ -120,13 +120,13 @@ def download(ref: HubRef) -> Path:
         try:
             paths.append(hf_hub_download(ref.repo, file, revision=ref.revision))
         except LocalEntryNotFoundError as error:
-            raise SaeError(
+            raise DownloadError(
                 f"{ref.repo}: {file} at {ref.revision} is not in the cache, and the hub cannot be "
                 "reached (or HF_HUB_OFFLINE is set); run `saeguard sae fetch` where it can"
             ) from error
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             told = str(error).strip().splitlines()
-            raise SaeError(
+            raise DownloadError(
                 f"{ref.repo}: {file} at {ref.revision}: {told[-1] if told else error!r}; are the "
                 "names right, and may this account read the repository (`hf auth login`)?"
             ) from error

@@ -45,7 +45,7 @@ def test_sign_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("policy", "verify", "--key", key, *where) == 2
     assert run("policy", "sign", "--key", public, *where) == 2
     (folder / "two.yaml").write_text("schema: [")
-    assert run("policy", "sign", "--key", key, *where) == 1
+    assert run("policy", "sign", "--key", key, *where) == 2
     assert "two.yaml:1:" in capsys.readouterr().err
 
 
@@ -76,11 +76,12 @@ def test_a_bundle_is_there_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_reload_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder without a state, or with one of a process that is gone: nobody is signalled."""
-    assert run("reload", tmp_path) == 2
+    """A folder without a state, or with one of a process that is gone: no process is signalled."""
+    assert run("reload", tmp_path / "gone") == 2
+    assert run("reload", tmp_path) == 3
     status = {"pid": 1, "started_at": "another", "asked": 0}
     (tmp_path / "engine-0.json").write_text(json.dumps(status))
-    assert run("reload", tmp_path) == 2
+    assert run("reload", tmp_path) == 3
     assert "no running server keeps its state here" in capsys.readouterr().err
 
 
@@ -110,10 +111,10 @@ def test_signing_what_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture
     """A missing key, a policy in place of its folder, a revision below 1: each says what it is."""
     key, policy = tmp_path / "key", "policies/unsafe-code/exposure.yaml"
     assert run("policy", "sign", "--key", key, "policies") == 2
-    assert f"--key: {key}: No such file" in capsys.readouterr().err
+    assert f"--key: {key}: there is no such file" in capsys.readouterr().err
     assert run("policy", "keygen", key) == 0
     assert run("policy", "sign", "--key", key, policy) == 2
-    assert "a whole folder is signed" in capsys.readouterr().err
+    assert "sign the whole folder" in capsys.readouterr().err
     assert run("policy", "sign", "--key", key, "policies", "--revision", "0") == 2
     assert run("policy", "verify", "--key", f"{key}.pub", tmp_path / "nowhere") == 2
     assert "there is no such folder" in capsys.readouterr().err

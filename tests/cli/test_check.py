@@ -137,7 +137,7 @@ def test_usage(arguments: list[str]) -> None:
 
 def test_missing_policies(capsys: pytest.CaptureFixture[str]) -> None:
     """A path that is not there fails the check."""
-    assert run("check", "polices") == 1
+    assert run("check", "polices") == 2
     assert "polices: error[not-found]" in capsys.readouterr().out
 
 

@@ -33,7 +33,7 @@ def test_same(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run("policy", "diff", "policies", "new", "--corpus", "r.safetensors") == 0
     assert capsys.readouterr().out == (
-        "the policies say the same\n\n0 of 3 texts would change: 0.00% (95 %: 0.00% to 70.76%)\n"
+        "no policy has changed\n\n0 of 3 texts would change: 0.00% (95 %: 0.00% to 70.76%)\n"
     )
 
 

@@ -116,15 +116,18 @@ def test_list(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["path"] == "policies/p.yaml"
     assert record["calibrated"] is True
 
-    for folder in ("gone", "feature_sets/demo/unsafe-code.yaml"):
+    for folder, problem in (
+        ("gone", "there is no such folder"),
+        ("feature_sets/demo/unsafe-code.yaml", "expected a folder, found a file"),
+    ):
         capsys.readouterr()
         assert run("policy", "list", "--feature-sets", folder) == 2
         said = capsys.readouterr()
         assert said.out == ""
-        assert f"{folder} is no folder; give the folder of feature sets" in plain(said.err)
+        assert f"{folder}: {problem}; give the folder of feature sets" in plain(said.err)
 
     assert run("test", "--feature-sets", "gone") == 2
-    assert "gone is no folder" in plain(capsys.readouterr().err)
+    assert "gone: there is no such folder; give the folder" in plain(capsys.readouterr().err)
 
     (project / "policies" / "q.yaml").write_text("id: 12")
     assert run("policy", "list") == 2
@@ -165,10 +168,10 @@ def test_new_is_not_for_enforcing(project: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["A b", "--set", "demo/unsafe-code"], "'A b' is no id"),
+        (["A b", "--set", "demo/unsafe-code"], "'A b' is not a policy id"),
         (["a.b", "--set", "demo/unsafe-cod"], 'did you mean "demo/unsafe-code"?'),
         (["a.b", "--set", "demo/unsafe-code", "--feature", "shell"], "there are: shell_exec"),
-        (["p", "--set", "demo/unsafe-code"], "policies/p.yaml: there already"),
+        (["p", "--set", "demo/unsafe-code"], "policies/p.yaml: exists already"),
     ],
 )
 def test_new_refuses(

@@ -81,18 +81,18 @@ def test_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "match -> unknown" in out
     assert "no_match -> no_match" in out
-    assert "1 verdict cannot be told from the log" in out
+    assert "1 verdict unknown: an event holds a score" in out
 
 
 def test_other_digest(capsys: pytest.CaptureFixture[str]) -> None:
-    """Events of a policy that is not given are counted as passed over, never as unchanged."""
+    """Events of a policy that is not given are counted as skipped, never as unchanged."""
     Path("policies/p.yaml").write_text(ONE.replace("above: 0.6", "above: 0.7"))
     changed()
 
     assert run("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies") == 0
     out = capsys.readouterr().out
     assert "2 events of unsafe-code.shell-injection " in out
-    assert "0 verdicts would have been another" in out
+    assert "0 verdicts would change" in out
 
 
 def test_recording_agrees_with_the_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +133,7 @@ def test_a_log_without_verdicts(capsys: pytest.CaptureFixture[str], content: str
     assert run("policy", "replay", "log.jsonl", "--policies", "policies", "--was", "policies") == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("log.jsonl: there is no verdict in it")
+    assert said.err.startswith("log.jsonl: the file holds no verdict")
 
 
 EXPLAINED = """\

@@ -37,20 +37,20 @@ def test_inspect_tells_family_folds_and_memory(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    """A refusal is a message and exit code 1, and so is half of a measurement."""
+    """A refusal is a message and exit code 2, and so is half of a measurement."""
     pickled = made.goodfire(tmp_path).path
     shown = _run("inspect", pickled)
-    assert shown.exit_code == 1
+    assert shown.exit_code == 2
     assert "saeguard sae convert" in shown.output
     path = made.gemma_scope(tmp_path).path
-    assert "belong together" in _run("inspect", path, "--text", pickled).output
-    assert "known: openmoss, saelens" in _run("inspect", path, "--convention", "mine").output
+    assert "give both or neither" in _run("inspect", path, "--text", pickled).output
+    assert "expected openmoss or saelens" in _run("inspect", path, "--convention", "mine").output
 
 
 def test_k_of_an_sae_that_does_not_rank(tmp_path: Path) -> None:
     """It would change nothing, so it is said of another SAE: refused, not passed over."""
     shown = _run("inspect", made.gemma_scope(tmp_path).path, "--k", 9)
-    assert shown.exit_code == 1
+    assert shown.exit_code == 2
     told = " ".join(shown.output.split())
     assert "k was stated as 9, but this SAE does not rank its latents (jumprelu)." in told
     assert "`--k` of a command" in told
@@ -70,7 +70,7 @@ def test_a_terminal_of_80(tmp_path: Path) -> None:
     assert "nothing, the residual is read as it is" in told
     assert "published: 30; --text and --model measure it" in told
     r1 = made.llama_scope_r1(tmp_path, 0.6).path
-    assert "no file says it" in _run("inspect", r1, "--norm-factor", 0.6).output
+    assert "no file states it" in _run("inspect", r1, "--norm-factor", 0.6).output
 
 
 def test_l0_of_an_sae_that_ranks(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_another_models_sae(tmp_path: Path) -> None:
     text.write_text("words")
     model = save_model(tmp_path / "model")
     shown = _run("inspect", path, "--text", text, "--model", model)
-    assert shown.exit_code == 1
+    assert shown.exit_code == 2
     assert f"reads vectors of width {made.D}, but the residual stream of model is {D} wide" in (
         plain(shown.output)
     )
@@ -108,7 +108,7 @@ def test_convert(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert f"sha256: {read(tmp_path / 'rows').sha256}" in done.output
     assert _run("inspect", tmp_path / "rows").exit_code == 0
-    assert _run("convert", pickled, tmp_path / "rows").exit_code == 1
+    assert _run("convert", pickled, tmp_path / "rows").exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -166,14 +166,17 @@ def test_numbers_that_are_none(tmp_path: Path) -> None:
     for option in ("--norm-factor", "--l0"):
         for value in ("nan", "inf", "0"):
             shown = _run("inspect", path, option, value)
-            assert shown.exit_code == 1, shown.output
-            assert f"{option} is {float(value)}; give a finite number above 0" in shown.output
+            assert shown.exit_code == 2, shown.output
+            expected = f"{option}: expected a finite number above 0, got {float(value)}"
+            assert expected in shown.output
 
 
 def test_a_text_that_is_none(tmp_path: Path) -> None:
     """Bytes that are not UTF-8 are told before the model is loaded."""
     path = made.llama_scope(tmp_path, "openmoss").path
     (tmp_path / "text").write_bytes(b"\xff")
-    shown = _run("inspect", path, "--text", tmp_path / "text", "--model", tmp_path)
-    assert shown.exit_code == 1
+    shown = _run(
+        "inspect", path, "--text", tmp_path / "text", "--model", save_model(tmp_path / "model")
+    )
+    assert shown.exit_code == 2
     assert "not UTF-8; give a file of plain text" in " ".join(shown.output.split())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from saeguard.cli import serve
-from saeguard.cli.serve import startup_report
+from saeguard.cli.serve_checks import startup_report
 from tests import models
 from tests.cli.project import plain, run
 
@@ -22,7 +22,7 @@ from tests.cli.project import plain, run
     ],
 )
 def test_another_chat_template_and_a_role(tmp_path: Path, options: list[str]) -> None:
-    """Turns told by one template and written by another would be told wrongly."""
+    """Roles found by one template and written by another would be wrong."""
     guarded = models.make_guarded(tmp_path)
     settings = {"policies": str(guarded.policies), "feature_sets": str(guarded.feature_sets)}
     plain = startup_report(settings, options)
@@ -64,32 +64,50 @@ SERVE = ("serve", "model", "--policies", "policies", "--feature-sets", "feature_
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("--events gone/e.jsonl", "--events: there is no folder gone; make it, or name"),
-        ("--events empty", "--events: empty is a folder; name a file in it, such as empty/events"),
-        ("--watch-capacity -5", "--watch-capacity: found -5; give a number of encoder rows from 1"),
+        ("--events gone/e.jsonl", "--events: gone: there is no such folder; make it, or name"),
+        (
+            "--events empty",
+            "expected a file, found a folder; name a file in it, such as empty/events",
+        ),
+        (
+            "--watch-capacity -5",
+            "--watch-capacity: expected a number of encoder rows from 1, got",
+        ),
         ("--watch-capacity 1", "hold 1: watch fewer, or set --watch-capacity and start"),
         ("--request-may-enforce x", "--request-may-enforce: no policy has the id x; loaded: in.e"),
         (
             "--request-may-enforce in.enforce",
             "in.enforce is enforced for every request already; leave it out, or name a policy in",
         ),
-        ("--policies empty", "--policies: empty holds no NAME.yaml; write policies"),
-        ("--policies gone", "--policies: gone is not there; name a policy file, or a folder"),
-        ("--feature-sets gone", "--feature-sets: gone is no folder; give the folder of feature"),
-        ("--state file", "--state: file is a file; name a folder"),
-        ("--access gone", "--access: gone is not there; name a file, or leave the option out"),
-        ("--verify gone --state empty", "--verify: gone is not there; name a file"),
+        (
+            "--policies empty",
+            "--policies: empty: the folder holds no policy file (NAME.yaml); write",
+        ),
+        (
+            "--policies gone",
+            "--policies: gone: there is no such file or folder; name a policy file",
+        ),
+        (
+            "--feature-sets gone",
+            "--feature-sets: gone: there is no such folder; give the folder of",
+        ),
+        ("--state file", "--state: file: expected a folder, found a file"),
+        ("--access gone", "--access: gone: there is no such file; name an existing file"),
+        ("--verify gone --state empty", "--verify: gone: there is no such file"),
         ("--verify file", "--verify needs --state, a folder that keeps the highest revision"),
-        ("--additional-config {} --additional-config={}", "found 2 times; give one JSON object"),
-        ("--model other", "--model: found other, but the model is model, named first"),
-        ("--model=other", "--model: found other, but the model is model, named first"),
+        (
+            "--additional-config {} --additional-config={}",
+            "found 2 times; give it once, as one JSON",
+        ),
+        ("--model other", "--model: found other, but the first argument names the model model"),
+        ("--model=other", "--model: found other, but the first argument names the model model"),
     ],
 )
 def test_wrong_values_are_told_at_once(
     started: list[str], capsys: pytest.CaptureFixture[str], options: str, says: str
 ) -> None:
     """Before vLLM starts: the option, what was found, and what to do."""
-    assert run(*SERVE, *options.split()) == 1
+    assert run(*SERVE, *options.split()) == 2
     assert says in plain(capsys.readouterr().err)
     assert started == []
 

@@ -18,6 +18,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     project.lay_out(tmp_path, project.ONE)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "spelt.safetensors").write_bytes(b"\x00\xff no recording")
     return tmp_path
 
@@ -26,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("command", "said"),
     [
         ("policy replay gone.jsonl --policies policies", "gone.jsonl: there is no such file"),
-        ("policy replay empty --policies policies", "empty: this is a folder, a file is due"),
+        ("policy replay empty --policies policies", "empty: expected a file, found a folder"),
         ("policy explain policies gone.jsonl", "gone.jsonl: there is no such file"),
         ("policy explain policies gone.safetensors", "gone.safetensors: there is no such file"),
         ("policy explain policies spelt.safetensors", "spelt.safetensors: this is no recording"),
@@ -36,9 +38,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("policy explain policies --id x", "no policy with the id x; there are: "),
         ("policy diff policies policies --corpus gone", "gone: there is no such file"),
         ("test policies --benign gone", "gone: there is no such file"),
-        ("policy record gone --model gone --out a.safetensors", "gone: there is no such file"),
-        ("policy record spelt.safetensors --model gone --out a.jsonl", "ends in .safetensors"),
-        ("check policies --model gone", "gone/config.json: No such file or directory; give"),
+        ("policy record gone --model model --out a.safetensors", "gone: there is no such file"),
+        ("policy record spelt.safetensors --model model --out a.jsonl", "ends in .safetensors"),
+        ("check policies --model gone", "--model: gone: there is no such folder; give"),
     ],
 )
 def test_wrong_file(
@@ -62,14 +64,14 @@ def test_a_place_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.usefixtures("here")
 def test_a_model_that_no_case_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    """A misspelt --model is told, although traces can do without."""
-    assert run("test", "policies", "--model", "gone") == 3
+    """A misspelt --model is reported, although traces need none."""
+    assert run("test", "policies", "--model", "gone") == 2
 
-    assert capsys.readouterr().err.startswith("--model: gone: no config.json")
+    assert capsys.readouterr().err.startswith("--model: gone: there is no such folder")
 
 
 def test_a_log_of_something_else(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """JSON lines without events are told from a log that has none."""
+    """JSON lines that are not events are told from a log without verdicts."""
     (here / "texts.jsonl").write_text('{"id": "a", "text": "b"}\n')
 
     assert (

@@ -83,7 +83,7 @@ def test_search_then_calibrate(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    """A leaky hold-out is refused with exit code 1 and no traceback."""
+    """A leaky hold-out is refused with exit code 2 and no traceback."""
     model = save_model(tmp_path / "model")
     features = feature_set(tmp_path / "sets", D)
     data = _texts(tmp_path / "a.jsonl", "s")
@@ -92,7 +92,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ["search", "--model", str(model), "--sae", str(features.sae.path), "--data", str(data),
          "--holdout", str(data), "--behaviour", "b", "--out", str(tmp_path / "o.json")],
     )  # fmt: skip
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "share 10 templates" in result.output
     assert not (tmp_path / "o.json").exists()
 
@@ -112,7 +112,7 @@ def test_texts_are_read_before_the_model(tmp_path: Path) -> None:
                  "--labelled", tmp_path)  # fmt: skip
     for command in (search, calibrate):
         result = CliRunner().invoke(verb, [str(a) for a in command])
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "noise.holdout.jsonl:1: completion: Input should be a valid string" in result.output
     bad.unlink()
     result = CliRunner().invoke(verb, [str(a) for a in calibrate])
@@ -143,7 +143,7 @@ def test_what_else_fired(tmp_path: Path) -> None:
     assert [at["latent"] for at in alone["latents"]] == latents[1].tolist()
     assert "loud" in _run("fired", *common)
     refused = CliRunner().invoke(verb, [str(a) for a in ("fired", *common, "--token", 99)])
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "tokens 0 to" in refused.output
 
 
@@ -151,7 +151,7 @@ def test_what_else_fired(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("calibrate", "--for", "3 in 8"), "3 of 8 tokens"),
-        (("calibrate", "--for", "20 tokens in the request"), "a window is calibrated"),
+        (("calibrate", "--for", "20 tokens in the request"), "expected a window, such as"),
         (("fired",), "there is no text"),
     ],
 )
@@ -160,10 +160,13 @@ def test_wrong_options(tmp_path: Path, arguments: tuple[str, ...], said: str) ->
     features = feature_set(tmp_path / "sets", D)
     benign = _texts(tmp_path / "benign.jsonl", "benign", 2, ordinary=True)
     name, *more = arguments
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
     given = ["--benign", str(benign)] if name == "calibrate" else []
 
     result = CliRunner(env={"COLUMNS": "200"}).invoke(
-        verb, [name, "--set", str(features.path), "--model", str(tmp_path), *given, *more]
+        verb, [name, "--set", str(features.path), "--model", str(model), *given, *more]
     )
 
     assert result.exit_code == 2, result.output

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from saeguard.cli.features import verb
 from saeguard.cli.sae import verb as sae_verb
 from saeguard.cli.scan import record as scan_line
-from saeguard.cli.serve import startup_report
+from saeguard.cli.serve_checks import startup_report
 from saeguard.features.load import FeatureSetError, load_feature_set
 from saeguard.features.schema import read_document
 from saeguard.features.stats import interval
@@ -263,7 +263,7 @@ def test_without_a_measurement_it_is_refused(tmp_path: Path) -> None:
     other = models.make_sae(tmp_path / "relu", layer=LAYER, d_in=D, d_sae=LATENTS)
     models.write_feature_set(file, other, latents=(0,), layers=LAYERS)
     assert "whose latents fire by rank" in _calibrate(
-        "--topk", "approximate", root=tmp_path, code=1
+        "--topk", "approximate", root=tmp_path, code=2
     )
     features = load_feature_set(file)
     info = inspect(tmp_path / f"layers.{LAYER}")
@@ -282,5 +282,5 @@ def test_a_rare_latent_is_refused(tmp_path: Path) -> None:
     """Where a latent hardly fires, nothing can be said of a threshold."""
     _ready(tmp_path)
     _texts(tmp_path / "benign.jsonl", 2)
-    told = _calibrate("--topk", "approximate", root=tmp_path, code=1)
+    told = _calibrate("--topk", "approximate", root=tmp_path, code=2)
     assert "takes 10 to fit on and 10 others to measure on" in told

@@ -224,7 +224,7 @@ def test_a_template_that_cannot_be_told(setup: Setup, capsys: pytest.CaptureFixt
     template.write_text(REFUSED["earlier answers are left out"].template)
     why = "it leaves out messages of user, assistant"
 
-    assert setup.scan() == 1
+    assert setup.scan() == 2
     says = (
         "assistant.yaml: scope: assistant, but the model's chat template does not tell it exactly: "
         f"{why}; allowed here: prompt, output, both\n"

@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from saeguard.cli.failures import Verbs
 from saeguard.cli.scan import verb
 from tests.cli.project import run
 from tests.guarded import feature_set
@@ -54,11 +55,12 @@ class Setup:
         policies = self.folder / "policies"
         policies.mkdir(exist_ok=True)
         (policies / "loud.yaml").write_text(POLICY.format(above=above, scope=scope))
-        app = typer.Typer()
+        app = typer.Typer(cls=Verbs)
+        app.callback()(lambda: None)
         app.command()(verb)
         arguments = [str(texts), "--model", str(self.folder / "model")]
         arguments += ["--policies", str(policies), "--feature-sets", str(self.folder / "sets")]
-        return CliRunner().invoke(app, [*arguments, "--out", str(self.out)])
+        return CliRunner().invoke(app, ["verb", *arguments, "--out", str(self.out)])
 
     @property
     def out(self) -> Path:
@@ -115,7 +117,7 @@ def test_bad_line_writes_nothing(setup: Setup) -> None:
     setup.run({"id": "a", "text": "x"})
     before = setup.out.read_text()
     result = setup.run({"id": "a", "text": "x"}, {"id": "b"})
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "in.jsonl:2: line: give either `text`" in result.output
     assert setup.out.read_text() == before
     assert [p.name for p in setup.out.parent.iterdir()] == ["verdicts.jsonl"]
@@ -125,13 +127,13 @@ def test_texts_are_read_before_the_model(setup: Setup) -> None:
     """A bad line, or no line at all, is told at once, though the weights are minutes away."""
     (setup.folder / "model" / "model.safetensors").unlink()
     result = setup.run({"id": "a", "text": "x"}, {"id": "b"})
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "in.jsonl:2: line: give either `text`" in result.output
     result = setup.run()
-    assert result.exit_code == 1
-    assert "in.jsonl: there is no text in it" in result.output
+    assert result.exit_code == 2
+    assert "in.jsonl: the file holds no text" in result.output
     result = setup.run({"id": "a", "text": "x"})
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Transformers cannot load it" in result.output
 
 
@@ -155,7 +157,7 @@ def test_policy_tools_read_texts_first_too(
     assert "in.jsonl:2: line: give either `text`" in capsys.readouterr().err
     Path("in.jsonl").write_text("")
     assert run(*with_model) == 2
-    assert "in.jsonl: there is no text in it" in capsys.readouterr().err
+    assert "in.jsonl: the file holds no text" in capsys.readouterr().err
 
 
 def test_other_model_is_refused(setup: Setup) -> None:
@@ -163,6 +165,6 @@ def test_other_model_is_refused(setup: Setup) -> None:
     file = setup.folder / "sets" / "demo.yaml"
     file.write_text(file.read_text().replace("num_layers: 3", "num_layers: 4"))
     result = setup.run({"id": "a", "text": "x"})
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "4 layers, but" in result.output
     assert not setup.out.exists()

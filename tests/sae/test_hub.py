@@ -75,7 +75,7 @@ def test_fetch_pins_and_offline_serves_it(tmp_path: Path, served: Hub) -> None:
         tmp_path, served, "sae", "fetch", "gemma-scope-2b-pt-res",
         "layer_2/width_16k/average_l0_71", offline=True,
     )  # fmt: skip
-    assert code == 1
+    assert code == 3
     assert "not in the cache" in none
 
 
@@ -154,7 +154,7 @@ def test_what_the_hub_does_not_have(tmp_path: Path, served: Hub) -> None:
         tmp_path, served, "sae", "fetch", "gemma-scope-2b-pt-res",
         "layer_2/width_16k/average_l0_71",
     )  # fmt: skip
-    assert code == 1
+    assert code == 3
     assert "layer_2/width_16k/average_l0_71/params.npz" in output
     assert "Traceback" not in output
 

@@ -69,7 +69,7 @@ def _model(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _startup(arguments: list[str], root: Path) -> tuple[int, str]:
     """Do what `saeguard serve` does before it hands over to vLLM."""
-    from saeguard.cli.serve import startup_report
+    from saeguard.cli.serve_checks import startup_report
 
     options = dict(zip(arguments[3::2], arguments[4::2], strict=True))
     settings = {
