@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from saeguard.cli import VERBS, build
+from saeguard.vllm.settings import Settings
 from tests.test_pages import PAGES, ROOT
 
 FENCE = re.compile(r"^```(?:sh|console|bash|text)?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -96,6 +97,15 @@ def test_the_project_has_one_address() -> None:
     other = {u for file in files for u in OURS.findall(file.read_text()) if u != URL}
 
     assert other == set()
+
+
+def test_every_setting_has_a_row() -> None:
+    """The table of docs/serving.md lists the operator's settings."""
+    rows = re.findall(
+        r"^\| (?:`--[\w-]+` )?\| `(\w+)` \|", (ROOT / "docs/serving.md").read_text(), re.MULTILINE
+    )
+
+    assert sorted(rows) == sorted(set(Settings.model_fields) - {"graph"})
 
 
 def test_wrong_commands_are_found() -> None:
