@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 
-from saeguard.cli import VERBS, build
+from saeguard.cli import VERBS, build, load
 from saeguard.vllm.settings import Settings
 from tests.test_pages import PAGES, ROOT
 
@@ -49,16 +49,13 @@ def _until_shell(words: list[str]) -> Iterator[str]:
 
 @cache
 def command(verb: str) -> Any:
-    """Return the click command of a verb."""
-    return typer.main.get_command(build(verb))
+    """Return the click command of a verb; of the whole command line, without its verbs, for ""."""
+    return load(verb) if verb else typer.main.get_command(build())
 
 
 def complaint(words: list[str]) -> str:
     """Return what of a `saeguard` command does not exist, empty if all does."""
-    verb = next((word for word in words if not word.startswith("-")), None)
-    if verb is not None and verb not in VERBS:
-        return f"no verb {verb}"
-    here = command(verb or "check")
+    here = command("")
     for word in words:
         name = word.split("=")[0]
         if word.startswith("-"):
@@ -67,9 +64,9 @@ def complaint(words: list[str]) -> str:
             if name not in options and not others and len(word) > 1:
                 return f"no option {name}"
         elif hasattr(here, "commands"):
-            if word not in here.commands:
+            if word not in (VERBS if here is command("") else here.commands):
                 return f"no verb {word}"
-            here = here.commands[word]
+            here = command(word) if here is command("") else here.commands[word]
     return ""
 
 
