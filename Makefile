@@ -103,7 +103,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/saeguard check policies
 	$(BIN)/saeguard test policies --require-tests --model demo/model
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup
 	$(BIN)/ruff format .
@@ -121,7 +121,7 @@ build: setup
 
 # The site, into build/site. A broken link or a page without a place in the navigation fails.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 doctor: setup
 	$(BIN)/saeguard doctor
