@@ -18,7 +18,9 @@ PAGES = sorted(
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)")
 OURS = re.compile(r"`((?:saeguard|tests|benchmarks|docs|feature_sets|policies)/[\w./-]+)`")
-MODULE = re.compile(r"`((?:guard|sae|features|reload|hf|policy|policy_tools|events|cli|vllm)/[\w/]+\.py)`")
+MODULE = re.compile(
+    r"`((?:guard|sae|features|reload|hf|policy|policy_tools|events|cli|vllm)/[\w/]+\.py)`"
+)
 TEST = re.compile(r"`(test_\w+)(\.py)?`")
 CODE = "\n".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
 MADE = {"policies/refusal.yaml", "policies/saeguard.bundle.json"}
