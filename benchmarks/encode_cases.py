@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from saeguard.guard.forward_pass import allocate_rows
-from saeguard.guard.tap import Tap, kernels_for, read, set_floors
+from saeguard.guard.install_taps import kernels_for, set_floors
+from saeguard.guard.kernels.topk_buffers import allocate_buffers
+from saeguard.guard.tap import Tap, read
 from saeguard.guard.topk import Ranked
 from saeguard.sae import EncoderRows, encode_full, encoder_in_memory
 from saeguard.sae.topk_watched import Competitors, read_competitors
@@ -148,8 +150,8 @@ def make_tap(
             columns=slice(0, watched),
             rows=rows,
             screen=torch.full((watched,), screen, device=x.device),
-            shown=torch.zeros((), dtype=torch.bool, device=x.device),
-            buffers=kernels and kernels.allocate_buffers(mine, watched, max_tokens=len(x)),
+            show_all=torch.zeros((), dtype=torch.bool, device=x.device),
+            buffers=kernels and allocate_buffers(mine, watched, max_tokens=len(x)),
         )
         ranked = (part,)
     tap = Tap(

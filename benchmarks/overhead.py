@@ -43,7 +43,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from saeguard.guard import tap as tapping
-from saeguard.guard.tap import TAPS, Tap, install_taps
+from saeguard.guard.install_taps import install_taps
+from saeguard.guard.tap import TAPS, Tap
 from saeguard.reload.versions import clamps_digest
 from saeguard.reload.worker_updates import Admitted
 from saeguard.vllm.engine_core.guard import EngineGuard

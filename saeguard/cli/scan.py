@@ -44,7 +44,7 @@ def verb(
     from tqdm import tqdm
 
     from saeguard.features.load import load_feature_set
-    from saeguard.guard.watchlist import build_watchlist
+    from saeguard.guard.build_watchlist import build_watchlist
     from saeguard.hf.model import check_model, load_model, load_tokenizer
     from saeguard.hf.scan import scan
     from saeguard.hf.texts import read_texts

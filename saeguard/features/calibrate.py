@@ -17,9 +17,10 @@ import numpy as np
 
 from saeguard.features.corpus import Corpus, Scope, peaks
 from saeguard.features.probe import read_probe
-from saeguard.features.search import term_values
+from saeguard.features.search import read_values
 from saeguard.features.stats import rate
 from saeguard.features.types import Feature, FeatureSet
+from saeguard.features.value import share
 
 MIN_SHARE = 0.05
 """Least threshold: a latent that is silent on ordinary texts must still rise out of the noise."""
@@ -54,13 +55,12 @@ def values(features: FeatureSet, feature: Feature, corpus: Corpus) -> np.ndarray
     """
     if feature.probe is not None:
         return read_probe(feature.probe, features.sae.d_in).logits(corpus.x)
-    return term_values(features.sae.inspect(), feature.detect, corpus)
+    return read_values(features.sae.inspect(), feature.detect, corpus)
 
 
 def shares(feature: Feature, value: np.ndarray) -> np.ndarray:
-    """Return `(v - low) / (high - low)`, in the shape of `value`."""
-    out: np.ndarray = (value - feature.low) / (feature.high - feature.low)
-    return out
+    """Return the shares of a feature's values, in the shape of `value`."""
+    return share(value, feature.low, feature.high)
 
 
 def calibrate(
@@ -120,8 +120,8 @@ def calibrate(
         evidence["tpr_holdout"] = _rate(fired[holdout.label])
         evidence["twin_rate_holdout"] = _rate(fired[~holdout.label])
     if decode is not None and split is not None:
-        share = shares(feature, values(features, feature, split))
-        evidence["snippets"] = snippets(split, share, decode)
+        at_tokens = shares(feature, values(features, feature, split))
+        evidence["snippets"] = snippets(split, at_tokens, decode)
     return replace(feature, evidence=evidence)
 
 

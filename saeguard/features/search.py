@@ -19,6 +19,7 @@ from saeguard.features.latent_groups import candidates, choose_size, fit_weights
 from saeguard.features.probe import Probe
 from saeguard.features.stats import auroc, auroc_interval
 from saeguard.features.types import Term
+from saeguard.features.value import term_values
 from saeguard.sae import SaeInfo, encode_latents, max_per_text
 
 CONTROLS = 20
@@ -162,12 +163,9 @@ def measure_terms(
     return _measure(form, tuple(terms), info, split, holdout, seed)
 
 
-def term_values(info: SaeInfo, terms: Sequence[Term], corpus: Corpus) -> np.ndarray:
-    """Return `sum(weight * f)` [T] float32."""
-    weights = np.array([term.weight for term in terms], np.float32)
-    f = encode_latents(info, [term.latent for term in terms], corpus.x)
-    values: np.ndarray = f.numpy() @ weights
-    return values
+def read_values(info: SaeInfo, terms: Sequence[Term], corpus: Corpus) -> np.ndarray:
+    """Return the value [T] float32 of a group of latents at every token."""
+    return term_values(terms, encode_latents(info, [t.latent for t in terms], corpus.x).numpy())
 
 
 def _measure(
@@ -181,7 +179,7 @@ def _measure(
     def scores(corpus: Corpus) -> np.ndarray:
         if isinstance(reader, Probe):
             return peaks(corpus, reader.logits(corpus.x))
-        return peaks(corpus, term_values(reader, terms, corpus))
+        return peaks(corpus, read_values(reader, terms, corpus))
 
     held = scores(holdout)
     return Finding(

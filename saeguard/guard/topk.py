@@ -1,22 +1,21 @@
-"""Latents that fire by rank: TopK and groupmax SAEs behind the tap, at nearly no cost.
+"""Latents that fire by rank: TopK and groupmax SAEs behind the tap.
 
-What a watched latent's rank is matters only on a token where its pre-activation is high enough
-for some policy. So a token is screened first: where no watched latent clears its *bar*, the
-lowest activation at which any policy could notice it, no policy can hold whatever the ranks are,
-and the token's latents are shown as silent. The few tokens that pass are ranked exactly, all of
-their watched latents.
+The rank of a watched latent matters only on tokens where its activation is high enough for some
+policy. Each watched latent has a screen threshold, the lowest activation at which any policy could
+notice it. If no watched latent of a token exceeds its screen threshold, no policy can match there
+whatever the ranks are, and the token's activations are written as 0. On the few tokens that pass
+the screen, every watched latent is ranked exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 
-from saeguard.features.types import Feature
+from saeguard.guard.kernels.topk_buffers import TopKBuffers
 from saeguard.sae.checkpoint_info import SaeInfo
 from saeguard.sae.encode import activate
 from saeguard.sae.encoder import Encoder
@@ -24,44 +23,38 @@ from saeguard.sae.errors import SaeError
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.topk_watched import Competitors, drop, read_competitors
 
-if TYPE_CHECKING:
-    from saeguard.guard.kernels.topk import TopKBuffers
-
-ROUNDING = 1e-5
-"""By how much, relatively, a bar lies below where real numbers would put it: the rules round."""
-
 
 @dataclass(frozen=True, slots=True)
 class RankedRows:
-    """Which columns of a hook fire by rank, and from where on that matters."""
+    """A block of a hook's columns whose latents fire by rank, as the watch list holds it."""
 
     source: SaeInfo | Encoder
     columns: slice
     """Among the hook's."""
     latents: tuple[int, ...]
     screen: torch.Tensor
-    """[latents] float32; +inf for a latent that alone makes no policy hold."""
+    """[latents] float32 screen thresholds; +inf for a latent that alone makes no policy match."""
 
     @property
     def competitors(self) -> str:
-        """Return what tells the competitors of these latents from those of others."""
+        """Return the identity of the latents that these compete with."""
         source = self.source
         return f"{source.sha256} {source.k}" if isinstance(source, SaeInfo) else str(id(source))
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """The same on the model's device, with the encoder of everything that competes."""
+    """The same block on the model's device, with the encoder rows of all competitors."""
 
     competitors: Competitors
     columns: slice
     rows: EncoderRows
-    """Of the latents: views of what the tap holds."""
+    """Of the latents: views of the tap's buffers."""
     screen: torch.Tensor
-    shown: torch.Tensor
-    """[] bool: whether activations show whatever their rank, for the start-up self-test."""
+    show_all: torch.Tensor
+    """[] bool: skip the ranking and report every activation; the start-up self-test sets it."""
     buffers: TopKBuffers | None = None
-    """On a GPU: where its kernels count."""
+    """The buffers of the kernels on a GPU; None elsewhere."""
 
 
 def make_ranked(
@@ -71,22 +64,22 @@ def make_ranked(
     *,
     allocate_buffers: Callable[[Competitors, int], TopKBuffers] | None = None,
 ) -> Ranked:
-    """Bring what competes to the device.
+    """Load the competitors of a block of columns to the device.
 
     Args:
-        part: which of the hook's columns.
+        part: the block.
         rows: of all the hook's columns, on the device.
         device: of the model.
-        allocate_buffers: that of `saeguard.guard.kernels.topk` for passes of some size, on a GPU.
+        allocate_buffers: that of `saeguard.guard.kernels.topk_buffers` for a GPU, else None.
 
     Raises:
-        SaeError: the weights are damaged, or the tap runs on a GPU without Triton, where which
-            tokens pass would have to be asked of the device in every pass.
+        SaeError: the weights are damaged, or the tap runs on a GPU without Triton: without the
+            kernels the host would have to wait for the device in every forward pass.
     """
     if device.type == "cuda" and allocate_buffers is None:
         raise SaeError(
             "ranking the latents of TopK and groupmax SAEs on a GPU needs Triton, which is not "
-            "installed: `pip install triton`, or let measured thresholds stand for ranks, an "
+            "installed: `pip install triton`, or replace ranks by measured thresholds, an "
             "approximation: `saeguard features calibrate --topk approximate`"
         )
     competitors = load_competitors(part.source, part.latents, device)
@@ -95,7 +88,7 @@ def make_ranked(
         columns=part.columns,
         rows=EncoderRows(*(t[part.columns] for t in (rows.W, rows.b, rows.theta))),
         screen=part.screen.to(device),
-        shown=torch.zeros((), dtype=torch.bool, device=device),
+        show_all=torch.zeros((), dtype=torch.bool, device=device),
         buffers=None
         if allocate_buffers is None
         else allocate_buffers(competitors, len(part.latents)),
@@ -106,31 +99,32 @@ def make_ranked(
 def load_competitors(
     source: SaeInfo | Encoder, latents: tuple[int, ...], device: torch.device
 ) -> Competitors:
-    """Return what competes, read once a process."""
+    """Return the competitors of `latents` on the device; a process reads them once."""
     return read_competitors(source, latents, device)
 
 
 def set_floor(ranked: Ranked, floor: torch.Tensor) -> None:
-    """Write from where on the latents' activations show, into [watched] float32.
+    """Write the floors of the block's columns into `floor` [watched] float32.
 
-    Above its threshold and its bar: so the screen is the comparison that the tap makes anyway.
+    A floor is the larger of the SAE's threshold and the screen threshold. So the comparison that
+    the tap makes anyway also screens the tokens.
     """
     theta = ranked.rows.theta
     high = torch.maximum(theta, ranked.screen)
-    floor[ranked.columns] = torch.where(ranked.shown, theta, high)
+    floor[ranked.columns] = torch.where(ranked.show_all, theta, high)
 
 
 def apply_topk(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
-    """Leave of `f` [rows, watched] what fires, in place.
+    """Keep of `f` [rows, watched] the latents that fire by rank, in place.
 
     Args:
-        ranked: which columns, and their rivals.
+        ranked: the block of columns and its competitors.
         x: [rows, d_in] float32.
-        f: `z * (z > floor)` on entry, NaN where it cannot be known, which it stays.
+        f: `z * (z > floor)` on entry. NaN stays NaN.
     """
     mine = f[:, ranked.columns]
-    # Nearly always nothing passes. Nothing is negative, and a sum is the cheapest that tells.
-    if float(mine.sum()) == 0.0 or ranked.shown:
+    # No activation is negative, so the sum is 0 exactly if no token passes, which is nearly always.
+    if float(mine.sum()) == 0.0 or ranked.show_all:
         return
     rows = (mine > 0).any(1).nonzero()[:, 0]
     if len(rows):
@@ -138,31 +132,3 @@ def apply_topk(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
         some = activate(ranked.rows, passed, ranked.competitors.encoder.norm)
         drop(ranked.competitors, passed, some)
         mine[rows] = some
-
-
-def screen_thresholds(
-    latents: Iterable[int],
-    lowest: Iterable[tuple[Feature, float]],
-    exact: frozenset[int] = frozenset(),
-) -> torch.Tensor:
-    """Return from which activation on each latent matters, [latents] float32.
-
-    A feature's value `sum(weight * f)` exceeds `v` only if one of its `n` positive terms
-    exceeds `v / n`; ranks only ever take away.
-
-    Args:
-        latents: the watched ones.
-        lowest: features with the lowest value that any policy compares them with.
-        exact: latents of which every activation counts: an edit takes it off, a mean adds it up.
-    """
-    out = dict.fromkeys(latents, torch.inf)
-    for feature, value in lowest:
-        # What holds in silence can be ended by any latent, so all of them matter.
-        positive = [
-            term for term in feature.detect if term.weight > 0 or (value < 0 and term.weight)
-        ]
-        for term in positive:
-            share = value / (len(positive) * abs(term.weight))
-            screen = max(share, 0.0) * (1 - ROUNDING)
-            out[term.latent] = min(out[term.latent], screen)
-    return torch.tensor([0.0 if n in exact else screen for n, screen in out.items()])

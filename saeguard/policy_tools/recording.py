@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from saeguard.atomic_files import write_atomically
 from saeguard.errors import InputError
 from saeguard.features.schema import Document
+from saeguard.features.value import share
 from saeguard.guard.scopes import BY_ROLE, ROLES, SCOPES
 from saeguard.policy.types import Policy
 
@@ -123,9 +124,7 @@ class Recording:
             )
         part = document.features[feature]
         column = list(self.definitions).index(name)
-        low, high = np.float32(part.low), np.float32(part.high)
-        out: np.ndarray = (self.values[here, column] - low) / (high - low)
-        return out
+        return share(self.values[here, column], part.low, part.high)
 
 
 def definition(document: Document, feature: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from saeguard.guard.tap import Write
+from saeguard.guard.install_taps import Write
 from saeguard.guard.watchlist import Hook, WatchList, WatchListError
 
 RowId: TypeAlias = bytes

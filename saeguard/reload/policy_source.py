@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from saeguard.errors import InputError
 from saeguard.features.load import load_feature_set
 from saeguard.features.types import FeatureSet
-from saeguard.guard.watchlist import WatchList, build_watchlist
+from saeguard.guard.build_watchlist import build_watchlist
+from saeguard.guard.watchlist import WatchList
 from saeguard.policy import signing
 from saeguard.policy.access import EVERYBODY, Access, check_against
 from saeguard.policy.lint import leave_out_templates

@@ -20,8 +20,8 @@ import numpy as np
 import structlog
 
 from saeguard.errors import InputError
+from saeguard.guard.install_taps import Write
 from saeguard.guard.prefix.store import PrefixStore
-from saeguard.guard.tap import Write
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy.signing import Manifest
 from saeguard.reload import state_dir

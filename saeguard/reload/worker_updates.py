@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.tap import Write
+from saeguard.guard.install_taps import Write
 from saeguard.guard.watchlist import WatchList
 from saeguard.reload.columns import merge_writes
 

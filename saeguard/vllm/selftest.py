@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from saeguard.errors import CannotRunError
-from saeguard.guard.tap import Tap, as_rows, pre_activations, set_floors
+from saeguard.guard.install_taps import set_floors
+from saeguard.guard.tap import Tap, as_rows, pre_activations
 from saeguard.sae.encoder import column_scales
 from saeguard.vllm.worker.attach import decoder_layers, is_here
 
@@ -209,7 +210,7 @@ def _show_unranked(taps: tuple[Tap, ...], *, shown: bool) -> None:
     """Let activations show that would be silent for their rank: most, at any one token."""
     for tap in taps:
         for ranked in tap.ranked:
-            ranked.shown.fill_(shown)
+            ranked.show_all.fill_(shown)
         set_floors(tap)
 
 

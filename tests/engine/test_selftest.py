@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from saeguard.guard.tap import TAPS, install_taps
+from saeguard.guard.install_taps import install_taps
+from saeguard.guard.tap import TAPS
 from saeguard.policy.types import Name, Selection
 from saeguard.vllm.selftest import Observation, SelfTestError, _observe
 from saeguard.vllm.worker.attach import hook_layer

@@ -22,7 +22,7 @@ from saeguard.cli.serve_checks import startup_report
 from saeguard.features.load import FeatureSetError, load_feature_set
 from saeguard.features.schema import read_document
 from saeguard.features.stats import interval
-from saeguard.guard.watchlist import build_watchlist
+from saeguard.guard.build_watchlist import build_watchlist
 from saeguard.hf.model import load_model
 from saeguard.hf.scan import hook_activations, scan
 from saeguard.hf.texts import read_texts

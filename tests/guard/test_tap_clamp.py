@@ -17,9 +17,11 @@ from torch import nn
 
 from saeguard.guard import tap as tapping
 from saeguard.guard.clamp import rules as clamping
+from saeguard.guard.clamp.rules import Clamp as ClampState
 from saeguard.guard.forward_pass import lay_out
+from saeguard.guard.install_taps import install_taps
 from saeguard.guard.scopes import OUTPUT, ROLES
-from saeguard.guard.tap import FAILURES, TAPS, Tap, install_taps, tap_output
+from saeguard.guard.tap import FAILURES, TAPS, Tap, tap_output
 from saeguard.guard.watchlist import ClampRows, WatchList, clamps_digest
 from saeguard.policy.types import Clamp, Name, Not, Policy, Selection, Window
 from saeguard.reload.worker_updates import Admitted
@@ -98,6 +100,12 @@ class Request:
     """Tokens before the first one of its last pass: no draft behind them is rejected any more."""
 
 
+def clamp_of(tap: Tap) -> ClampState:
+    """Return the clamp of a tap that has one."""
+    [clamp] = tap.clamps.values()
+    return clamp
+
+
 def clamping_watchlist(policies: list[Policy]) -> WatchList:
     """Return a watch list in which policy `i` clamps latent `i`, the last one a second, too."""
     owner = [*range(len(policies)), len(policies) - 1]
@@ -119,8 +127,7 @@ def clamping_watchlist(policies: list[Policy]) -> WatchList:
 
 def admit(tap: Tap, request: Request) -> None:
     """Start a request, as the worker does."""
-    assert tap.clamp is not None
-    clamping.admit(tap.clamp, request.slot, request.enforced)
+    clamping.admit(clamp_of(tap), request.slot, request.enforced)
 
 
 def forward(
@@ -207,7 +214,6 @@ def check(seed: int) -> None:
 def compare(tap: Tap, watchlist: WatchList, batch: Any, x: torch.Tensor, y: torch.Tensor) -> None:
     """Compare every row of a pass with the plain reading."""
     (rows,) = watchlist.clamps
-    assert tap.clamp is not None
     at = 0
     for request, start, passed, _ in batch:
         text = request.text
@@ -220,7 +226,7 @@ def compare(tap: Tap, watchlist: WatchList, batch: Any, x: torch.Tensor, y: torc
             acts = [t in edits and bool(np.isfinite(text[t]).all()) for edits in where]
             f = activations(text[t])
             assert torch.equal(tap.f[at], torch.tensor(f)) or not np.isfinite(text[t]).all()
-            assert acts == tap.clamp.acted[at].tolist(), (t, where)
+            assert acts == clamp_of(tap).acted[at].tolist(), (t, where)
             expected = x[at].clone()
             assert rows.scale is not None
             assert rows.cap is not None
@@ -298,9 +304,8 @@ def run(tap: Tap, slot: int, start: int, hidden: torch.Tensor) -> torch.Tensor:
 def test_a_request_that_is_not_enforced_keeps_every_bit(dtype: torch.dtype) -> None:
     """Beside one that is clamped, in one pass."""
     tap, _ = one_tap(simple())
-    assert tap.clamp is not None
-    clamping.admit(tap.clamp, 1, [True])
-    clamping.admit(tap.clamp, 2, [False])
+    clamping.admit(clamp_of(tap), 1, [True])
+    clamping.admit(clamp_of(tap), 2, [False])
     torch.manual_seed(0)
     before = (torch.randn(20, FEATURES) + 2).to(dtype)
     after = before.clone()
@@ -318,8 +323,7 @@ def test_a_request_that_is_not_enforced_keeps_every_bit(dtype: torch.dtype) -> N
 def test_a_match_of_a_rejected_draft_is_taken_back() -> None:
     """The position comes again, with another token, and is not edited."""
     tap, _ = one_tap(simple())
-    assert tap.clamp is not None
-    clamping.admit(tap.clamp, 1, [True])
+    clamping.admit(clamp_of(tap), 1, [True])
     quiet, loud = torch.full((1, FEATURES), 0.25), torch.full((1, FEATURES), 2.0)
 
     assert run(tap, 1, 0, torch.cat([quiet, loud]))[1, 0] == 0
@@ -329,11 +333,10 @@ def test_a_match_of_a_rejected_draft_is_taken_back() -> None:
 def test_a_slot_that_is_used_again_remembers_nothing() -> None:
     """Neither the match nor the window of the request before."""
     tap, _ = one_tap(simple(window=Window(1, 4)))
-    assert tap.clamp is not None
     quiet, loud = torch.full((1, FEATURES), 0.25), torch.full((1, FEATURES), 2.0)
-    clamping.admit(tap.clamp, 1, [True])
+    clamping.admit(clamp_of(tap), 1, [True])
     run(tap, 1, 0, loud)
-    clamping.admit(tap.clamp, 1, [True])
+    clamping.admit(clamp_of(tap), 1, [True])
 
     assert torch.equal(quiet, run(tap, 1, 1, quiet))
 
@@ -348,33 +351,30 @@ def test_what_cannot_be_read_starts_no_clamp(bad: float, *, negated: bool) -> No
             "p", Not(Name("a")), dict(policy.detect), clamp=policy.clamp, window=Window(1, 2)
         )
     tap, _ = one_tap(policy)
-    assert tap.clamp is not None
-    clamping.admit(tap.clamp, 1, [True])
+    clamping.admit(clamp_of(tap), 1, [True])
     calm = torch.full((1, FEATURES), 2.0 if negated else 0.25)
 
     run(tap, 1, 0, torch.full((1, FEATURES), bad))
 
-    assert not tap.clamp.acted[0, 0]
+    assert not clamp_of(tap).acted[0, 0]
     assert torch.equal(calm, run(tap, 1, 1, calm))
 
 
 def test_nan_beside_a_match_does_not_hide_it() -> None:
     """`2 of 3` counts the two that hold, whatever lies between."""
     tap, _ = one_tap(simple(window=Window(2, 3)))
-    assert tap.clamp is not None
-    clamping.admit(tap.clamp, 1, [True])
+    clamping.admit(clamp_of(tap), 1, [True])
     rows = torch.full((3, FEATURES), 2.0)
     rows[1] = torch.nan
     run(tap, 1, 0, rows)
 
-    assert tap.clamp.acted[:3, 0].tolist() == [False, False, True]
+    assert clamp_of(tap).acted[:3, 0].tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("tested", [False, True])
 def test_the_self_test_is_not_clamped(*, tested: bool) -> None:
     """It compares with what the next block consumes, so nothing may be edited before it passed."""
     tap, watchlist = one_tap(simple())
-    assert tap.clamp is not None
     excluded = torch.zeros(8, dtype=torch.bool)
     digest = clamps_digest(watchlist)
     admitted = Admitted(digest, frozenset((p.id, p.mode) for p in watchlist.policies))
@@ -387,7 +387,7 @@ def test_the_self_test_is_not_clamped(*, tested: bool) -> None:
     guard.before(["r"], np.array([0, 2]), torch.tensor([3, 4]), torch.arange(2))
     torch.ops.saeguard.tap(hidden, None, 0)
 
-    assert tap.clamp.acted[:2, 0].tolist() == [tested] * 2
+    assert clamp_of(tap).acted[:2, 0].tolist() == [tested] * 2
     assert torch.equal(hidden, torch.full((2, FEATURES), 2.0)) != tested
 
 
@@ -420,12 +420,11 @@ def test_an_error_in_the_encoder_is_seen_as_nan(monkeypatch: pytest.MonkeyPatch)
 def test_a_batch_dimension_of_one_is_no_row() -> None:
     """Blocks that are Transformers' own hand on `[1, tokens, d]`: read and edited all the same."""
     tap, _ = one_tap(simple())
-    assert tap.clamp is not None
     torch.manual_seed(0)
     halves = torch.randn(2, 5, FEATURES) + 1
     seen = []
     for shape in ((5, FEATURES), (1, 5, FEATURES)):
-        clamping.admit(tap.clamp, 1, [True])
+        clamping.admit(clamp_of(tap), 1, [True])
         lay_out(tap.rows, [1], np.array([0, 5]), torch.arange(5), anywhere(5))
         hidden, residual = (half.clone().reshape(shape) for half in halves)
         torch.ops.saeguard.tap(hidden, residual, 0)
@@ -496,17 +495,16 @@ class Stack(nn.Module):
 def test_the_tap_is_traced_into_the_graph(backend: str) -> None:
     """Compiled without a graph break, it sees and edits what it does uncompiled."""
     tap, _ = one_tap(simple())
-    assert tap.clamp is not None
     model = Stack().requires_grad_(requires_grad=False)
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     x = torch.arange(4 * FEATURES).reshape(4, FEATURES) / 8
     seen = []
     for run_model in (model, compiled):
-        clamping.admit(tap.clamp, 1, [True])
+        clamping.admit(clamp_of(tap), 1, [True])
         lay_out(tap.rows, [1], np.array([0, 4]), torch.arange(4), anywhere(4))
         tap.ticks.zero_()
         tap.f.zero_()
-        seen.append((run_model(x), tap.f[:4].clone(), tap.clamp.acted[:4].clone()))
+        seen.append((run_model(x), tap.f[:4].clone(), clamp_of(tap).acted[:4].clone()))
         assert int(tap.ticks) == 1
 
     for eager, other in zip(*seen, strict=True):

@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard.features.types import Feature, Term
-from saeguard.guard.topk import (
-    Ranked,
-    RankedRows,
-    apply_topk,
-    make_ranked,
-    screen_thresholds,
-    set_floor,
-)
+from saeguard.guard.build_hooks import screen_thresholds
+from saeguard.guard.topk import Ranked, RankedRows, apply_topk, make_ranked, set_floor
 from saeguard.sae import EncoderRows, encode_latents, encoder_in_memory
 
 CPU = torch.device("cpu")
@@ -116,7 +110,7 @@ def test_the_self_test_sees_what_ranks_hide() -> None:
     encoder = encoder_in_memory(rows, k=1)
     ranked = take_in(RankedRows(encoder, slice(0, 3), (0, 1, 2), torch.ones(3)), rows)
     x = torch.tensor([[3.0, 2.0, 0.5]])
-    ranked.shown.fill_(value=True)
+    ranked.show_all.fill_(value=True)
     assert seen(ranked, rows, x).tolist() == [[3.0, 2.0, 0.5]]
-    ranked.shown.fill_(value=False)
+    ranked.show_all.fill_(value=False)
     assert seen(ranked, rows, x).tolist() == [[3.0, 0.0, 0.0]]

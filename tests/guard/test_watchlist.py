@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from saeguard.features.types import Feature, Term
+from saeguard.features.value import shares_of
 from saeguard.guard import compiled_rules
+from saeguard.guard.clamp.build import _edit
 from saeguard.guard.compiled_rules import RulesError, compile_rules
-from saeguard.guard.watchlist import ClampRows, WatchListError, _edit, shares_of
+from saeguard.guard.watchlist import ClampRows, WatchListError
 from saeguard.policy.types import Clamp, Edit, Name, Or, Selection
 from tests.guard.watchlists import make_policy
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from saeguard.features.types import FeatureSet
-from saeguard.guard.watchlist import WatchList, build_watchlist
+from saeguard.guard.build_watchlist import build_watchlist
+from saeguard.guard.watchlist import WatchList
 from saeguard.hf.clamp import clamped, greedy
 from saeguard.hf.model import LanguageModel, load_model
 from saeguard.hf.residuals import record

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from saeguard.guard.kernels import tap, topk
+from saeguard.guard.kernels import tap, topk, topk_buffers
 from saeguard.guard.topk import RankedRows, make_ranked
 from saeguard.sae import EncoderRows, encoder_in_memory
 from saeguard.sae.encode_triton import encode_into
@@ -77,7 +77,7 @@ def guard(dtype: torch.dtype, rows: int, *, second: bool) -> None:
             part,
             mine,
             torch.device("cpu"),
-            allocate_buffers=lambda r, n: topk.allocate_buffers(r, n, max_tokens=rows),
+            allocate_buffers=lambda r, n: topk_buffers.allocate_buffers(r, n, max_tokens=rows),
         )
         topk.apply_topk(ranked, hidden, residual, one, f, scale)
         room = torch.zeros(64, dtype=torch.int32)

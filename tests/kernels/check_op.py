@@ -7,8 +7,9 @@ from unittest import mock
 
 import torch
 
+from saeguard.guard.install_taps import install_taps
 from saeguard.guard.kernels import tap, topk
-from saeguard.guard.tap import Kernels, Tap, install_taps
+from saeguard.guard.tap import Kernels, Tap
 from saeguard.guard.topk import RankedRows
 from saeguard.guard.watchlist import ClampRows
 from saeguard.sae import EncoderRows, encoder_in_memory
@@ -17,7 +18,7 @@ from tests.guard.test_tap_clamp import Request as Clamped
 from tests.guard.watchlists import make_hook, make_watchlist
 
 CPU = torch.device("cpu")
-KERNELS = Kernels(tap.read, tap.edit, topk.allocate_buffers, topk.apply_topk)
+KERNELS = Kernels(tap.read, tap.edit, topk.apply_topk)
 
 
 def ranked_tap() -> Tap:
@@ -40,13 +41,12 @@ def check_ranked() -> None:
     seen = []
     for kernels in (None, KERNELS):
         torch.manual_seed(1)
-        with mock.patch("saeguard.guard.tap.kernels_for", return_value=kernels):
+        with mock.patch("saeguard.guard.install_taps.kernels_for", return_value=kernels):
             tap = ranked_tap()
         admit(tap, Clamped(1, 1, ["user"], [True]))
         hidden = run(tap, 1, 0, x)
         assert int(tap.ticks) == 1
-        assert tap.clamp is not None
-        assert tap.clamp.launch is (None if kernels is None else tap.edit)
+        assert next(iter(tap.clamps.values())).launch is (None if kernels is None else tap.edit)
         seen.append((tap.f[: len(x)].clone(), hidden))
     (f, hidden), (by_kernels, edited) = seen
     assert torch.equal(f, by_kernels)
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     topk.PROGRAMS = 4
-    with mock.patch("saeguard.guard.tap.kernels_for", return_value=KERNELS):
+    with mock.patch("saeguard.guard.install_taps.kernels_for", return_value=KERNELS):
         for seed in range(8):
             check(seed)
     check_ranked()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from saeguard.guard.kernels import topk
+from saeguard.guard.kernels import topk, topk_buffers, topk_kernels
 from saeguard.guard.topk import Ranked, RankedRows, make_ranked
 from saeguard.sae import EncoderRows, encoder_in_memory
 from saeguard.sae.encoder import token_scale
@@ -41,8 +41,8 @@ def prepare(encoder, rows, screen: torch.Tensor, tokens: int, pairs: int) -> Ran
     )
     part = RankedRows(encoder, slice(1, 1 + len(WATCHED)), tuple(WATCHED), screen)
 
-    def buffers(competitors, watched: int) -> topk.TopKBuffers:  # type: ignore[no-untyped-def] # noqa: ANN001
-        return topk.allocate_buffers(competitors, watched, max_tokens=tokens, pairs=pairs)
+    def buffers(competitors, watched: int) -> topk_buffers.TopKBuffers:  # type: ignore[no-untyped-def] # noqa: ANN001
+        return topk_buffers.allocate_buffers(competitors, watched, max_tokens=tokens, pairs=pairs)
 
     return make_ranked(part, mine, torch.device("cpu"), allocate_buffers=buffers)
 
@@ -66,7 +66,7 @@ def check() -> tuple[int, int, int]:
         z = (x.double() @ rows.W.double().t()) * by.double() + rows.b.double()
         screen = torch.full((len(WATCHED),), float(z.quantile(0.95)) if high else 0.0)
         screen[0] = torch.inf  # alone it makes nothing hold
-        ranked = prepare(encoder, rows, screen, tokens, topk.PAIRS)
+        ranked = prepare(encoder, rows, screen, tokens, topk_buffers.PAIRS)
         pre = (x @ rows.W.t()) * by + rows.b
         f = torch.full((tokens, 2 + len(WATCHED)), 7.0)
         first = pre[:, WATCHED] * (pre[:, WATCHED] > 0)
@@ -80,9 +80,9 @@ def check() -> tuple[int, int, int]:
         assert ranked.buffers is not None
         assert (passed.any() and not passed.all()) or not high
         checked, asked = checked + 1, asked + int((first[passed[:, 0]] > 0).sum())
-        close += int(ranked.buffers.counters[topk.CLOSE.value])
+        close += int(ranked.buffers.counters[topk_kernels.CLOSE.value])
 
-        ranked.shown.fill_(True)
+        ranked.show_all.fill_(True)
         f[:, 1:-1] = first
         topk.apply_topk(ranked, hidden, residual, torch.ones(()), f, scales)
         assert torch.equal(f[:, 1:-1], first), "the self-test sees all"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from saeguard.guard.tap import Tap, install_taps, write_rows
+from saeguard.guard.install_taps import install_taps, write_rows
+from saeguard.guard.tap import Tap
 from saeguard.guard.topk import RankedRows
 from saeguard.guard.watchlist import Hook, WatchList
 from saeguard.policy.types import Name, Selection

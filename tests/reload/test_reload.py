@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saeguard.guard.tap import install_taps
+from saeguard.guard.install_taps import install_taps
 from saeguard.policy import signing
 from saeguard.policy.load import load_policies
 from saeguard.reload import state_dir

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from saeguard.features.value import Mix, shares_of
 from saeguard.guard.clamp import ring
 from saeguard.guard.compiled_rules import Rules, compile_rules
 from saeguard.guard.condition_program import Program, evidence, on_device
 from saeguard.guard.forward_pass import Rows
 from saeguard.guard.scopes import MEMBERS, SCOPES
 from saeguard.guard.verdict import THRESHOLD
-from saeguard.guard.watchlist import ClampRows, Hook, Mix, WatchList, shares_of
+from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 
 FOREVER = torch.iinfo(torch.int64).max
 MAX_DRAFTS = 64

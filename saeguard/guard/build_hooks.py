@@ -1,0 +1,165 @@
+"""Read the encoder rows that the policies watch, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+
+from saeguard.features.probe import ProbeError, read_probe
+from saeguard.features.types import Feature, FeatureSet, ProbeRef
+from saeguard.guard.topk import RankedRows
+from saeguard.guard.watchlist import Hook, WatchListError
+from saeguard.policy.types import Policy
+from saeguard.sae import SaeError, read_rows
+from saeguard.sae.encoder import NORMS
+
+ADDING = frozenset({"mean", "average"})
+"""Aggregates that every activation changes, however small it is."""
+ROUNDING = 1e-5
+"""How far, relatively, a screen threshold lies below its exact value, since the rules round."""
+
+RowKey: TypeAlias = tuple[str, int | str]
+"""A watched row: feature set, and latent or probe."""
+
+
+def read_hooks(
+    used: Mapping[str, tuple[FeatureSet, Feature]],
+    feature_sets: Mapping[str, FeatureSet],
+    policies: Sequence[Policy],
+) -> tuple[tuple[Hook, ...], dict[RowKey, int]]:
+    """Return one hook a layer, and the column of each row among those of all hooks.
+
+    Args:
+        used: by `feature_set/feature`, the features that the policies read or clamp.
+        feature_sets: by the name that policies use.
+        policies: all of them.
+
+    Raises:
+        WatchListError: a checkpoint or probe cannot be read, or its width is another.
+    """
+    rows = dict.fromkeys(
+        (name.rsplit("/", 1)[0], key)
+        for name, (_, feature) in used.items()
+        for key in _row_keys(feature)
+    )
+    by_layer: dict[int, list[RowKey]] = {}
+    # The latents of one SAE stand side by side: latents that fire by rank are one block of columns.
+    for set_id, key in sorted(rows, key=lambda row: (row[0], isinstance(row[1], str))):
+        by_layer.setdefault(feature_sets[set_id].sae.layer, []).append((set_id, key))
+    hooks: list[Hook] = []
+    column: dict[RowKey, int] = {}
+    for layer in sorted(by_layer):
+        hooks.append(_read_hook(layer, by_layer[layer], feature_sets, policies, len(column)))
+        column |= {key: len(column) + i for i, key in enumerate(by_layer[layer])}
+    return tuple(hooks), column
+
+
+def probe_key(probe: ProbeRef) -> str:
+    """Return the name of a probe's row."""
+    return f"{probe.path}#{probe.name}"
+
+
+def _row_keys(feature: Feature) -> Iterable[int | str]:
+    if feature.probe is not None:
+        yield probe_key(feature.probe)
+    yield from (t.latent for t in (*feature.detect, *feature.clamp))
+
+
+def _read_hook(
+    layer: int,
+    keys: Sequence[RowKey],
+    feature_sets: Mapping[str, FeatureSet],
+    policies: Sequence[Policy],
+    first_column: int,
+) -> Hook:
+    d_in = feature_sets[keys[0][0]].sae.d_in
+    W = torch.empty(len(keys), d_in)
+    b = torch.empty(len(keys))
+    theta = torch.full((len(keys),), -torch.inf)
+    norm = torch.zeros(len(keys), dtype=torch.int64)
+    ranked = []
+    for set_id in dict.fromkeys(set_id for set_id, _ in keys):
+        features = feature_sets[set_id]
+        if features.sae.d_in != d_in:
+            raise WatchListError(
+                f"{features.path}: sae.d_in is {features.sae.d_in}, but another feature set "
+                f"reads layer {layer} with width {d_in}"
+            )
+        latents = [key for s, key in keys if s == set_id and isinstance(key, int)]
+        if latents:
+            first = keys.index((set_id, latents[0]))
+            at = slice(first, first + len(latents))
+            try:
+                info = features.sae.inspect()
+                read = read_rows(info, latents)
+            except SaeError as error:
+                raise WatchListError(f"{features.path}: {error}") from error
+            W[at], b[at], theta[at] = read.W, read.b, read.theta
+            norm[at] = NORMS.index(info.norm)
+            if info.k is not None:
+                screen = _screens(latents, set_id, features, policies)
+                ranked.append(RankedRows(info, at, tuple(latents), screen))
+        for feature in features.features.values():
+            if feature.probe is not None and (set_id, probe_key(feature.probe)) in keys:
+                i = keys.index((set_id, probe_key(feature.probe)))
+                W[i], b[i] = _read_probe(feature.probe, d_in)
+    normed = norm if norm.any() else None
+    return Hook(layer, d_in, W, b, theta, first_column, normed, tuple(ranked))
+
+
+def _read_probe(probe: ProbeRef, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        read = read_probe(probe, d_in)
+    except ProbeError as error:
+        raise WatchListError(str(error)) from error
+    return torch.from_numpy(read.w), torch.tensor(read.b)
+
+
+def _screens(
+    latents: Sequence[int], set_id: str, features: FeatureSet, policies: Sequence[Policy]
+) -> torch.Tensor:
+    """Return the lowest activation at which each latent can make some policy match."""
+    lowest = []
+    exact: set[int] = set()
+    for policy in policies:
+        if policy.feature_set == set_id:
+            for selection in policy.detect.values():
+                feature = features.features[selection.feature]
+                if selection.over.kind in ADDING:
+                    exact |= {term.latent for term in feature.detect}
+                rise = selection.above * (feature.high - feature.low)
+                slack = ROUNDING * (abs(feature.low) + abs(rise))
+                lowest.append((feature, feature.low + rise - slack))
+            for name in policy.clamp.features if policy.clamp else ():
+                exact |= {term.latent for term in features.features[name].clamp}
+    return screen_thresholds(latents, lowest, frozenset(exact))
+
+
+def screen_thresholds(
+    latents: Iterable[int],
+    lowest: Iterable[tuple[Feature, float]],
+    exact: frozenset[int] = frozenset(),
+) -> torch.Tensor:
+    """Return the screen threshold of each latent, [latents] float32.
+
+    A feature's value `sum(weight * f)` exceeds `v` only if one of its `n` positive terms
+    exceeds `v / n`; ranks only ever take away.
+
+    Args:
+        latents: the watched ones.
+        lowest: features with the lowest value that any policy compares them with.
+        exact: latents of which every activation counts: an edit takes it off, a mean adds it up.
+    """
+    out = dict.fromkeys(latents, torch.inf)
+    for feature, value in lowest:
+        # What holds in silence can be ended by any latent, so all of them matter.
+        positive = [
+            term for term in feature.detect if term.weight > 0 or (value < 0 and term.weight)
+        ]
+        for term in positive:
+            share = value / (len(positive) * abs(term.weight))
+            screen = max(share, 0.0) * (1 - ROUNDING)
+            out[term.latent] = min(out[term.latent], screen)
+    return torch.tensor([0.0 if n in exact else screen for n, screen in out.items()])

@@ -1,0 +1,142 @@
+"""Compile policies and feature sets to a watch list, and read the encoder rows that it needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from saeguard.features.topk_thresholds import Approximation
+from saeguard.features.types import Feature, FeatureSet
+from saeguard.features.value import Mix, make_mix
+from saeguard.guard.build_hooks import RowKey, probe_key, read_hooks
+from saeguard.guard.clamp.build import build_clamps
+from saeguard.guard.compiled_rules import Rules, RulesError, compile_rules
+from saeguard.guard.watchlist import WatchList, WatchListError
+from saeguard.policy.published import acts_on_published
+from saeguard.policy.types import Policy
+
+Used = Mapping[str, tuple[FeatureSet, Feature]]
+"""By `feature_set/feature`: the features that the policies read or clamp."""
+
+
+def build_watchlist(
+    policies: Sequence[Policy],
+    feature_sets: Mapping[str, FeatureSet],
+    *,
+    may_enforce: frozenset[str] = frozenset(),
+) -> WatchList:
+    """Return the watch list of `policies` over `feature_sets`.
+
+    Args:
+        policies: in any order.
+        feature_sets: by the name that policies use.
+        may_enforce: ids of shadow policies that a request may have enforced. Only these policies
+            and the enforced ones can clamp, so only their clamps are computed in the forward pass.
+
+    Raises:
+        WatchListError: a feature set or feature is missing, two policies clamp one latent, the
+            policies are too many, or a checkpoint does not fit.
+    """
+    policies = tuple(sorted(policies, key=lambda p: (p.id, p.mode)))
+    _refuse_unmeasured(policies, feature_sets, may_enforce)
+    found: dict[str, tuple[FeatureSet, Feature]] = {}
+    for policy in policies:
+        for name in _features_of(policy):
+            found[f"{policy.feature_set}/{name}"] = _lookup(policy, name, feature_sets)
+    hooks, column = read_hooks(found, feature_sets, policies)
+
+    used = dict(sorted(found.items(), key=lambda item: -_latents(item[1][1])))
+    low = np.array([f.low for _, f in used.values()], np.float32)
+    high = np.array([f.high for _, f in used.values()], np.float32)
+    sets = {policy.feature_set: feature_sets[policy.feature_set] for policy in policies}
+    approximations = {
+        name: s.sae.approximation for name, s in sets.items() if s.sae.approximation is not None
+    }
+    return WatchList(
+        policies=policies,
+        hooks=hooks,
+        clamps=build_clamps(policies, feature_sets, hooks, column, may_enforce),
+        features=tuple(used),
+        mix=_mix(used, column),
+        low=low,
+        span=high - low,
+        rules=_rules(policies, used, approximations),
+        exclude_tokens=tuple(sorted({t for s in sets.values() for t in s.exclude_tokens})),
+        models=tuple(dict.fromkeys(s.model for s in sets.values())),
+        digest=_digest(
+            [*(f"{p.id} {p.mode} {p.digest}" for p in policies)]
+            + [f"{s.id} {s.digest} {s.sae.sha256}" for s in sets.values()]
+        ),
+        approximations=approximations,
+    )
+
+
+def _latents(feature: Feature) -> int:
+    return len(feature.detect) + (feature.probe is not None)
+
+
+def _refuse_unmeasured(
+    policies: Sequence[Policy],
+    feature_sets: Mapping[str, FeatureSet],
+    may_enforce: frozenset[str],
+) -> None:
+    for policy in policies:
+        features = feature_sets.get(policy.feature_set)
+        acting = features and acts_on_published(policy, features.status, may_enforce)
+        if acting:
+            raise WatchListError(acting.render())
+
+
+def _features_of(policy: Policy) -> list[str]:
+    clamped = policy.clamp.features if policy.clamp else ()
+    return [*(s.feature for s in policy.detect.values()), *clamped]
+
+
+def _lookup(
+    policy: Policy, name: str, feature_sets: Mapping[str, FeatureSet]
+) -> tuple[FeatureSet, Feature]:
+    features = feature_sets.get(policy.feature_set)
+    if features is None:
+        known = ", ".join(sorted(feature_sets)) or "none is loaded"
+        raise WatchListError(
+            f"{policy.path}: feature_set {policy.feature_set!r} is not loaded; known: {known}"
+        )
+    feature = features.features.get(name)
+    if feature is None:
+        known = ", ".join(sorted(features.features))
+        raise WatchListError(
+            f"{policy.path}: feature {name!r} is not in {features.path}; known: {known}"
+        )
+    return features, feature
+
+
+def _rules(
+    policies: Sequence[Policy], used: Used, approximations: Mapping[str, Approximation]
+) -> Rules:
+    approximate = {
+        name
+        for name, (_, feature) in used.items()
+        if name.rsplit("/", 1)[0] in approximations and (feature.detect or feature.clamp)
+    }
+    try:
+        return compile_rules(policies, {name: i for i, name in enumerate(used)}, approximate)
+    except RulesError as error:
+        raise WatchListError(str(error)) from error
+
+
+def _mix(used: Used, column: Mapping[RowKey, int]) -> Mix:
+    """Return how the watched latents make the features."""
+    parts: list[list[tuple[int, float]]] = []
+    for name, (_, feature) in used.items():
+        set_id = name.rsplit("/", 1)[0]
+        terms = [(column[set_id, t.latent], t.weight) for t in feature.detect]
+        if feature.probe is not None:
+            terms.append((column[set_id, probe_key(feature.probe)], 1.0))
+        parts.append(terms or [(0, 0.0)])
+    return make_mix(parts)
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
