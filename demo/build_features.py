@@ -29,7 +29,8 @@ from demo.feature_report import markdown
 from demo.steering import choose_steering
 from saeguard.features.calibrate import Texts, calibrate
 from saeguard.features.corpus import Corpus, Scope, with_ordinary
-from saeguard.features.load import file_digest, load_feature_set, save_feature_set
+from saeguard.features.load import load_feature_set, save_feature_set
+from saeguard.features.pins import file_digest
 from saeguard.features.probe import save_probes
 from saeguard.features.search import Finding, Search, search
 from saeguard.features.stats import auroc, auroc_interval, rate

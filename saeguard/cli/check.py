@@ -15,8 +15,8 @@ from saeguard.errors import BAD_INPUT, FINDINGS, InputError
 
 if TYPE_CHECKING:
     from saeguard.cli.feature_folder import FeatureSets
-    from saeguard.policy.errors import PolicyError
     from saeguard.policy.types import Policy
+    from saeguard.yaml_files.findings import Finding
 
 
 def verb(
@@ -88,7 +88,7 @@ def verb(
 
 def of_other_model(
     policies: Sequence[Policy], sets: FeatureSets, folder: Path
-) -> Iterator[PolicyError]:
+) -> Iterator[Finding]:
     """Yield a mistake for each policy whose feature set is made for a model of another shape."""
     from saeguard.features.model_fit import ModelFitError, misfit, read_shape
     from saeguard.policy.load import locate

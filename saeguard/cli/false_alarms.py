@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeguard.cli.inputs import judge_corpus, judgeable, open_corpus
-from saeguard.policy.errors import PolicyError
 from saeguard.policy.types import Policy
+from saeguard.yaml_files.findings import Finding
 
 if TYPE_CHECKING:
     from saeguard.cli.feature_folder import FeatureSets
@@ -30,14 +30,14 @@ class Alarm:
     interval: tuple[float, float]
     """95 %, exact (Clopper and Pearson 1934)."""
 
-    def finding(self, budget: float) -> PolicyError:
+    def finding(self, budget: float) -> Finding:
         """Return the finding that the rate is above the budget."""
         named = ", ".join(self.texts[:SHOWN]) + (", ..." if len(self.texts) > SHOWN else "")
         message = (
             f"matches {len(self.texts)} of {self.trials} ordinary texts ({self.rate:.2%}), the "
             f"budget is {budget:.2%}; raise its thresholds, or look at: {named}"
         )
-        return PolicyError(self.policy.path, 0, 0, "test-failed", message)
+        return Finding(self.policy.path, 0, 0, "test-failed", message)
 
 
 def alarms(

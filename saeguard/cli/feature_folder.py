@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 from saeguard.cli.options import check_feature_sets
 
 if TYPE_CHECKING:
-    from saeguard.features.feature_template import TemplateDocument
-    from saeguard.features.schema import Document
-    from saeguard.policy.errors import PolicyError
+    from saeguard.features.feature_template import FeatureTemplateFile
+    from saeguard.features.schema import FeatureSetFile
+    from saeguard.yaml_files.findings import Finding
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureSets:
     """The feature sets and templates of a folder, by the name that policies use."""
 
-    known: dict[str, Document] = field(default_factory=dict)
-    templates: dict[str, TemplateDocument] = field(default_factory=dict)
-    broken: dict[str, list[PolicyError]] = field(default_factory=dict)
+    known: dict[str, FeatureSetFile] = field(default_factory=dict)
+    templates: dict[str, FeatureTemplateFile] = field(default_factory=dict)
+    broken: dict[str, list[Finding]] = field(default_factory=dict)
     """The mistakes in each file that cannot be used."""
 
     @property
-    def mistakes(self) -> list[PolicyError]:
+    def mistakes(self) -> list[Finding]:
         """The mistakes in all files."""
         return [mistake for of_one in self.broken.values() for mistake in of_one]
 
@@ -35,9 +35,8 @@ def read_feature_sets(folder: Path) -> FeatureSets:
     Raises:
         InputError: there is no such folder.
     """
-    from saeguard.features.feature_template import read_feature_file
-    from saeguard.features.schema import Document, FeatureSetError
-    from saeguard.policy.errors import PolicyError, show
+    from saeguard.features.files import FeatureSetError, other_id, read_feature_file
+    from saeguard.features.schema import FeatureSetFile
 
     check_feature_sets(folder)
     sets = FeatureSets()
@@ -46,14 +45,12 @@ def read_feature_sets(folder: Path) -> FeatureSets:
         try:
             document = read_feature_file(path)
         except FeatureSetError as error:
-            messages = str(error).replace(f"{path}: ", "").splitlines()
+            sets.broken[name] = list(error.errors)
         else:
-            if isinstance(document, Document):
+            if isinstance(document, FeatureSetFile):
                 sets.known[name] = document
             else:
                 sets.templates[name] = document
-            if document.id == name:
-                continue
-            messages = [f"the id is {show(document.id)}; name it like its file, {show(name)}"]
-        sets.broken[name] = [PolicyError(path, 0, 0, "bad-feature-set", m) for m in messages]
+            if document.id != name:
+                sets.broken[name] = [other_id(path, document.id, name)]
     return sets

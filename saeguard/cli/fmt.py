@@ -26,19 +26,21 @@ def verb(
     0, 1 --check found a file to change, 2 a file cannot be read.
     """
     from saeguard.atomic_files import write_atomically
-    from saeguard.policy.errors import PolicyError, PolicyErrors
-    from saeguard.policy.files import find_files, read_bytes
+    from saeguard.policy.errors import PolicyErrors
+    from saeguard.policy.files import find_files
     from saeguard.policy_tools.formatter import laid_out
+    from saeguard.yaml_files.findings import Finding
+    from saeguard.yaml_files.raw import read_bytes
 
     changed: list[Path] = []
     total = 0
-    errors: list[PolicyError] = []
+    errors: list[Finding] = []
     for place in paths or [Path("policies")]:
         files, found = find_files(place)
         errors += found
         for file in files:
             raw = read_bytes(file)
-            if isinstance(raw, PolicyError):
+            if isinstance(raw, Finding):
                 errors.append(raw)
                 continue
             total += 1

@@ -13,9 +13,9 @@ from saeguard.errors import InputError
 if TYPE_CHECKING:
     from saeguard.cli.feature_folder import FeatureSets
     from saeguard.guard.verdict import Verdict
-    from saeguard.policy.errors import PolicyError
     from saeguard.policy.types import Policy
     from saeguard.policy_tools.recording import Recording
+    from saeguard.yaml_files.findings import Finding
 
 
 def read_all(paths: Sequence[Path]) -> tuple[Policy, ...]:
@@ -35,7 +35,7 @@ def read_all(paths: Sequence[Path]) -> tuple[Policy, ...]:
 
 def judgeable(
     policies: Iterable[Policy], sets: FeatureSets
-) -> tuple[tuple[Policy, ...], list[PolicyError]]:
+) -> tuple[tuple[Policy, ...], list[Finding]]:
     """Return the policies whose features are calibrated, and a note on each of the others.
 
     Raises:

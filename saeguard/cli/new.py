@@ -47,8 +47,9 @@ def verb(
     Existing files are never overwritten. Exit codes: 0 written, 2 the command is wrong, 3 the files
     cannot be written.
     """
-    from saeguard.policy.schema import FORMS, POLICY_ID
+    from saeguard.policy.schema import POLICY_ID
     from saeguard.policy_tools.scaffold import draft
+    from saeguard.yaml_files.section import FORMS
 
     if not re.fullmatch(POLICY_ID, id_):
         raise InputError(f"{id_!r} is not a policy id; write {FORMS[POLICY_ID]}")
@@ -68,7 +69,7 @@ def verb(
 
 def chosen(sets: FeatureSets, name: str, features: list[str]) -> dict[str, float]:
     """Return the features to watch, each with its calibrated threshold or `TEMPLATE_SHARE`."""
-    from saeguard.policy.errors import did_you_mean
+    from saeguard.yaml_files.findings import did_you_mean
 
     known = sets.known.get(name)
     available = known or sets.templates.get(name)

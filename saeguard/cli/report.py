@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import quote
 
 if TYPE_CHECKING:
-    from saeguard.policy.errors import Level, PolicyError
+    from saeguard.yaml_files.findings import Finding, Level
 
 Format: TypeAlias = Literal["text", "json", "sarif", "github"]
 
@@ -20,7 +20,7 @@ SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 ANNOTATIONS: dict[Level, str] = {"error": "error", "warning": "warning", "note": "notice"}
 
 
-def rendered(findings: Sequence[PolicyError], format_: Format) -> str:
+def rendered(findings: Sequence[Finding], format_: Format) -> str:
     """Return the findings in one of the formats; empty if there is nothing to print."""
     match format_:
         case "json":
@@ -34,7 +34,7 @@ def rendered(findings: Sequence[PolicyError], format_: Format) -> str:
             return "\n".join(finding.render() for finding in findings)
 
 
-def annotation(finding: PolicyError) -> str:
+def annotation(finding: Finding) -> str:
     """Return a GitHub workflow command, which annotates the line in a pull request."""
     place = {"file": finding.path, "line": finding.line, "col": finding.column}
     known = {key: value for key, value in place.items() if value} | {"title": finding.code}
@@ -43,7 +43,7 @@ def annotation(finding: PolicyError) -> str:
     return f"::{kind} {properties}::{_escaped(finding.message, ends='')}"
 
 
-def sarif(findings: Sequence[PolicyError]) -> dict[str, Any]:
+def sarif(findings: Sequence[Finding]) -> dict[str, Any]:
     """Return the findings as a SARIF 2.1.0 log, with paths relative to the working folder.
 
     Source: OASIS, Static Analysis Results Interchange Format Version 2.1.0, sections 3.13 to 3.30.
@@ -79,7 +79,7 @@ def sarif(findings: Sequence[PolicyError]) -> dict[str, Any]:
     }
 
 
-def _location(finding: PolicyError) -> dict[str, Any]:
+def _location(finding: Finding) -> dict[str, Any]:
     path = Path(os.path.abspath(finding.path))  # noqa: PTH100 - links are kept as they are
     artifact: dict[str, str] = {"uri": path.as_uri()}
     if path.is_relative_to(Path.cwd()):
@@ -98,7 +98,7 @@ def _pascal(code: str) -> str:
 
 
 def _clean(text: str) -> str:
-    from saeguard.policy.errors import printable
+    from saeguard.yaml_files.findings import printable
 
     return printable(text)
 

@@ -16,10 +16,10 @@ from saeguard.errors import FINDINGS
 
 if TYPE_CHECKING:
     from saeguard.cli.false_alarms import Alarm
-    from saeguard.policy.errors import PolicyError
     from saeguard.policy.types import Policy
     from saeguard.policy_tools.test_cases import Case
     from saeguard.policy_tools.test_results import Result
+    from saeguard.yaml_files.findings import Finding
 
 
 def verb(
@@ -91,15 +91,15 @@ def verb(
 
 def gather(
     places: Sequence[Path], policies: Sequence[Policy], *, require_tests: bool
-) -> tuple[list[tuple[Policy, Case]], list[PolicyError], list[PolicyError]]:
+) -> tuple[list[tuple[Policy, Case]], list[Finding], list[Finding]]:
     """Return every case with its policy, the mistakes in test files, and the missing files."""
-    from saeguard.policy.errors import PolicyError
     from saeguard.policy.files import find_files, is_test
     from saeguard.policy_tools.test_cases import cases_path, missing_tests, policy_path, read_cases
+    from saeguard.yaml_files.findings import Finding
 
     cases: list[tuple[Policy, Case]] = []
-    errors: list[PolicyError] = []
-    absent: list[PolicyError] = []
+    errors: list[Finding] = []
+    absent: list[Finding] = []
     for policy in policies:
         path = cases_path(policy.path)
         if path.exists():
@@ -111,7 +111,7 @@ def gather(
     for path in {file for place in places for file in find_files(place)[0] if is_test(file)}:
         if not policy_path(path).exists():
             message = f"there is no {policy_path(path).name} beside this file; rename or remove it"
-            absent.append(PolicyError(path, 0, 0, "test-orphan", message))
+            absent.append(Finding(path, 0, 0, "test-orphan", message))
     return cases, errors, absent
 
 

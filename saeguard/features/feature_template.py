@@ -1,10 +1,9 @@
-"""Feature templates: what a detector is to be made of, where nobody has made it yet.
+"""Feature templates: what a feature must detect, for a model where it was not calibrated yet.
 
-A policy of the shipped library names features that exist for no model but the reader's own. Such
-a feature set is a template, `saeguard.feature-template/v1`: it says for each feature what texts
-show it, what texts nearly do, and how to find it. Until somebody has found and calibrated the
-features in their own model, policies that use it can be read and tested, and are neither served
-nor enforced.
+A policy of the shipped library names features that exist in the reader's own model only. The
+feature set of such a policy is a template, `saeguard.feature-template/v1`: it says for each feature
+which texts show it and which texts nearly do. Policies that use a template can be checked and
+tested, but are neither served nor enforced until the features have been found and calibrated.
 """
 
 from __future__ import annotations
@@ -12,53 +11,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from saeguard.features.schema import Document, Name, read_content, read_document, validated
+from saeguard.features.schema import NAME, SET_ID, Name
+from saeguard.yaml_files.section import Section
 
 SCHEMA = "saeguard.feature-template/v1"
 
 Line = Annotated[str, Field(min_length=1, max_length=400)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class Published(_Strict):
-    """A published latent to start from; it holds for one checkpoint, and only after a check."""
-
-    model: Line
-    sae: Line
-    latents: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    grade: Literal["A", "B"] = Field(
-        description="A: an independent or causal test exists. B: the authors' own experiment."
-    )
-    source: Line
-
-
-class FeatureTemplate(_Strict):
+class FeatureTemplate(Section):
     """One feature that has to be found and calibrated."""
 
     title: Line
-    behaviour: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    behaviour: Annotated[str, Field(pattern=NAME)]
     positives: Line = Field(description="What texts show it.")
     negatives: Line = Field(description="What texts nearly show it, and must stay quiet.")
-    published: list[Published] = Field(default_factory=list)
 
     @property
     def clamp(self) -> tuple[int, ...]:
-        """No latents to edit: nobody has found them yet."""
+        """The latents to edit: a template has none."""
         return ()
 
 
-class TemplateDocument(_Strict):
-    """A whole file."""
-
-    model_config = ConfigDict(populate_by_name=True)
+class FeatureTemplateFile(Section):
+    """A template file."""
 
     schema_: Literal["saeguard.feature-template/v1"] = Field(alias="schema")
-    id: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)*$", max_length=200)
+    id: str = Field(pattern=SET_ID, max_length=200)
     title: Line
     features: dict[Name, FeatureTemplate] = Field(min_length=1)
 
@@ -71,14 +52,3 @@ def is_template(path: Path) -> bool:
     except OSError:
         return False
     return any(line.strip() == f"schema: {SCHEMA}" for line in head.splitlines())
-
-
-def read_feature_file(path: Path) -> Document | TemplateDocument:
-    """Read a feature set, or the template of one.
-
-    Raises:
-        FeatureSetError: it is neither.
-    """
-    if is_template(path):
-        return validated(TemplateDocument, read_content(path), path)
-    return read_document(path)

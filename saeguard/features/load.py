@@ -10,21 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from saeguard.atomic_files import staged
-from saeguard.features.schema import (
-    SCHEMA,
-    Document,
-    FeaturePart,
-    FeatureSetError,
-    SaePart,
-    read_document,
-)
+from saeguard.features.files import FeatureSetError, read_feature_set_file, read_with_positions
+from saeguard.features.pins import verify_pins
+from saeguard.features.schema import SCHEMA, FeaturePart, FeatureSetFile, SaePart
 from saeguard.features.topk_thresholds import approximation, as_plain
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef, SaeRef, Term
 from saeguard.sae import SaeError, Stated
 from saeguard.sae.hub import HubRef, commit_of, fetch, named
+from saeguard.yaml_files.reader import Document
+from saeguard.yaml_files.writer import as_yaml
 
 __all__ = ["FeatureSetError", "load_feature_set", "save_feature_set"]
 
@@ -37,24 +32,24 @@ def load_feature_set(path: str | Path, *, verify: bool = True) -> FeatureSet:
         verify: compare the SAE and the probes with what the file pins.
 
     Raises:
-        FeatureSetError: the file is malformed, or a checkpoint is not the one it was made for;
-            then both values are told.
+        FeatureSetError: the file is wrong, or a checkpoint is not the one it was made for; then
+            the message holds both values.
     """
     file = Path(path).resolve()
-    document = read_document(file)
+    content, document = read_with_positions(file)
     features = FeatureSet(
-        id=document.id,
+        id=content.id,
         path=file,
-        model=ModelRef(**document.model.model_dump()),
-        sae=_sae(file, document, reach=verify),
-        features={name: _feature(file, name, part) for name, part in document.features.items()},
-        exclude_tokens=tuple(document.exclude_tokens),
-        digest=_digest(document),
-        title=document.title,
-        status=document.status,
+        model=ModelRef(**content.model.model_dump()),
+        sae=_sae(file, content, document, reach=verify),
+        features={name: _feature(file, name, part) for name, part in content.features.items()},
+        exclude_tokens=tuple(content.exclude_tokens),
+        digest=_digest(content),
+        title=content.title,
+        status=content.status,
     )
     if verify:
-        _verify(features)
+        verify_pins(features, document)
     return features
 
 
@@ -66,25 +61,19 @@ def save_feature_set(features: FeatureSet, path: str | Path) -> None:
     """
     file = Path(path).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(_plain(features, file.parent), sort_keys=False, allow_unicode=True)
+    text = as_yaml(_plain(features, file.parent))
     with staged(file, text) as part:
-        read_document(part)
+        read_feature_set_file(part)
         part.replace(file)
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _beside(file: Path, path: str) -> Path:
     return (file.parent / path).resolve()
 
 
-def _sae(file: Path, document: Document, *, reach: bool) -> SaeRef:
+def _sae(file: Path, content: FeatureSetFile, document: Document, *, reach: bool) -> SaeRef:
     """Return the reference, with the folder that its names stand for."""
-    part = document.sae
+    part = content.sae
     if part.path is not None:
         path, name = _beside(file, part.path), None
     else:
@@ -94,7 +83,8 @@ def _sae(file: Path, document: Document, *, reach: bool) -> SaeRef:
             ref = hub_ref(part)
             path = fetch(ref) if reach else ref.converted
         except SaeError as error:
-            raise FeatureSetError(f"{file}: sae: {error}") from error
+            finding = document.error("no-checkpoint", f"the SAE was not found: {error}", ("sae",))
+            raise FeatureSetError([finding]) from error
     return SaeRef(
         path=path,
         sha256=part.sha256,
@@ -153,44 +143,12 @@ def _feature(file: Path, name: str, part: FeaturePart) -> Feature:
     )
 
 
-def _digest(document: Document) -> str:
-    content = document.model_dump(mode="json", by_alias=True)
-    if document.sae.topk == "exact":  # what a file says that does not know these keys
-        del content["sae"]["topk"], content["sae"]["topk_measured"]
-    canonical = json.dumps(content, sort_keys=True)
+def _digest(content: FeatureSetFile) -> str:
+    plain = content.model_dump(mode="json", by_alias=True)
+    if content.sae.topk == "exact":  # older files without these keys keep their digest
+        del plain["sae"]["topk"], plain["sae"]["topk_measured"]
+    canonical = json.dumps(plain, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _verify(features: FeatureSet) -> None:
-    pinned = features.sae
-    try:
-        found = pinned.inspect()
-    except SaeError as error:
-        raise FeatureSetError(f"{features.path}: sae.path: {error}") from error
-    keys = ["layer", "d_in", "d_sae"]
-    # Hashing is last: it reads all of the file.
-    keys += [key for key in ("config_sha256", "sha256") if getattr(pinned, key) is not None]
-    for key in keys:
-        if getattr(pinned, key) != getattr(found, key):
-            raise FeatureSetError(
-                f"{features.path}: sae.{key} is {getattr(pinned, key)}, but {found.path} has "
-                f"{getattr(found, key)}; the features hold only for the checkpoint they were "
-                "found in"
-            )
-    for feature in features.features.values():
-        if feature.probe is None:
-            continue
-        try:
-            digest = file_digest(feature.probe.path)
-        except OSError as error:
-            raise FeatureSetError(
-                f"{features.path}: features.{feature.id}.probe.file: {error}"
-            ) from error
-        if digest != feature.probe.sha256:
-            raise FeatureSetError(
-                f"{features.path}: features.{feature.id}.probe.sha256 is {feature.probe.sha256}, "
-                f"but {feature.probe.path} has {digest}"
-            )
 
 
 def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:

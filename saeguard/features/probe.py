@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from saeguard.errors import InputError
-from saeguard.features.load import file_digest
+from saeguard.features.pins import file_digest
 from saeguard.features.types import ProbeRef
 
 

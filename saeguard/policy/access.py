@@ -18,15 +18,18 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, StringConstraints
 
-from saeguard.policy.errors import PolicyError, PolicyErrors, did_you_mean, show
-from saeguard.policy.files import read_bytes
-from saeguard.policy.schema import FORMS, Section, ShortText
+from saeguard.policy.errors import PolicyErrors
+from saeguard.policy.schema import ShortText
 from saeguard.policy.types import Policy
-from saeguard.policy.validate import shape
-from saeguard.policy.yaml_reader import Document, read_document
+from saeguard.yaml_files.findings import Finding, did_you_mean, show
+from saeguard.yaml_files.raw import read_bytes
+from saeguard.yaml_files.reader import Document, FileKind, read_document
+from saeguard.yaml_files.section import FORMS, Section
+from saeguard.yaml_files.validate import merged, shape
 
+KIND = FileKind("access")
 How = Literal["only", "enforce", "may_enforce"]
-KEY_SHA256 = r"^[0-9a-f]{64}$"
+KEY_SHA256 = r"^[a-f0-9]{64}$"  # spelt unlike the pattern of other digests: its own advice
 FORMS[KEY_SHA256] = "64 hexadecimal digits, as `printf %s KEY | sha256sum` prints them"
 
 
@@ -194,12 +197,12 @@ def load_access(path: Path) -> Access:
     Raises:
         PolicyErrors: everything that is wrong with it, with line and column.
     """
-    raw = read_bytes(path)
-    if isinstance(raw, PolicyError):
+    raw = read_bytes(path, KIND)
+    if isinstance(raw, Finding):
         raise PolicyErrors([raw])
-    document = read_document(path, raw)
+    document = read_document(path, raw, KIND)
     content, errors = shape(AccessFile, document) if document.data is not None else (None, [])
-    errors = [*document.errors, *errors]
+    errors = merged(document, errors)
     if content is not None:
         errors += _senseless(content, document)
     if errors or content is None:
@@ -219,7 +222,7 @@ def load_access(path: Path) -> Access:
     )
 
 
-def _senseless(content: AccessFile, document: Document) -> list[PolicyError]:
+def _senseless(content: AccessFile, document: Document) -> list[Finding]:
     errors = []
     owner: dict[str, str] = {}
     for name, tenant in content.tenants.items():
@@ -258,7 +261,7 @@ def check_against(access: Access, policies: Sequence[Policy]) -> None:
         for pattern in (name for rule in access.rules for name in rule.policies):
             if not any(fnmatchcase(policy, pattern) for policy in ids):
                 message = f"no policy is named {show(pattern)}; loaded: {', '.join(ids)}"
-                errors.append(PolicyError(access.path, 0, 0, "not-allowed", message))
+                errors.append(Finding(access.path, 0, 0, "not-allowed", message))
     for policy in policies:
         for exception in policy.exceptions:
             if exception.tenant not in access.tenants:
@@ -268,6 +271,6 @@ def check_against(access: Access, policies: Sequence[Policy]) -> None:
                     f"the server's access file does not name; known: {known}. Set saeguard.access "
                     "to a file that maps API keys to tenants, or remove the exception"
                 )
-                errors.append(PolicyError(policy.path, 0, 0, "not-allowed", message))
+                errors.append(Finding(policy.path, 0, 0, "not-allowed", message))
     if errors:
         raise PolicyErrors(errors)

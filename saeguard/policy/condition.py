@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from saeguard.errors import InputError
-from saeguard.policy.errors import Code, did_you_mean, show
 from saeguard.policy.types import And, Expr, KOf, Name, Not, Or, Points
+from saeguard.yaml_files.codes import Code
+from saeguard.yaml_files.findings import did_you_mean, show
 
 MAX_TOKENS = 200
 MAX_NESTING = 12

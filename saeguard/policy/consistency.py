@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from saeguard.policy.condition import Condition, ConditionError, holds, never_holds, parse
-from saeguard.policy.errors import PolicyError, did_you_mean, show
 from saeguard.policy.types import Edit
-from saeguard.policy.yaml_reader import Document
+from saeguard.yaml_files.findings import Finding, did_you_mean, show
+from saeguard.yaml_files.reader import Document
 
 
-def sense(document: Document) -> tuple[Condition | None, list[PolicyError]]:
+def sense(document: Document) -> tuple[Condition | None, list[Finding]]:
     """Return the condition, if it can be read, and what does not fit together."""
     if not isinstance(document.data, dict):
         return None, []
@@ -32,7 +32,7 @@ def sense(document: Document) -> tuple[Condition | None, list[PolicyError]]:
     return condition, [*errors, *_selections(document, condition), *_truth(document, condition)]
 
 
-def _actions(document: Document) -> Iterator[PolicyError]:
+def _actions(document: Document) -> Iterator[Finding]:
     data: Mapping[str, Any] = document.data
     if data.get("mode") == "enforce" and "on_error" not in data:
         message = (
@@ -58,14 +58,14 @@ def _actions(document: Document) -> Iterator[PolicyError]:
         yield document.error("clamp-unused", message, ("clamp",), at_key=True)
 
 
-def _exceptions(document: Document) -> Iterator[PolicyError]:
+def _exceptions(document: Document) -> Iterator[Finding]:
     exceptions = document.data.get("exceptions")
     for i in _repeated([_get(e, "id") for e in exceptions] if _is_list(exceptions) else []):
         message = "an exception with this id is above; rename one of them"
         yield document.error("duplicate-name", message, ("exceptions", i, "id"))
 
 
-def _clamped(document: Document) -> Iterator[PolicyError]:
+def _clamped(document: Document) -> Iterator[Finding]:
     clamp = document.data.get("clamp")
     features = _get(clamp, "features")
     for i in _repeated(features if _is_list(features) else []):
@@ -82,7 +82,7 @@ def _clamped(document: Document) -> Iterator[PolicyError]:
         yield document.error("clamp-edit", message, ("clamp", edit), at_key=True)
 
 
-def _selections(document: Document, condition: Condition) -> Iterator[PolicyError]:
+def _selections(document: Document, condition: Condition) -> Iterator[Finding]:
     detect = document.data.get("detect")
     if not isinstance(detect, dict) or not detect:
         return
@@ -99,7 +99,7 @@ def _selections(document: Document, condition: Condition) -> Iterator[PolicyErro
             yield document.error("unused-selection", message, ("detect", name), at_key=True)
 
 
-def _truth(document: Document, condition: Condition) -> Iterator[PolicyError]:
+def _truth(document: Document, condition: Condition) -> Iterator[Finding]:
     if holds(condition.expr, ()):
         message = (
             "the condition holds where no selection does, so the policy would match any text; "

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from saeguard.errors import SaeguardError
-from saeguard.policy.errors import Code, PolicyError
-from saeguard.policy.yaml_reader import MAX_BYTES
+from saeguard.yaml_files.codes import Code
+from saeguard.yaml_files.findings import Finding
 
 MAX_FILES = 20_000
 TEST_SUFFIX = ".test.yaml"
@@ -17,7 +17,7 @@ TEST_SUFFIX = ".test.yaml"
 _Inode: TypeAlias = tuple[int, int]
 
 
-def find_files(path: Path) -> tuple[list[Path], list[PolicyError]]:
+def find_files(path: Path) -> tuple[list[Path], list[Finding]]:
     """Return `path` itself, or the `*.yaml` files below it, sorted, and what is wrong there.
 
     Names that start with a dot are left out, as a Kubernetes ConfigMap volume keeps second
@@ -27,7 +27,7 @@ def find_files(path: Path) -> tuple[list[Path], list[PolicyError]]:
         path: a file or a folder.
     """
     files: list[str] = []
-    errors: list[PolicyError] = []
+    errors: list[Finding] = []
     root = os.fspath(path)
     waiting: list[tuple[str, frozenset[_Inode]]] = [(root, frozenset())]
     while waiting:
@@ -55,24 +55,6 @@ def find_files(path: Path) -> tuple[list[Path], list[PolicyError]]:
 def is_test(path: Path) -> bool:
     """Return whether a file holds tests rather than a policy."""
     return path.name.endswith(TEST_SUFFIX)
-
-
-def read_bytes(path: Path) -> bytes | PolicyError:
-    """Return the content, cut off just above the size limit."""
-    try:
-        # Opening a named pipe would wait for a writer.
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if stat.S_ISREG(os.fstat(file).st_mode):
-                content = os.read(file, MAX_BYTES + 1)
-                while len(content) <= MAX_BYTES and (more := os.read(file, MAX_BYTES + 1)):
-                    content += more
-                return content[: MAX_BYTES + 1]
-        finally:
-            os.close(file)
-    except OSError as error:
-        return _whole(path, "unreadable", f"cannot be read: {error.strerror}")
-    return _whole(path, "unreadable", "this is not a regular file")
 
 
 class _PlaceError(SaeguardError):
@@ -110,5 +92,5 @@ def _is_yaml(path: str) -> bool:
     return path.endswith(".yaml")
 
 
-def _whole(path: Path, code: Code, message: str) -> PolicyError:
-    return PolicyError(path, 0, 0, code, message)
+def _whole(path: Path, code: Code, message: str) -> Finding:
+    return Finding(path, 0, 0, code, message)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Protocol
 
 from saeguard.features.feature_template import is_template
-from saeguard.features.schema import Document
+from saeguard.features.schema import FeatureSetFile
 from saeguard.features.topk_thresholds import Approximation, approximation
-from saeguard.policy.errors import Code, Level, PolicyError, PolicyErrors, did_you_mean, show
+from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import locate
 from saeguard.policy.published import acts_on_published
 from saeguard.policy.types import Policy
-from saeguard.policy.yaml_reader import Loc
+from saeguard.yaml_files.codes import Code
+from saeguard.yaml_files.findings import Finding, Level, did_you_mean, show
+from saeguard.yaml_files.reader import Loc
 
 TO_DO = "TODO"
 """Starts a text that `saeguard policy new` left for its owner."""
@@ -43,7 +45,7 @@ def resolve(
     *,
     templates: Mapping[str, Features] | None = None,
     today: date | None = None,
-) -> tuple[PolicyError, ...]:
+) -> tuple[Finding, ...]:
     """Return what does not fit, as errors, what is past its date, as warnings, and what is open.
 
     Args:
@@ -68,7 +70,7 @@ def resolve(
     )
 
 
-def uncalibrated(policy: Policy) -> PolicyError:
+def uncalibrated(policy: Policy) -> Finding:
     """Return that a policy's feature set is a template: an error where the policy is enforced."""
     features = ", ".join(dict.fromkeys(s.feature for s in policy.detect.values()))
     message = (
@@ -84,7 +86,7 @@ def uncalibrated(policy: Policy) -> PolicyError:
 
 def leave_out_templates(
     policies: Sequence[Policy], feature_sets: Path
-) -> tuple[tuple[Policy, ...], tuple[PolicyError, ...]]:
+) -> tuple[tuple[Policy, ...], tuple[Finding, ...]]:
     """Return the policies that can be served, and a note on each whose features are a template.
 
     Args:
@@ -103,7 +105,7 @@ def leave_out_templates(
     return tuple(policy for policy in policies if policy.feature_set not in open_), tuple(notes)
 
 
-def of_feature_set(policy: Policy, document: Document) -> Iterator[PolicyError]:
+def of_feature_set(policy: Policy, document: FeatureSetFile) -> Iterator[Finding]:
     """Tell what a feature set is not good for, though it can be read.
 
     Args:
@@ -122,7 +124,7 @@ def of_feature_set(policy: Policy, document: Document) -> Iterator[PolicyError]:
         yield _at(policy, "approximate-topk", message, ("feature_set",), level="warning")
 
 
-def stand_ins_read(policy: Policy, document: Document) -> Approximation | None:
+def stand_ins_read(policy: Policy, document: FeatureSetFile) -> Approximation | None:
     """Return the thresholds that stand for ranks where a policy reads any, None where it does not.
 
     Args:
@@ -138,7 +140,7 @@ def stand_ins_read(policy: Policy, document: Document) -> Approximation | None:
     return approximation(measured)
 
 
-def _to_do(policy: Policy) -> Iterator[PolicyError]:
+def _to_do(policy: Policy) -> Iterator[Finding]:
     """Tell what `saeguard policy new` left to be filled in: an error where it would be enforced."""
     texts = (policy.title, policy.owner, policy.rationale, *policy.falsepositives)
     if not any(text.startswith(TO_DO) for text in texts):
@@ -152,7 +154,7 @@ def _to_do(policy: Policy) -> Iterator[PolicyError]:
             yield _at(policy, "to-do", f"still to do: {what}", loc, level=level)
 
 
-def _features(policy: Policy, feature_sets: Mapping[str, Features]) -> Iterator[PolicyError]:
+def _features(policy: Policy, feature_sets: Mapping[str, Features]) -> Iterator[Finding]:
     found = feature_sets.get(policy.feature_set)
     if found is None:
         hint = did_you_mean(policy.feature_set, feature_sets)
@@ -185,7 +187,7 @@ def _features(policy: Policy, feature_sets: Mapping[str, Features]) -> Iterator[
             yield _at(policy, "no-clamp-latents", message, loc)
 
 
-def _dates(policy: Policy, today: date) -> Iterator[PolicyError]:
+def _dates(policy: Policy, today: date) -> Iterator[Finding]:
     for i, exception in enumerate(policy.exceptions):
         if exception.expires < today:
             message = (
@@ -198,7 +200,7 @@ def _dates(policy: Policy, today: date) -> Iterator[PolicyError]:
         yield _at(policy, "review-due", message, ("review_by",), level="warning")
 
 
-def _forgeable(policy: Policy) -> Iterator[PolicyError]:
+def _forgeable(policy: Policy) -> Iterator[Finding]:
     """Tell how a policy that acts on the user's turns alone is evaded."""
     if policy.mode == "enforce" and policy.scope == "user":
         message = (
@@ -208,7 +210,5 @@ def _forgeable(policy: Policy) -> Iterator[PolicyError]:
         yield _at(policy, "forgeable-turn", message, ("scope",), level="note")
 
 
-def _at(
-    policy: Policy, code: Code, message: str, loc: Loc, *, level: Level = "error"
-) -> PolicyError:
+def _at(policy: Policy, code: Code, message: str, loc: Loc, *, level: Level = "error") -> Finding:
     return replace(locate(policy).error(code, message, loc), level=level)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from saeguard.policy.consistency import sense
-from saeguard.policy.errors import PolicyError, PolicyErrors
-from saeguard.policy.files import find_files, is_test, read_bytes
+from saeguard.policy.errors import PolicyErrors
+from saeguard.policy.files import find_files, is_test
 from saeguard.policy.schema import ClampSection, PolicyFile
 from saeguard.policy.types import Clamp, Edit, Exception_, Policy, Selection
-from saeguard.policy.validate import shape
-from saeguard.policy.yaml_reader import Document, read_document
+from saeguard.yaml_files.findings import Finding
+from saeguard.yaml_files.raw import read_bytes
+from saeguard.yaml_files.reader import Document, read_document
+from saeguard.yaml_files.validate import merged, shape
 
-Cache: TypeAlias = dict[tuple[Path, bytes], tuple[Policy | None, list[PolicyError]]]
+Cache: TypeAlias = dict[tuple[Path, bytes], tuple[Policy | None, list[Finding]]]
 """What came of a file's content before, by path and SHA-256: a second reading costs nothing."""
 
 
@@ -38,7 +40,7 @@ def load_policies(path: Path, cache: Cache | None = None) -> tuple[Policy, ...]:
 
 def read_policies(
     *paths: Path, cache: Cache | None = None
-) -> tuple[tuple[Policy, ...], list[PolicyError]]:
+) -> tuple[tuple[Policy, ...], list[Finding]]:
     """Return the policies that could be read, and what was wrong with the others.
 
     Args:
@@ -47,7 +49,7 @@ def read_policies(
     """
     before = {} if cache is None else dict(cache)
     now: Cache = {}
-    errors: list[PolicyError] = []
+    errors: list[Finding] = []
     policies: dict[tuple[str, str], Policy] = {}
     for path in paths:
         files, found = find_files(path)
@@ -55,7 +57,7 @@ def read_policies(
         files = [file for file in files if not is_test(file)]
         if not files and not found:
             message = "there are no policies here; write NAME.yaml files, or check the path"
-            errors.append(PolicyError(path, 0, 0, "no-policies", message))
+            errors.append(Finding(path, 0, 0, "no-policies", message))
         for file in files:
             policy, found = _read_again(file, before, now)
             errors += found
@@ -68,16 +70,16 @@ def read_policies(
     return tuple(policies.values()), errors
 
 
-def _read_again(file: Path, before: Cache, now: Cache) -> tuple[Policy | None, list[PolicyError]]:
+def _read_again(file: Path, before: Cache, now: Cache) -> tuple[Policy | None, list[Finding]]:
     raw = read_bytes(file)
-    if isinstance(raw, PolicyError):
+    if isinstance(raw, Finding):
         return None, [raw]
     key = file, hashlib.sha256(raw).digest()
     now[key] = before.get(key) or parse_policy(file, raw)
     return now[key]
 
 
-def _duplicate(policy: Policy, first: Policy) -> PolicyError:
+def _duplicate(policy: Policy, first: Policy) -> Finding:
     message = (
         f"{first.path} has this id and mode already; rename one of them, or set one to "
         "mode: shadow and the other to mode: enforce"
@@ -85,22 +87,14 @@ def _duplicate(policy: Policy, first: Policy) -> PolicyError:
     return locate(policy).error("duplicate-id", message, ("id",))
 
 
-def read_policy(path: Path) -> tuple[Policy | None, list[PolicyError]]:
-    """Return one policy, or everything that is wrong with its file."""
-    raw = read_bytes(path)
-    return (None, [raw]) if isinstance(raw, PolicyError) else parse_policy(path, raw)
-
-
-def parse_policy(path: Path, raw: bytes) -> tuple[Policy | None, list[PolicyError]]:
+def parse_policy(path: Path, raw: bytes) -> tuple[Policy | None, list[Finding]]:
     """Return the policy in a file's content, or everything that is wrong with it."""
     document = read_document(path, raw)
     if document.data is None:
         return None, list(document.errors)
     content, misshapen = shape(PolicyFile, document)
     condition, senseless = sense(document)
-    wrong_already = {(error.line, error.column) for error in document.errors}
-    follow = [e for e in (*misshapen, *senseless) if (e.line, e.column) not in wrong_already]
-    errors = sorted([*document.errors, *follow], key=lambda error: (error.line, error.column))
+    errors = merged(document, (*misshapen, *senseless))
     if errors or content is None or condition is None:
         return None, errors
     policy = Policy(
@@ -147,7 +141,7 @@ def locate(policy: Policy) -> Document:
     them. Where the file has changed in the meantime, errors point at the file as a whole.
     """
     raw = read_bytes(policy.path)
-    if not isinstance(raw, PolicyError):
+    if not isinstance(raw, Finding):
         document = read_document(policy.path, raw)
         if not document.errors and digest(document.data) == policy.digest:
             return document

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
-from saeguard.policy.errors import PolicyError, show
 from saeguard.policy.load import locate
 from saeguard.policy.types import Policy
+from saeguard.yaml_files.findings import Finding, show
 
 Status = Literal["calibrated", "published"]
 
 
 def acts_on_published(
     policy: Policy, status: Status, may_enforce: Collection[str] = ()
-) -> PolicyError | None:
+) -> Finding | None:
     """Return an error if a policy would act on published latents, None otherwise.
 
     Args:

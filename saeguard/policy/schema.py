@@ -7,8 +7,6 @@ from datetime import date
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     StringConstraints,
@@ -28,6 +26,7 @@ from saeguard.policy.types import (
     When,
     Window,
 )
+from saeguard.yaml_files.section import FORMS, Section
 
 POLICY_ID = r"^[a-z0-9]+([.-][a-z0-9]+)*$"
 SELECTION = rf"^{condition.NAME}$"
@@ -35,14 +34,15 @@ FEATURE = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 FEATURE_SET = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"
 RECORDING = r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors$"
 
-FORMS = {
-    POLICY_ID: "lower-case words joined by dots and hyphens, such as unsafe-code.shell-injection",
-    SELECTION: "a lower-case letter, then letters, digits and underscores, such as shell_command",
-    FEATURE: "letters, digits and _ . - such as shell_command",
-    FEATURE_SET: "a path below the feature set folder without its .yaml, such as demo/unsafe-code",
-    RECORDING: "the name of a file beside this one, such as shell-command.safetensors",
-}
-"""What each pattern asks for, in words for error messages."""
+FORMS[POLICY_ID] = (
+    "lower-case words joined by dots and hyphens, such as unsafe-code.shell-injection"
+)
+FORMS[SELECTION] = "a lower-case letter, then letters, digits and _, such as shell_command"
+FORMS[FEATURE] = "letters, digits and _ . - such as shell_command"
+FORMS[FEATURE_SET] = (
+    "a path below the feature set folder without its .yaml, such as demo/unsafe-code"
+)
+FORMS[RECORDING] = "the name of a file beside this one, such as shell-command.safetensors"
 
 PolicyId = Annotated[str, StringConstraints(pattern=POLICY_ID, max_length=100)]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -68,12 +68,6 @@ def _phrase(read: Callable[[str], T]) -> PlainValidator:
 
 def _text(pattern: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "pattern": f"^{pattern}$"})
-
-
-class Section(BaseModel):
-    """A mapping in which every key is known."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class SelectionSection(Section):

@@ -21,9 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saeguard.atomic_files import write_atomically
 from saeguard.errors import InputError
-from saeguard.policy.errors import PolicyError, PolicyErrors
-from saeguard.policy.files import find_files, is_test, read_bytes
+from saeguard.policy.errors import PolicyErrors
+from saeguard.policy.files import find_files, is_test
 from saeguard.policy.types import Policy
+from saeguard.yaml_files.findings import Finding
+from saeguard.yaml_files.raw import read_bytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -293,13 +295,13 @@ def _file_digests(folder: Path) -> dict[str, str]:
     found = {}
     for file in files:
         raw = read_bytes(file)
-        if isinstance(raw, PolicyError):
+        if isinstance(raw, Finding):
             errors.append(raw)
         else:
             found[_relative(file, folder)] = hashlib.sha256(raw).hexdigest()
     if not any(not is_test(file) for file in files) and not errors:
         message = "there are no policies here"
-        errors.append(PolicyError(folder, 0, 0, "no-policies", message))
+        errors.append(Finding(folder, 0, 0, "no-policies", message))
     if errors:
         raise PolicyErrors(errors)
     return found

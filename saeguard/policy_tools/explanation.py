@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saeguard.features.schema import Document
+from saeguard.features.schema import FeatureSetFile
 from saeguard.guard.compiled_rules import Rules, compile_rules
 from saeguard.guard.judge import judge_text, on_tokens, score_text
 from saeguard.guard.scopes import BY_ROLE
@@ -39,7 +39,7 @@ class Account:
 
 def judge_recorded(
     policies: Sequence[Policy],
-    feature_sets: Mapping[str, Document],
+    feature_sets: Mapping[str, FeatureSetFile],
     recording: Recording,
     texts: Sequence[int],
 ) -> Iterator[Sequence[Verdict]]:
@@ -64,7 +64,7 @@ def judge_recorded(
 
 
 def account(
-    policy: Policy, feature_sets: Mapping[str, Document], recording: Recording, text: int
+    policy: Policy, feature_sets: Mapping[str, FeatureSetFile], recording: Recording, text: int
 ) -> Account:
     """Judge one recorded text and keep what the verdict was reached from.
 
@@ -103,7 +103,7 @@ def _roles(rules: Rules, recording: Recording, text: int) -> np.ndarray | None:
 
 
 def _shares(
-    policies: Sequence[Policy], feature_sets: Mapping[str, Document], recording: Recording
+    policies: Sequence[Policy], feature_sets: Mapping[str, FeatureSetFile], recording: Recording
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Return the shares [T, features] of every feature the policies read, and their columns."""
     wanted = dict.fromkeys(

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import digest
-from saeguard.policy.schema import PolicyFile, Section
-from saeguard.policy.yaml_reader import Document, read_document
+from saeguard.policy.schema import PolicyFile
 from saeguard.policy_tools.test_case_schema import CaseFile
+from saeguard.yaml_files.reader import Document, read_document
+from saeguard.yaml_files.section import Section
 
 MODELINE = "# yaml-language-server:"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from saeguard.features.calibrate import values
+from saeguard.features.files import read_feature_set_file
 from saeguard.features.load import load_feature_set
-from saeguard.features.schema import read_document
 from saeguard.guard.roles.assign import RoleMarks, roles_of
 from saeguard.guard.roles.chat_template import role_marks_of
 from saeguard.guard.scopes import OUTPUT
@@ -44,7 +44,7 @@ def record_features(
             checkpoints.
     """
     sets = [load_feature_set(file) for file in feature_sets]
-    documents = [read_document(file) for file in feature_sets]
+    documents = [read_feature_set_file(file) for file in feature_sets]
     for features in sets:
         check_model(lm, features)
     excluded = sorted({token for features in sets for token in features.exclude_tokens})

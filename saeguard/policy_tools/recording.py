@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from saeguard.atomic_files import write_atomically
 from saeguard.errors import InputError
-from saeguard.features.schema import Document
+from saeguard.features.schema import FeatureSetFile
 from saeguard.features.value import share
 from saeguard.guard.scopes import BY_ROLE, ROLES, SCOPES
 from saeguard.policy.types import Policy
@@ -98,7 +98,7 @@ class Recording:
             raise RecordingError(f"{self.path}: there is no text {id_!r}; there are: {known}")
         return self.ids.index(id_)
 
-    def shares(self, document: Document, feature: str, here: slice) -> np.ndarray:
+    def shares(self, document: FeatureSetFile, feature: str, here: slice) -> np.ndarray:
         """Return the feature's share of its range at the tokens `here`, float32.
 
         Args:
@@ -127,7 +127,7 @@ class Recording:
         return share(self.values[here, column], part.low, part.high)
 
 
-def definition(document: Document, feature: str) -> str:
+def definition(document: FeatureSetFile, feature: str) -> str:
     """Return the digest of what a feature is made of; its range and threshold do not matter."""
     part = document.features[feature]
     made_of: dict[str, Any] = {"sae": document.sae.sha256, "layer": document.sae.layer}

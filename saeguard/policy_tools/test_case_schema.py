@@ -11,11 +11,11 @@ from saeguard.policy.schema import (
     FeatureName,
     LongText,
     PolicyId,
-    Section,
     ShortText,
     without_null,
 )
 from saeguard.policy_tools.traces import MAX_TOKENS
+from saeguard.yaml_files.section import Section
 
 _RUN = "[1-9][0-9]{0,4} (template|system|user|assistant|tool)"
 ROLES = f"^{_RUN}(, {_RUN})*$"

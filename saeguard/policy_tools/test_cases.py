@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from saeguard.policy.errors import PolicyError, did_you_mean, show
-from saeguard.policy.files import TEST_SUFFIX, read_bytes
+from saeguard.policy.files import TEST_SUFFIX
 from saeguard.policy.types import Policy
-from saeguard.policy.validate import shape
-from saeguard.policy.yaml_reader import Document, Loc, read_document
 from saeguard.policy_tools.test_case_schema import CaseFile, CaseSection
 from saeguard.policy_tools.traces import TraceError, trace
+from saeguard.yaml_files.findings import Finding, did_you_mean, show
+from saeguard.yaml_files.raw import read_bytes
+from saeguard.yaml_files.reader import Document, FileKind, Loc, read_document
+from saeguard.yaml_files.validate import merged, shape
+
+KIND = FileKind("test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +77,24 @@ def policy_path(cases: Path) -> Path:
     return cases.with_name(cases.name.removesuffix(TEST_SUFFIX) + ".yaml")
 
 
-def missing_tests(policy: Policy) -> PolicyError:
+def missing_tests(policy: Policy) -> Finding:
     """Return that a policy has no tests."""
     name = cases_path(policy.path).name
     message = f"there are no tests for this policy; write {name} beside it"
-    return PolicyError(policy.path, 0, 0, "test-missing", message)
+    return Finding(policy.path, 0, 0, "test-missing", message)
 
 
-def read_cases(path: Path, policy: Policy) -> tuple[tuple[Case, ...], list[PolicyError]]:
+def read_cases(path: Path, policy: Policy) -> tuple[tuple[Case, ...], list[Finding]]:
     """Return the cases of a test file, or everything that is wrong with it."""
-    raw = read_bytes(path)
-    if isinstance(raw, PolicyError):
+    raw = read_bytes(path, KIND)
+    if isinstance(raw, Finding):
         return (), [raw]
-    document = read_document(path, raw)
+    document = read_document(path, raw, KIND)
     if document.data is None:
         return (), list(document.errors)
     content, misshapen = shape(CaseFile, document)
     if content is None or document.errors:
-        wrong_already = {(error.line, error.column) for error in document.errors}
-        follow = [e for e in misshapen if (e.line, e.column) not in wrong_already]
-        return (), [*document.errors, *follow]
+        return (), merged(document, misshapen)
     errors = [*_whole(document, content, policy)]
     cases = []
     for i, section in enumerate(content.cases):
@@ -104,7 +105,7 @@ def read_cases(path: Path, policy: Policy) -> tuple[tuple[Case, ...], list[Polic
     return (() if errors else tuple(cases)), errors
 
 
-def _whole(document: Document, content: CaseFile, policy: Policy) -> Iterator[PolicyError]:
+def _whole(document: Document, content: CaseFile, policy: Policy) -> Iterator[Finding]:
     if content.policy != policy.id:
         message = f"the policy beside this file is {show(policy.id)}; write that id"
         yield document.error("test-policy", message, ("policy",))
@@ -122,7 +123,7 @@ def _whole(document: Document, content: CaseFile, policy: Policy) -> Iterator[Po
 
 def _case(
     document: Document, section: CaseSection, policy: Policy, loc: Loc
-) -> tuple[Case | None, list[PolicyError]]:
+) -> tuple[Case | None, list[Finding]]:
     errors = [*_ways(document, section, loc)]
     given: Trace | Recorded | Said
     if section.shares is not None:
@@ -152,7 +153,7 @@ def _case(
     return case, []
 
 
-def _ways(document: Document, section: CaseSection, loc: Loc) -> Iterator[PolicyError]:
+def _ways(document: Document, section: CaseSection, loc: Loc) -> Iterator[Finding]:
     """Yield what keeps a case from giving its tokens in just one of the three ways."""
     ways = {
         "shares": ("shares", "prompt_tokens", "roles"),
@@ -185,8 +186,8 @@ def _trace(
     written: Mapping[str, str],
     policy: Policy,
     loc: Loc,
-) -> tuple[Trace, list[PolicyError]]:
-    errors: list[PolicyError] = []
+) -> tuple[Trace, list[Finding]]:
+    errors: list[Finding] = []
     features = sorted({selection.feature for selection in policy.detect.values()})
     shares: dict[str, list[float]] = {}
     length = 0
@@ -232,7 +233,7 @@ def _run(text: str) -> list[str]:
 
 def _expectations(
     document: Document, section: CaseSection, given: Trace | Recorded | Said, loc: Loc
-) -> Iterator[PolicyError]:
+) -> Iterator[Finding]:
     length = 0
     if isinstance(given, Trace):
         length = max(map(len, given.shares.values()), default=0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-from saeguard.policy.errors import PolicyError
 from saeguard.policy.types import Policy
 from saeguard.policy_tools.test_cases import Case, cases_path
+from saeguard.yaml_files.findings import Finding
 
 Status: TypeAlias = Literal["passed", "failed", "skipped", "todo", "passes"]
 """`todo`: it fails, as is known. `passes`: it is to do, and passes by now."""
@@ -45,14 +45,14 @@ class Result:
     complaint: str
     """What was expected and what came instead, or why the case was not run."""
 
-    def finding(self) -> PolicyError:
+    def finding(self) -> Finding:
         """Return the failure, or the case that is no longer to do, at its place."""
         path = cases_path(self.policy.path)
         if self.status == "passes":
             message = f"{self.case.name}: this passes now; remove todo: true"
-            return PolicyError(path, self.case.line, 1, "test-passes", message, level="note")
+            return Finding(path, self.case.line, 1, "test-passes", message, level="note")
         message = f"{self.case.name}: {self.complaint}"
-        return PolicyError(path, self.case.line, 1, "test-failed", message)
+        return Finding(path, self.case.line, 1, "test-failed", message)
 
 
 def compare(policy: Policy, case: Case, verdict: Judged) -> Result:

@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from saeguard.features.schema import FeatureSetError
+from saeguard.features.files import FeatureSetError
 from saeguard.guard.watchlist import WatchList, WatchListError
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.signing import BundleError, Manifest

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saeguard.cli import main
-from saeguard.features.schema import read_document
+from saeguard.features.files import read_feature_set_file
 from saeguard.policy_tools.recording import Recording, definition, write_recording
 from tests.policy.example import GOOD
 
@@ -84,7 +84,7 @@ def record(
         texts: by id, the shares of `shell_exec` and of `string_built` at each token.
         spelt: keep a spelling of each token.
     """
-    document = read_document(SET)
+    document = read_feature_set_file(SET)
     shares = np.concatenate([np.array(text, np.float32).T for text in texts.values()])
     lengths = np.array([len(text[0]) for text in texts.values()])
     recording = Recording(

@@ -106,7 +106,7 @@ def test_broken_feature_set(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run("check") == 1
     out = capsys.readouterr().out
-    assert "bad-feature-set" in out
+    assert 'feature_sets/demo/unsafe-code.yaml:1:9: error[not-allowed]: found "nonsense"' in out
     assert "unknown-feature-set" not in out
 
 
@@ -115,7 +115,7 @@ def test_misnamed_feature_set(capsys: pytest.CaptureFixture[str]) -> None:
     Path("feature_sets/demo/unsafe-code.yaml").rename("feature_sets/other.yaml")
 
     assert run("check") == 1
-    assert 'the id is "demo/unsafe-code"; name it like its file' in capsys.readouterr().out
+    assert 'found "demo/unsafe-code", expected the name of its file' in capsys.readouterr().out
 
 
 def test_paths(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ import pytest
 from saeguard.events.records import verdict_event
 from saeguard.events.schema import LINE
 from saeguard.guard.judge import judge
-from saeguard.policy.load import read_policy
 from tests.cli.project import BOTH, BY_THRESHOLD, ONE, SET, lay_out, record, run
+from tests.policy.example import read_policy
 
 SHARES = {"weak": [0, 0, 0.3, 0.5], "strong": [0, 0, 0.9, 0.2]}
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saeguard.features.feature_template import read_feature_file
-from saeguard.features.schema import FeatureSetError
+from saeguard.features.files import FeatureSetError, read_feature_file
 from tests.cli import project
 from tests.cli.project import run
 

@@ -19,8 +19,8 @@ from saeguard.cli.features import verb
 from saeguard.cli.sae import verb as sae_verb
 from saeguard.cli.scan import record as scan_line
 from saeguard.cli.serve_checks import startup_report
+from saeguard.features.files import read_feature_set_file
 from saeguard.features.load import FeatureSetError, load_feature_set
-from saeguard.features.schema import read_document
 from saeguard.features.stats import interval
 from saeguard.guard.build_watchlist import build_watchlist
 from saeguard.hf.model import load_model
@@ -111,7 +111,7 @@ def test_the_agreement_is_what_the_library_says(tmp_path: Path, kind: str) -> No
     file = tmp_path / "sets" / "tiny.yaml"
     models.write_feature_set(file, sae, latents=latents, layers=LAYERS, high=4.0)
     exact = load_feature_set(file)
-    before = definition(read_document(file), f"f{latents[0]}")
+    before = definition(read_feature_set_file(file), f"f{latents[0]}")
 
     told = _calibrate("--check", str(check), "--topk", "approximate", root=tmp_path)
     assert "TopK latents are approximate: measured thresholds stand for ranks" in told
@@ -120,7 +120,9 @@ def test_the_agreement_is_what_the_library_says(tmp_path: Path, kind: str) -> No
     found = features.sae.approximation
     assert found is not None
     assert features.digest != exact.digest
-    assert definition(read_document(file), f"f{latents[0]}") != before, "recordings are others"
+    assert definition(read_feature_set_file(file), f"f{latents[0]}") != before, (
+        "recordings are others"
+    )
     tokens = [t for text in _tokens(model, check) for t in text]
     assert (found.texts, found.tokens) == (30, len(held))
     assert found.texts_sha256 == hashlib.sha256(np.array(tokens, "<i8").tobytes()).hexdigest()

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["saeguard.policy"]):
-    from saeguard.policy.load import read_policy
+with atheris.instrument_imports(include=["saeguard.policy", "saeguard.yaml_files"]):
     from tests.fuzz.target import read
+    from tests.policy.example import read_policy
 
 from tests.fuzz.mutate import MAX_BYTES, mutate
 

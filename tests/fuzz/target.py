@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from saeguard.policy.errors import PolicyError
-from saeguard.policy.load import read_policy
 from saeguard.policy.types import Policy
 from saeguard.policy_tools.test_cases import read_cases
+from saeguard.yaml_files.findings import Finding
+from tests.policy.example import read_policy
 
 SECONDS = 1.0
 """CPU time that one input may take; a good policy takes less than a thousandth of it."""
@@ -49,7 +49,7 @@ def read(path: Path, raw: bytes, good: Policy) -> set[str]:
     return found | {name for name, read in (("policy", policy), ("tests", cases)) if read}
 
 
-def _whole(error: PolicyError) -> None:
+def _whole(error: Finding) -> None:
     """Refuse an error that does not point at a character of the line it quotes."""
     inside = error.line >= 1 and 1 <= error.column <= len(error.source) + 1
     if not inside or not error.message or error.level not in {"error", "warning"}:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from saeguard.policy.errors import PolicyError
-from saeguard.policy.load import read_policy
+from saeguard.policy.load import parse_policy
 from saeguard.policy.types import Policy
+from saeguard.yaml_files.findings import Finding
+from saeguard.yaml_files.raw import read_bytes
 
 GOOD = """\
 schema: saeguard.policy/v1
@@ -44,7 +45,13 @@ def changed(*changes: tuple[str, str]) -> str:
     return text
 
 
-def read(folder: Path, text: str | bytes) -> tuple[Policy | None, list[PolicyError]]:
+def read_policy(path: Path) -> tuple[Policy | None, list[Finding]]:
+    """Return one policy, or everything that is wrong with its file."""
+    raw = read_bytes(path)
+    return (None, [raw]) if isinstance(raw, Finding) else parse_policy(path, raw)
+
+
+def read(folder: Path, text: str | bytes) -> tuple[Policy | None, list[Finding]]:
     """Read `text` as a policy file."""
     path = folder / "p.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -10,9 +10,9 @@ import yaml
 
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.files import MAX_FILES
-from saeguard.policy.load import load_policies, read_policy
+from saeguard.policy.load import load_policies
 from saeguard.policy_tools.test_cases import read_cases
-from tests.policy.example import GOOD, changed, policy, read
+from tests.policy.example import GOOD, changed, policy, read, read_policy
 
 ATTACKS = sorted(Path(__file__).with_name("attacks").glob("*.yaml"))
 
@@ -148,7 +148,7 @@ class TestFolders:
 @pytest.mark.parametrize("path", ATTACKS, ids=[path.stem for path in ATTACKS])
 def test_refused_without_libyaml(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are refused too where PyYAML was built without libyaml, if in other words."""
-    monkeypatch.setattr("saeguard.policy.yaml_reader._LOADER", yaml.SafeLoader)
+    monkeypatch.setattr("saeguard.yaml_files.reader._LOADER", yaml.SafeLoader)
 
     found, errors = read_policy(path)
 

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from saeguard.cli.run_tests import run
-from saeguard.policy.load import read_policy
 from saeguard.policy.schema import PolicyFile
 from saeguard.policy_tools.test_cases import read_cases
+from tests.policy.example import read_policy
 
 LANGUAGE = Path("docs/policy-language.md")
 ERRORS = Path("docs/policy-errors.md")

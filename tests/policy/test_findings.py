@@ -18,12 +18,14 @@ from saeguard.cli.check import of_other_model
 from saeguard.cli.feature_folder import read_feature_sets
 from saeguard.cli.run_tests import run
 from saeguard.cli.test import gather
-from saeguard.policy.errors import Code, PolicyError, PolicyErrors
+from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.files import MAX_FILES
 from saeguard.policy.lint import of_feature_set, resolve
 from saeguard.policy.load import read_policies
 from saeguard.policy_tools.formatter import laid_out
 from saeguard.policy_tools.test_cases import missing_tests
+from saeguard.yaml_files.codes import Code
+from saeguard.yaml_files.findings import Finding, in_order
 from tests.cli.project import BOTH, FEATURES, ONE, SET
 from tests.policy.example import GOOD
 from tests.policy_tools.test_test_cases import CASES
@@ -50,10 +52,10 @@ APPROXIMATE = FEATURES.replace(
     f"latents: {{3: {STAND_IN}, 4: {STAND_IN}}}}}",
 )
 
-Scene = Callable[[Path], Iterable[PolicyError]]
+Scene = Callable[[Path], Iterable[Finding]]
 
 
-def check(folder: Path, policy: str | bytes = GOOD, features: str = FEATURES) -> list[PolicyError]:
+def check(folder: Path, policy: str | bytes = GOOD, features: str = FEATURES) -> list[Finding]:
     """Return what `saeguard check` says of a policy and its feature set."""
     (folder / "p.yaml").write_bytes(policy if isinstance(policy, bytes) else policy.encode())
     (folder / "sets" / SET).parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,7 @@ def check(folder: Path, policy: str | bytes = GOOD, features: str = FEATURES) ->
 def in_folder(change: Callable[[Path], object]) -> Scene:
     """Return what is said of a folder of policies after a change."""
 
-    def scene(folder: Path) -> list[PolicyError]:
+    def scene(folder: Path) -> list[Finding]:
         (folder / "policies").mkdir()
         change(folder / "policies")
         return read_policies(folder / "policies")[1]
@@ -81,7 +83,7 @@ def in_folder(change: Callable[[Path], object]) -> Scene:
 def in_tests(old: str, new: str) -> Scene:
     """Return what is said of a test file with a change, or of its failing cases."""
 
-    def scene(folder: Path) -> list[PolicyError]:
+    def scene(folder: Path) -> list[Finding]:
         (folder / "p.yaml").write_text(GOOD)
         assert old in CASES
         (folder / "p.test.yaml").write_text(CASES.replace(old, new, 1))
@@ -94,7 +96,7 @@ def in_tests(old: str, new: str) -> Scene:
     return scene
 
 
-def other_model(folder: Path) -> list[PolicyError]:
+def other_model(folder: Path) -> list[Finding]:
     """Return what is said where the server's model has another shape."""
     assert check(folder) == []
     (folder / "llama").mkdir()
@@ -103,19 +105,19 @@ def other_model(folder: Path) -> list[PolicyError]:
     return list(of_other_model(read_policies(folder / "p.yaml")[0], sets, folder / "llama"))
 
 
-def orphan(folder: Path) -> list[PolicyError]:
+def orphan(folder: Path) -> list[Finding]:
     """Return what is said of a test file without its policy."""
     (folder / "q.test.yaml").write_text(CASES)
     return gather([folder], [], require_tests=False)[2]
 
 
-def untested(folder: Path) -> list[PolicyError]:
+def untested(folder: Path) -> list[Finding]:
     """Return what is said of a policy without tests."""
     (folder / "p.yaml").write_text(GOOD)
     return [missing_tests(policy) for policy in read_policies(folder / "p.yaml")[0]]
 
 
-def many(folder: Path) -> list[PolicyError]:
+def many(folder: Path) -> list[Finding]:
     """Return what is said of more files than may be."""
     for i in range(MAX_FILES + 1):
         (folder / f"{i}.yaml").touch()
@@ -197,8 +199,9 @@ SCENES: dict[str, Scene] = {
 def told(name: str) -> str:
     """Return what is said in one scene, under its name."""
     with TemporaryDirectory() as folder:
-        errors = PolicyErrors(SCENES[name](Path(folder)))
-        return f"== {name}\n{errors}".replace(f"{folder}/", "").replace(folder, "policies")
+        errors = in_order(SCENES[name](Path(folder)))
+        messages = "\n".join(error.render() for error in errors)
+    return f"== {name}\n{messages}".replace(f"{folder}/", "").replace(folder, "policies")
 
 
 @pytest.mark.parametrize("name", SCENES)

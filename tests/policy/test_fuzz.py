@@ -11,10 +11,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saeguard.policy.load import digest, read_policy
+from saeguard.policy.load import digest
 from tests.fuzz.mutate import MAX_BYTES, mutate
 from tests.fuzz.target import read as read_in_time
-from tests.policy.example import GOOD, policy
+from tests.policy.example import GOOD, policy, read_policy
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from saeguard.policy.errors import Code
+from saeguard.yaml_files.codes import Code
 from tests.policy.example import GOOD, changed, read
 
 GOLDEN = Path(__file__).with_name("messages.txt")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import digest
-from saeguard.policy.yaml_reader import read_document
 from saeguard.policy_tools.formatter import laid_out
+from saeguard.yaml_files.reader import read_document
 from tests.fuzz.mutate import mutate
 from tests.policy.example import GOOD
 from tests.policy_tools.test_test_cases import CASES

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeguard.policy.errors import PolicyError
 from saeguard.policy_tools.test_cases import (
     Case,
     Recorded,
@@ -19,6 +18,7 @@ from saeguard.policy_tools.test_cases import (
     read_cases,
 )
 from saeguard.policy_tools.traces import TraceError, trace
+from saeguard.yaml_files.findings import Finding
 from tests.policy.example import policy
 
 CASES = """\
@@ -40,7 +40,7 @@ cases:
 """
 
 
-def read(folder: Path, *changes: tuple[str, str]) -> tuple[tuple[Case, ...], list[PolicyError]]:
+def read(folder: Path, *changes: tuple[str, str]) -> tuple[tuple[Case, ...], list[Finding]]:
     """Read the test file above with changes."""
     text = CASES
     for old, new in changes:

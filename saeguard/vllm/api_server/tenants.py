@@ -17,10 +17,10 @@ from saeguard.events.metrics import show
 from saeguard.events.records import refusal_event
 from saeguard.events.sink import Sink
 from saeguard.policy.access import Access, key_digest, matches
-from saeguard.policy.errors import did_you_mean
-from saeguard.policy.errors import show as quoted
 from saeguard.vllm.engine_core.admission import ENFORCE, TENANT
 from saeguard.vllm.settings import Settings, access_of, name_of, settings_of
+from saeguard.yaml_files.findings import did_you_mean
+from saeguard.yaml_files.findings import show as quoted
 
 PREFIX = "saeguard"
 HEADERS = (b"authorization", b"x-api-key")

@@ -1,8 +1,8 @@
-"""Read YAML into plain data, remembering where every key and value stands.
+"""Read YAML into plain data, and record where every key and value stands.
 
-Works on PyYAML's events rather than on its nodes: anchors, aliases and tags are then seen
-before anything is built, nothing is ever expanded, and the caps on depth and count hold while
-reading. Mistakes that leave the rest readable are gathered; the others end the file.
+The reader works on PyYAML's events rather than on its nodes: it sees anchors, aliases and tags
+before anything is built, never expands anything, and applies the caps on depth and count while
+reading. Mistakes that leave the rest readable are collected; the others end the file.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ from typing import Any, NoReturn, TypeAlias
 import yaml
 
 from saeguard.errors import SaeguardError
-from saeguard.policy.errors import Code, PolicyError, show
-from saeguard.policy.yaml_scalars import AmbiguousError, Scalar, kind, plain
-
-MAX_BYTES = 64 * 1024
-MAX_DEPTH = 8
-MAX_VALUES = 4_000
+from saeguard.yaml_files.codes import Code
+from saeguard.yaml_files.findings import Finding, show
+from saeguard.yaml_files.scalars import AmbiguousError, Scalar, describe, plain
 
 Loc: TypeAlias = tuple[str | int, ...]
 """Where in the data: keys and list indices from the root, as pydantic writes them too."""
@@ -30,10 +27,26 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # C0 and C1 controls but tab and newline; line and paragraph separators, which count as line
 # breaks to YAML but not to editors; bidirectional controls, which reorder what a reviewer sees;
 # byte order marks, lone surrogates and non-characters.
-_CONTROL = re.compile(
+CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
     r"\ufeff\ud800-\udfff\ufffe\uffff]"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class FileKind:
+    """What a kind of file may hold."""
+
+    name: str
+    """For messages: `policy`."""
+    max_bytes: int = 64 * 1024
+    max_depth: int = 8
+    max_values: int = 4_000
+    numbers: bool = False
+    """Whether keys may be whole numbers, and values may have an exponent as in 1.5e-05."""
+
+
+POLICY = FileKind("policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +68,11 @@ class Document:
     data: Any
     keys: dict[Loc, Mark]
     values: dict[Loc, Mark]
-    errors: tuple[PolicyError, ...]
+    errors: tuple[Finding, ...] = ()
 
     def error(
         self, code: Code, message: str, loc: Loc, *, at_key: bool = False, offset: int = 0
-    ) -> PolicyError:
+    ) -> Finding:
         """Return an error that points at `loc`, or at the nearest thing around it.
 
         Args:
@@ -102,10 +115,10 @@ class Document:
         return body[ahead] if ahead < len(body) else body[-1] + 1
 
 
-def read_document(path: Path, raw: bytes) -> Document:
+def read_document(path: Path, raw: bytes, kind: FileKind = POLICY) -> Document:
     """Read one YAML document. Never raises: see `Document.errors`."""
-    if len(raw) > MAX_BYTES:
-        message = f"the file is larger than {MAX_BYTES // 1024} KiB; split it into several files"
+    if len(raw) > kind.max_bytes:
+        message = f"the file is larger than {kind.max_bytes >> 10:,} KiB; split it into several"
         return _unreadable(path, "", 0, "too-large", message)
     try:
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
@@ -115,25 +128,25 @@ def read_document(path: Path, raw: bytes) -> Document:
         message = f"byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8"
         start = len(error.object[: error.start].decode())
         return _unreadable(path, text, start, "not-utf8", message)
-    control = _CONTROL.search(text)
+    control = CONTROL.search(text)
     if control:
         message = (
-            f"the invisible character U+{ord(control.group()):04X} is not allowed in policy "
-            "files; remove it"
+            f"the invisible character U+{ord(control.group()):04X} is not allowed in a "
+            f"{kind.name} file; remove it"
         )
         return _unreadable(path, text, control.start(), "control-character", message)
-    return _Reader(path, text).document()
+    return _Reader(path, text, kind).document()
 
 
 def _unreadable(path: Path, text: str, start: int, code: Code, message: str) -> Document:
     return Document(path, text, None, {}, {}, (_error_at(path, text, start, code, message),))
 
 
-def _error_at(path: Path, text: str, start: int, code: Code, message: str) -> PolicyError:
+def _error_at(path: Path, text: str, start: int, code: Code, message: str) -> Finding:
     line_start = text.rfind("\n", 0, start) + 1
     source = text[line_start:].split("\n", 1)[0]
     line = text.count("\n", 0, start) + 1
-    return PolicyError(path, line, start - line_start + 1, code, message, source)
+    return Finding(path, line, start - line_start + 1, code, message, source)
 
 
 class _StopError(SaeguardError):
@@ -144,9 +157,10 @@ class _StopError(SaeguardError):
 class _Reader:
     path: Path
     text: str
+    kind: FileKind
     keys: dict[Loc, Mark] = field(default_factory=dict)
     values: dict[Loc, Mark] = field(default_factory=dict)
-    errors: list[PolicyError] = field(default_factory=list)
+    errors: list[Finding] = field(default_factory=list)
 
     def document(self) -> Document:
         data = None
@@ -189,7 +203,9 @@ class _Reader:
                 case yaml.DocumentStartEvent():
                     documents += 1
                     if documents > 1:
-                        message = "a second document starts here; write one policy per file"
+                        message = (
+                            f"a second document starts here; write one {self.kind.name} per file"
+                        )
                         self._stop("several-documents", message, start)
                     if event.version or event.tags:
                         self._stop("directive", "% directives are not allowed; remove it", start)
@@ -198,15 +214,17 @@ class _Reader:
                 case _:
                     pass
         if documents == 0:
-            self._stop("empty-file", "the file is empty; write a policy or remove it", 0)
+            self._stop("empty-file", f"the file is empty; write a {self.kind.name} or remove it", 0)
         return data
 
     def _node(self, event: Any, events: Iterator[Any], loc: Loc) -> Any:
         start = event.start_mark.index
-        if len(loc) > MAX_DEPTH:
-            self._stop("too-deep", f"nested more than {MAX_DEPTH} levels deep", start)
-        if len(self.values) >= MAX_VALUES:
-            self._stop("too-many-values", f"more than {MAX_VALUES:,} values in one file", start)
+        if len(loc) > self.kind.max_depth:
+            message = f"nested more than {self.kind.max_depth} levels deep; flatten this part"
+            self._stop("too-deep", message, start)
+        if len(self.values) >= self.kind.max_values:
+            message = f"more than {self.kind.max_values:,} values in one file; split the file"
+            self._stop("too-many-values", message, start)
         self.values[loc] = self._mark(event)
         if isinstance(event, yaml.AliasEvent):
             message = f"the alias {show(f'*{event.anchor}')} is not allowed; write the value out"
@@ -231,7 +249,7 @@ class _Reader:
     def _scalar(self, event: Any) -> Scalar:
         text: str = event.value
         start = event.start_mark.index
-        control = _CONTROL.search(text)  # an escape such as "\u202e" brings them back
+        control = CONTROL.search(text)  # an escape such as "\u202e" brings them back
         if control:
             message = f"the text holds the invisible character U+{ord(control.group()):04X}"
             self._report("control-character", f"{message}; remove the escape", start)
@@ -239,12 +257,12 @@ class _Reader:
         if event.style or event.tag is not None:
             return text
         try:
-            value = plain(text)
+            value = plain(text, exponents=self.kind.numbers)
         except AmbiguousError as error:
             self._report("ambiguous-value", f"found {text[:60]} without quotes: {error}", start)
             return text
         if value is None:
-            message = "there is no value here; write one, or remove the key"
+            message = "the key has no value; write one, or remove the key"
             self._report("no-value", message, start)
         return value
 
@@ -256,15 +274,15 @@ class _Reader:
             items.append(self._node(event, events, (*loc, len(items))))
         return items
 
-    def _mapping(self, events: Iterator[Any], loc: Loc) -> dict[str, Any]:
-        mapping: dict[str, Any] = {}
+    def _mapping(self, events: Iterator[Any], loc: Loc) -> dict[str | int, Any]:
+        mapping: dict[str | int, Any] = {}
         for event in events:
             if isinstance(event, yaml.MappingEndEvent):
                 break
             key = self._key(event)
             if key in mapping:
                 first = self.keys[*loc, key].line
-                message = f"the key {show(key)} is here already, on line {first}; keep one of them"
+                message = f"found the key {show(key)} on line {first} already; keep one of them"
                 self._report("duplicate-key", message, event.start_mark.index)
                 self._node(next(events), events, (*loc, f"{key} (again)"))
             else:
@@ -272,17 +290,20 @@ class _Reader:
                 mapping[key] = self._node(next(events), events, (*loc, key))
         return mapping
 
-    def _key(self, event: Any) -> str:
+    def _key(self, event: Any) -> str | int:
         start = event.start_mark.index
         if not isinstance(event, yaml.ScalarEvent):
-            self._stop("key-type", "a key has to be a plain word", start)
+            self._stop("key-type", "found a list or a mapping, expected a word as the key", start)
         if event.value == "<<" and not event.style:
             self._stop("merge-key", 'the merge key "<<" is not allowed; write the keys out', start)
         if event.anchor is not None or event.tag is not None:
-            self._stop("key-type", "a key has to be a plain word, without anchor or tag", start)
+            self._stop("key-type", "found a key with an anchor or a tag, expected a word", start)
         key = self._scalar(event)
+        if self.kind.numbers and type(key) is int:
+            return key
         if not isinstance(key, str):
             if key is not None:
-                self._report("key-type", f"{kind(key)} is not a key; keys are words", start)
+                message = f"found {describe(key)}, expected a word as the key; put it in quotes"
+                self._report("key-type", message, start)
             return event.value or "?"
         return key

@@ -1,17 +1,18 @@
-"""Check the shape of a document against a pydantic model, in the words of a person."""
+"""Check a document against a pydantic model, with messages for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from saeguard.policy.errors import Code, PolicyError, did_you_mean, show
-from saeguard.policy.schema import FORMS
-from saeguard.policy.yaml_reader import Document, Loc
-from saeguard.policy.yaml_scalars import kind
+from saeguard.yaml_files.codes import Code
+from saeguard.yaml_files.findings import Finding, did_you_mean, show
+from saeguard.yaml_files.reader import Document, Loc
+from saeguard.yaml_files.scalars import describe
+from saeguard.yaml_files.section import FORMS
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -33,7 +34,7 @@ _BOUNDS = {
 }
 
 
-def shape(model: type[M], document: Document) -> tuple[M | None, list[PolicyError]]:
+def shape(model: type[M], document: Document) -> tuple[M | None, list[Finding]]:
     """Return the document as `model`, or every way in which it is not one."""
     try:
         return model.model_validate(document.data), []
@@ -42,9 +43,17 @@ def shape(model: type[M], document: Document) -> tuple[M | None, list[PolicyErro
     return None, [_translated(model, document, error) for error in errors]
 
 
-def _translated(
-    model: type[BaseModel], document: Document, error: Mapping[str, Any]
-) -> PolicyError:
+def merged(document: Document, found: Iterable[Finding]) -> list[Finding]:
+    """Return the mistakes in the YAML and those in what it says, in the order of the file.
+
+    A place that is wrong as YAML is reported once: what it seems to say is wrong as a consequence.
+    """
+    wrong_already = {(error.line, error.column) for error in document.errors}
+    follow = [error for error in found if (error.line, error.column) not in wrong_already]
+    return sorted([*document.errors, *follow], key=lambda error: (error.line, error.column))
+
+
+def _translated(model: type[BaseModel], document: Document, error: Mapping[str, Any]) -> Finding:
     loc: Loc = error["loc"]
     at_key = error["type"] == "extra_forbidden"
     if loc and loc[-1] == "[key]" and loc not in document.values:  # pydantic's mark for a key
@@ -56,18 +65,18 @@ def _translated(
 def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tuple[Code, str]:
     mistake: str = error["type"]
     value = error["input"]
-    found = kind(value) if isinstance(value, dict | list) else show(value)
+    found = describe(value) if isinstance(value, dict | list) else show(value)
     context: Mapping[str, Any] = error.get("ctx", {})
     code: Code
     if mistake == "extra_forbidden":
         keys = _keys(model, loc[:-1])
         hint = did_you_mean(str(loc[-1]), keys)
-        code, what = "unknown-key", f"{show(loc[-1])} is not a key here; {hint}"
+        code, what = "unknown-key", f"{show(str(loc[-1]))} is not a key here; {hint}"
         what += f"allowed: {', '.join(keys)}"
     elif mistake == "missing":
         code, what = "missing-key", f"the key {show(loc[-1])} is missing; add it"
     elif mistake in _TYPES:
-        code, what = "wrong-type", f"found {kind(value)}, {_TYPES[mistake]} is due"
+        code, what = "wrong-type", f"found {describe(value)}, expected {_TYPES[mistake]}"
         what += _quotes(value, mistake)
     elif mistake == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
@@ -80,16 +89,22 @@ def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tupl
         code, what = "out-of-range", f"found {found}; write a number {words} "
         what += f"{context[bound]:g}"
     elif mistake == "string_pattern_mismatch":
-        code, what = "bad-name", f"found {found}; write {FORMS[context['pattern']]}"
+        code, what = "bad-name", f"found {found}; write {_form(context['pattern'])}"
     elif mistake.endswith("too_long"):
         unit = "characters" if isinstance(value, str) else "entries"
         code, what = "too-long", f"at most {context['max_length']} {unit} are allowed here"
     elif mistake.endswith("too_short"):
-        code, what = "empty-value", "there is nothing here; write a value"
+        least = context["min_length"]
+        many = f"expected at least {least} entries; add some"
+        code, what = "empty-value", many if least > 1 else "the value is empty; write one"
     else:
         code = "bad-phrase" if mistake == "bad-phrase" else "invalid-value"
         what = f"found {found}; {error['msg']}"
     return code, what
+
+
+def _form(pattern: str) -> str:
+    return FORMS.get(pattern, f"text that matches {pattern}")
 
 
 def _quotes(value: object, mistake: str) -> str:

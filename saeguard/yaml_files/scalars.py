@@ -1,7 +1,7 @@
 """Read plain YAML scalars as YAML 1.1 and 1.2 readers agree, and refuse the rest.
 
 `no` is a boolean to one reader and text to the next, `012` is ten or twelve, `1:30` is ninety.
-A file that people review must not depend on that, so such spellings have to be quoted.
+A file that people review must not depend on that, so such spellings must be quoted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ _STARTS_A_NUMBER = frozenset("+-.0123456789")
 """Most texts are words; only these need the patterns below."""
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _DECIMAL = re.compile(r"-?(0|[1-9][0-9]{0,17})\.[0-9]{1,30}")
+_EXPONENT = re.compile(r"-?(0|[1-9][0-9]{0,17})\.[0-9]{1,30}e[-+][0-9]{1,3}")
+"""The one spelling of an exponent that YAML 1.1 and 1.2 read alike."""
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _NUMBER_TO_SOME = re.compile(
     r"""
@@ -51,8 +53,12 @@ class AmbiguousError(InputError):
     """The spelling means different things to different YAML readers."""
 
 
-def plain(text: str) -> Scalar:
+def plain(text: str, *, exponents: bool = False) -> Scalar:
     """Return the value of an unquoted scalar.
+
+    Args:
+        text: as written.
+        exponents: whether a number may be written as in 1.5e-05.
 
     Raises:
         AmbiguousError: says what is unclear and how to write it.
@@ -64,11 +70,13 @@ def plain(text: str) -> Scalar:
         return _BOOLEAN[lower]
     if lower in _BOOLEAN_TO_SOME:
         raise AmbiguousError("some YAML readers take this for true or false; put it in quotes")
-    return _number(text) if text[0] in _STARTS_A_NUMBER else text
+    return _number(text, exponents) if text[0] in _STARTS_A_NUMBER else text
 
 
-def _number(text: str) -> Scalar:
+def _number(text: str, exponents: bool) -> Scalar:
     """Return a number, a date, or the text that only looks like one."""
+    if exponents and _EXPONENT.fullmatch(text):
+        return float(text)
     if _INTEGER.fullmatch(text):
         return int(text)
     if _DECIMAL.fullmatch(text):
@@ -77,7 +85,7 @@ def _number(text: str) -> Scalar:
         try:
             return date.fromisoformat(text)
         except ValueError:
-            raise AmbiguousError("there is no such day in the calendar") from None
+            raise AmbiguousError("expected a day of the calendar, such as 2027-02-28") from None
     if _NUMBER_TO_SOME.fullmatch(text):
         raise AmbiguousError(
             "YAML readers disagree on this number; write it in plain decimals such as 0.5 or 12, "
@@ -91,7 +99,7 @@ def _number(text: str) -> Scalar:
     return text
 
 
-def kind(value: object) -> str:
+def describe(value: object) -> str:
     """Return what a value is, in words for messages."""
     if isinstance(value, bool):
         return f"the boolean {str(value).lower()}"

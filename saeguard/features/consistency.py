@@ -1,0 +1,129 @@
+"""Check that the parts of a feature-set file agree with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from saeguard.features.schema import FeaturePart, FeatureSetFile, SaePart
+from saeguard.yaml_files.findings import Finding
+from saeguard.yaml_files.reader import Document, Loc
+
+MEASURE = "`saeguard features calibrate --topk approximate`"
+
+
+def disagreements(content: FeatureSetFile, document: Document) -> Iterator[Finding]:
+    """Yield every place where a part of the file contradicts another.
+
+    Args:
+        content: the file, each of whose parts is well-formed.
+        document: the same with positions.
+    """
+    yield from _shape(content, document)
+    yield from _name_of_sae(content.sae, document)
+    yield from _measured(content.sae, document)
+    if content.sae.sha256 is None and content.status != "published":
+        message = (
+            'the key "sha256" is missing: features hold only for the checkpoint they were found '
+            "in; run `saeguard features calibrate`, or write status: published if nobody has "
+            "calibrated the set"
+        )
+        yield document.error("not-pinned", message, ("sae",), at_key=True)
+    for name, feature in content.features.items():
+        yield from _feature(content.sae, name, feature, document)
+
+
+def _shape(content: FeatureSetFile, document: Document) -> Iterator[Finding]:
+    sae, model = content.sae, content.model
+    if sae.d_in != model.hidden_size:
+        message = (
+            f"sae.d_in is {sae.d_in}, but model.hidden_size is {model.hidden_size}; the SAE reads "
+            "the model's residual stream, so write the same width in both"
+        )
+        yield document.error("model-mismatch", message, ("sae", "d_in"))
+    if sae.layer >= model.num_layers:
+        message = (
+            f"sae.layer is {sae.layer}, but model.num_layers is {model.num_layers}; write a layer "
+            f"from 0 to {model.num_layers - 1}"
+        )
+        yield document.error("model-mismatch", message, ("sae", "layer"))
+
+
+def _name_of_sae(sae: SaePart, document: Document) -> Iterator[Finding]:
+    ways: dict[str, dict[str, object]] = {
+        "path": {"path": sae.path},
+        "release": {"release": sae.release, "id": sae.id},
+        "repo": {"repo": sae.repo, "folder": sae.folder, "files": sae.files},
+    }
+    used = {way: [k for k, v in keys.items() if v is not None] for way, keys in ways.items()}
+    given = [way for way, keys in used.items() if keys]
+    here: Loc = ("sae",)
+    if len(given) != 1:
+        found = ", ".join(key for way in given for key in used[way]) or "none of them"
+        message = f"found {found}; give either path, or release and id, or repo, files and folder"
+        yield document.error("sae-name", message, here, at_key=True)
+        return
+    if given == ["release"] and len(used["release"]) == 1:
+        message = f"found {used['release'][0]} alone; release and id belong together"
+        yield document.error("sae-name", message, (*here, used["release"][0]), at_key=True)
+    if given == ["repo"] and (sae.repo is None or sae.files is None):
+        message = f"found {', '.join(used['repo'])}; repo and files belong together"
+        yield document.error("sae-name", message, (*here, used["repo"][0]), at_key=True)
+    if sae.path is not None and sae.revision is not None:
+        message = "revision names a commit of a repository, but the SAE is given by path; remove it"
+        yield document.error("sae-name", message, (*here, "revision"), at_key=True)
+    for loc, name in (
+        ((*here, "folder"), sae.folder or ""),
+        *(((*here, "files", i), name) for i, name in enumerate(sae.files or ())),
+    ):
+        if ".." in name.split("/"):
+            message = "folder and files lie within the repository; write them without `..`"
+            yield document.error("sae-name", message, loc)
+
+
+def _measured(sae: SaePart, document: Document) -> Iterator[Finding]:
+    """Yield an approximation that was not measured, or not with this checkpoint."""
+    measured = sae.topk_measured
+    if (sae.topk == "approximate") != (measured is not None):
+        message = (
+            "topk: approximate and topk_measured belong together, and the latter is measured, not "
+            f"written: leave both out and run {MEASURE} on your own texts"
+        )
+        key = "topk" if measured is None else "topk_measured"
+        yield document.error("topk-measured", message, ("sae", key), at_key=True)
+    elif measured is not None and measured.sha256 != sae.sha256:
+        message = (
+            f"topk_measured.sha256 is {measured.sha256}, but sae.sha256 is {sae.sha256}, another "
+            f"checkpoint; leave topk and topk_measured out and run {MEASURE}"
+        )
+        yield document.error("topk-measured", message, ("sae", "topk_measured", "sha256"))
+
+
+def _feature(
+    sae: SaePart, name: str, feature: FeaturePart, document: Document
+) -> Iterator[Finding]:
+    here: Loc = ("features", name)
+    if (feature.detect is None) == (feature.probe is None):
+        found = "neither" if feature.detect is None else "both"
+        message = f"found {found} of detect and probe; give either detect or probe"
+        yield document.error("detect-or-probe", message, here, at_key=True)
+    if feature.low >= feature.high:
+        message = (
+            f"low ({feature.low:g}) must be below high ({feature.high:g}): a share is "
+            "(value - low) / (high - low)"
+        )
+        yield document.error("empty-range", message, (*here, "low"))
+    for key, latents in (("detect", feature.detect or {}), ("clamp", feature.clamp)):
+        for latent in latents:
+            loc = (*here, key, latent)
+            if latent >= sae.d_sae:
+                message = (
+                    f"found latent {latent}, but sae.d_sae is {sae.d_sae}; write a number from 0 "
+                    f"to {sae.d_sae - 1}"
+                )
+                yield document.error("unknown-latent", message, loc, at_key=True)
+            elif sae.topk_measured is not None and latent not in sae.topk_measured.latents:
+                message = (
+                    f"the threshold of latent {latent} is not among sae.topk_measured; run "
+                    f"{MEASURE} again"
+                )
+                yield document.error("topk-measured", message, loc, at_key=True)
