@@ -169,7 +169,7 @@ def account(
                 "count": len(found),
                 "read_ms": quantiles([r.read_ms for r in found]),
                 "swap_ms": quantiles([r.swap_ms for r in found]),
-                "rows": sorted({r.rows for r in found}),
+                "rows": sorted({r.encoder_rows for r in found}),
             }
             for kind, found in by_kind.items()
         },

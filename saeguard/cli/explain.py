@@ -22,7 +22,7 @@ from saeguard.cli.report import columns, count
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
-    from saeguard.events.schema import Event
+    from saeguard.events.record_schema import Event
     from saeguard.policy.types import Policy
     from saeguard.policy_tools.explanation import Account
     from saeguard.policy_tools.recording import Recording
@@ -211,6 +211,8 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
 def _record(id_: str, found: Account, approximate: bool) -> dict[str, Any]:
     import numpy as np
 
+    from saeguard.events.records import verdict_record
+
     v = found.verdict
 
     def at(mask: np.ndarray) -> list[int]:
@@ -218,12 +220,8 @@ def _record(id_: str, found: Account, approximate: bool) -> dict[str, Any]:
 
     return {
         "text": id_,
-        "policy": v.policy,
-        "mode": v.mode,
-        "verdict": v.outcome,
-        "score": v.score,
+        **verdict_record(v),
         "approximate": approximate,
-        "first_token": v.first_token,
         "on": at(found.on),
         "condition_holds": at(found.evidence > 1),
         "selections": {

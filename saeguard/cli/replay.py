@@ -25,7 +25,7 @@ from saeguard.cli.report import columns, count
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
-    from saeguard.events.schema import Event
+    from saeguard.events.record_schema import Event
     from saeguard.policy.types import Policy
     from saeguard.policy_tools.policy_diff import Pair
     from saeguard.policy_tools.verdict_diff import Shift

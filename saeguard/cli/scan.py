@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -43,6 +43,7 @@ def verb(
     """
     from tqdm import tqdm
 
+    from saeguard.events.records import verdict_record
     from saeguard.features.load import load_feature_set
     from saeguard.guard.build_watchlist import build_watchlist
     from saeguard.hf.model import check_model, load_model, load_tokenizer
@@ -75,30 +76,10 @@ def verb(
     judged = tqdm(scan(lm, watchlist, inputs), desc="scan", total=len(inputs), unit="text")
     verdicts: dict[int, Sequence[Verdict]] = dict(judged)
     lines = [
-        json.dumps({"id": text.id} | record(verdict))
+        json.dumps({"id": text.id} | verdict_record(verdict))
         for i, text in enumerate(inputs)
         for verdict in verdicts[i]
     ]
     write_atomically(out, "".join(f"{line}\n" for line in lines))
     matched = sum(any(v.outcome == "match" for v in found) for found in verdicts.values())
     typer.echo(f"{matched} of {len(inputs)} texts match a policy. Wrote {out}.")
-
-
-def record(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as one line of the output holds it."""
-    from saeguard.guard.verdict import THRESHOLD
-
-    return {
-        "policy": verdict.policy,
-        "mode": verdict.mode,
-        "verdict": verdict.outcome,
-        "score": verdict.score,
-        "threshold": THRESHOLD,
-        "first_token": verdict.first_token,
-        **({"approximate": True} if verdict.approximate else {}),
-        "coverage": {
-            "tokens": verdict.coverage.tokens,
-            "evaluated": verdict.coverage.evaluated,
-            "skipped": dict(verdict.coverage.skipped),
-        },
-    }

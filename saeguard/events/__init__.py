@@ -1,1 +1,1 @@
-"""What the guard reports, and how it gets out without holding up serving."""
+"""Events and metrics: their records, the event log, and the Prometheus counters."""

@@ -1,8 +1,8 @@
-"""Running totals: counted beside the scheduler, shown by the API server's `/metrics`.
+"""Count totals beside the scheduler, and show them in the API server's `/metrics`.
 
-A counter made in the engine's process does not show there. So what was counted since the last
-time rides with a request that ends, to whichever API server that request belongs to, and
-is added to that process' Prometheus counters. Sums over API servers are right.
+`/metrics` does not show counters of the engine core's process. So the counts since the last report
+travel with the output of a request that ends, to the API server of that request, which adds them
+to its own Prometheus counters. Sums over API servers are right.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 
 METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "requests": ("Requests that ended under guard.", ()),
-    "tokens": ("Tokens of ended requests, evaluated or by the reason why not.", ("state",)),
+    "requests": ("Requests that ended under the guard.", ()),
+    "tokens": ("Tokens of ended requests: evaluated, or the reason why not.", ("state",)),
     "verdicts": (
-        "Verdicts of ended requests, by what was concluded.",
+        "Verdicts on ended requests.",
         ("policy", "mode", "verdict"),
     ),
     "actions": ("Actions taken.", ("policy", "mode", "action")),
-    "ledger_mismatches": ("Requests whose tokens are not all accounted for; must stay 0.", ()),
-    "events": ("Events by what became of them; the difference is queued.", ("state",)),
-    "unread_passes": ("Forward passes of which nothing reached the rules.", ()),
-    "reloads": ("Readings of the policy files, by what became of them.", ("outcome",)),
-    "refusals": ("Requests refused because they asked the guard for what they may not have.", ()),
-    "memory_dropped": ("Cached blocks whose activations were let go for want of room.", ()),
+    "ledger_mismatches": ("Requests whose coverage does not add up; must stay 0.", ()),
+    "events": ("Events produced, written and dropped; the others are queued.", ("state",)),
+    "unread_passes": ("Forward passes that brought nothing to the rules.", ()),
+    "reloads": ("Reloads of the policy files, by outcome.", ("outcome",)),
+    "refusals": ("Requests refused for what they asked of the guard.", ()),
+    "prefix_store_dropped": ("Cached blocks that the prefix store had no room for.", ()),
 }
 """Prometheus counters `saeguard_<name>_total`: help text and labels."""
 KINDS = tuple(
@@ -35,21 +35,21 @@ KINDS = tuple(
     for mode in ("shadow", "enforce")
     for outcome in ("match", "no_match", "error", "not_evaluated")
 )
-"""Of verdicts, in the order in which `Verdicts.tally` numbers them."""
+"""Kinds of verdicts, in the order in which `Verdicts.tally` numbers them."""
 GAUGES: dict[str, str] = {
-    "policies_current": "1 while what the policy files hold is in use, 0 from a refused reload on.",
+    "policies_current": "1 while the policies of the files are in use; 0 after a refused reload.",
 }
 """Prometheus gauges `saeguard_<name>`: help text."""
 
 
 class Counts:
-    """What was counted since it was last taken."""
+    """Counts since they were last taken."""
 
     def __init__(self) -> None:
-        """Start at nothing."""
+        """Start at zero."""
         self._new: Counter[tuple[str, ...]] = Counter()
         self._verdicts: dict[int, tuple[Any, np.ndarray]] = {}
-        """By list of policies: the list, and how many verdicts of each [policies, kinds]."""
+        """By id of a watch list's policies: the policies, and their verdicts [policies, kinds]."""
         self._seen: Counter[tuple[str, ...]] = Counter()
         self._stands: dict[str, int] = {}
         self._changed: dict[str, int] = {}
@@ -76,18 +76,18 @@ class Counts:
             self._new[name, *labels] += n
 
     def total(self, name: str, *labels: str, n: int) -> None:
-        """Tell a total that somebody else keeps."""
+        """Set a total that another object counts."""
         key = (name, *labels)
         self.add(*key, n=n - self._seen[key])
         self._seen[key] = n
 
     def gauge(self, name: str, value: int) -> None:
-        """Tell how something stands, where it has changed since it was told last."""
+        """Set a gauge; it is reported if it differs from the last report."""
         if self._stands.get(name) != value:
             self._stands[name] = self._changed[name] = value
 
     def take(self) -> list[list[Any]]:
-        """Return `[name, *labels, n]` of what moved, and start anew."""
+        """Return `[name, *labels, n]` for everything that changed, and start at zero."""
         for policies, numbers in self._verdicts.values():
             for i, kind in np.argwhere(numbers).tolist():
                 self.add("verdicts", policies[i].id, *KINDS[kind], n=int(numbers[i, kind]))
@@ -101,7 +101,7 @@ class Counts:
 
 @cache
 def _counter(name: str) -> Any:
-    # Where metrics are shown, vLLM has loaded it; the engine's own process never needs it.
+    # vLLM has imported it in the API server; the engine core's process never needs it.
     from prometheus_client import Counter as Metric  # noqa: PLC0415
 
     text, labels = METRICS[name]
@@ -122,7 +122,7 @@ def _gauge(name: str) -> Any:
 
 
 def show(counts: Iterable[Sequence[Any]]) -> None:
-    """Add what an engine counted to this process' Prometheus counters."""
+    """Add the counts of an engine core to this process' Prometheus counters."""
     for name, *labels, n in counts:
         if name in GAUGES:
             _gauge(name).set(n)

@@ -1,4 +1,4 @@
-"""Read what `saeguard.events.sink` wrote: the events of a log, line by line."""
+"""Read the verdicts of an event log, line by line."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from saeguard.errors import InputError
-from saeguard.events.schema import LINE, Event
+from saeguard.events.record_schema import LINE, Event
 
 
 class LogError(InputError):
-    """A line of an event log is not understood; names file, line and field."""
+    """A line of an event log is not an event; the message names file, line and field."""
 
 
 def read_log(path: Path) -> Iterator[Event]:
-    """Yield the verdicts of an event log in the order they were written.
+    """Yield the verdicts of an event log in the order of its lines.
 
-    A last line that was cut off is left out: a server may be writing it.
+    An incomplete last line is skipped, since a server may be writing it.
 
     Raises:
-        LogError: another line is no event of this version.
+        LogError: another line is not an event of this schema version.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -35,9 +35,9 @@ def read_log(path: Path) -> Iterator[Event]:
                     return
                 first = error.errors()[0]
                 field = ".".join(map(str, first["loc"])) or "line"
-                told = first["msg"]
+                message = first["msg"]
                 if first["type"] == "union_tag_not_found":
-                    told = 'the key "event" is missing; is this an event log?'
-                raise LogError(f"{path}:{number}: {field}: {told}") from error
+                    message = 'the key "event" is missing; is this an event log?'
+                raise LogError(f"{path}:{number}: {field}: {message}") from error
             if isinstance(event, Event):
                 yield event

@@ -1,4 +1,4 @@
-"""A bounded queue and one writer thread: events reach the disk, and never hold up serving."""
+"""Write events through a bounded queue and one thread, so that serving never waits."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ import structlog
 
 _END = object()
 BREATH, PAUSE_S = 16, 0.001
-"""After so many events the writer rests, as long as there is room: it shares Python's lock with the
-engine's steps, and a request leaves as many events as there are policies."""
+"""The writer sleeps `PAUSE_S` after every `BREATH` events while the queue has room: it shares
+Python's lock with the engine's steps, and a request leaves one event for each policy."""
 
 
 class _Lines(io.FileIO):
-    """A file that several engine cores append to: a line is one write, and lines do not mix."""
+    """A file that several engine cores append to; each line is one write, so lines do not mix."""
 
     def write(self, line: Any, /) -> int:
         """Append a whole line.
 
         Raises:
-            OSError: it did not go in as a whole, so the disk is full.
+            OSError: only a part was written, since the disk is full.
         """
         written = super().write(line)
         if written != len(line):
@@ -47,11 +47,11 @@ class Sink:
     def __init__(self, path: Path, *, capacity: int = 65536) -> None:
         """Open `path` for appending and start the writer.
 
-        Engine cores of a data-parallel server share the file. The system appends each write as a
-        whole on a local disk; a network file system may not.
+        The engine cores of a data-parallel server share the file. A local disk appends each write
+        as a whole; a network file system may not.
 
         Raises:
-            OSError: the file cannot be opened; better now than at the first event.
+            OSError: the file cannot be opened.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _Lines(path, "a")
@@ -70,9 +70,9 @@ class Sink:
         self.written = 0
         self.dropped = 0
         self._queued = self._begun = 0
-        """Events that were taken, and those that the writer has begun with: the others wait."""
+        """Events accepted, and events that the writer has begun with; the difference waits."""
         self._lock = threading.Lock()
-        """Of the counters, held for as long as it takes to add to them."""
+        """Protects the counters; held only while adding to them."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="saeguard-events", daemon=True)
         self._thread.start()
@@ -85,7 +85,7 @@ class Sink:
     def put_all(self, build: Callable[[], Iterable[Mapping[str, Any]]], n: int) -> None:
         """Queue `n` events, which `build` makes on the writer's thread. Never blocks or raises.
 
-        Of those for which there is no room, the last are dropped.
+        If the queue has room for fewer, the last are dropped.
         """
         with self._lock:
             room = 0 if self._closed else self._capacity - (self._queued - self._begun)
@@ -97,7 +97,7 @@ class Sink:
             self._queue.put((build, taken))
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Write what is queued, for at most `timeout_s`, and close the file."""
+        """Write the queued events, for at most `timeout_s` seconds, and close the file."""
         if self._closed:
             return
         self._closed = True
@@ -105,7 +105,7 @@ class Sink:
         self._thread.join(timeout_s)
         self.dropped = self.produced - self.written
         if not self._thread.is_alive():
-            with contextlib.suppress(OSError):  # what a full disk did not take is counted above
+            with contextlib.suppress(OSError):  # events lost to a full disk are counted above
                 self._file.close()
 
     def _run(self) -> None:
@@ -121,11 +121,11 @@ class Sink:
                     time.sleep(PAUSE_S)
 
     def _hurried(self) -> bool:
-        """Return whether events come faster than the writer may take its time."""
+        """Return whether the queue fills up, so that the writer must not sleep."""
         return self._closed or self._queued - self._begun > self._capacity // 4
 
     def _write(self, events: Iterator[Mapping[str, Any]]) -> None:
-        self._begun += 1  # by this thread only
+        self._begun += 1  # written by this thread only
         written = False
         with contextlib.suppress(Exception):  # disk full, closed pipe: counted, serving goes on
             event = next(events, None)

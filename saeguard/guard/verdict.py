@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from saeguard.policy.types import Action, Mode, Severity
 
@@ -16,7 +16,6 @@ Reason: TypeAlias = Literal[
     "prefix_cached",
     "special_token",
     "not_sampled",
-    "shed",
     "aborted",
     "error",
     "untracked",
@@ -82,12 +81,3 @@ class Verdict:
 def balanced(coverage: Coverage) -> bool:
     """Return whether every token is accounted for."""
     return coverage.evaluated + sum(coverage.skipped.values()) == coverage.tokens
-
-
-def as_dict(coverage: Coverage) -> Mapping[str, Any]:
-    """Return the coverage as events and responses show it."""
-    return {
-        "tokens": coverage.tokens,
-        "evaluated": coverage.evaluated,
-        "skipped": dict(coverage.skipped),
-    }

@@ -70,7 +70,7 @@ class Report:
     """Reading and compiling, in the compiler's process."""
     swap_ms: float
     """From then to being the present list, beside the steps."""
-    rows: int
+    encoder_rows: int
     """Encoder rows written into the taps."""
 
 
@@ -204,7 +204,7 @@ class Reloader:
                 revision=None if self._manifest is None else self._manifest.revision,
                 read_ms=round(1e3 * reading.seconds, 1),
                 swap_ms=round(1e3 * (time.perf_counter() - began), 1),
-                rows=rows,
+                encoder_rows=rows,
             )
         )
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from saeguard.events.record_schema import LINE
 from saeguard.events.records import verdict_event
-from saeguard.events.schema import LINE
 from saeguard.guard.judge import judge
 from tests.cli.project import BOTH, BY_THRESHOLD, ONE, SET, lay_out, record, run
 from tests.policy.example import read_policy
@@ -124,7 +124,7 @@ def test_bad_log(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_log_without_verdicts(capsys: pytest.CaptureFixture[str], content: str) -> None:
     """Nothing was judged, which is not the same as that nothing would change."""
     line = {
-        "event": "request.refused", "schema": "saeguard.event/v1", "time": "2026-01-01T00:00:00Z",
+        "event": "request.refused", "schema": "saeguard.event/v2", "time": "2026-01-01T00:00:00Z",
         "model": "tiny", "tenant": None, "reason": "because",
     }  # fmt: skip
     LINE.validate_python(line)

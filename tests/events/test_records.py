@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saeguard.events.record_schema import Event, Skipped, json_schema
 from saeguard.events.records import SCHEMA, mismatch_event, verdict_event
-from saeguard.events.schema import Event, Skipped, json_schema
 from saeguard.events.sink import Sink
 from saeguard.guard.judge import judge_all
-from saeguard.guard.verdict import Outcome, Reason, Verdict
+from saeguard.guard.verdict import Coverage, Outcome, Reason, Verdict
 from saeguard.policy.types import Action, Mode, Severity
 from tests.guard.watchlists import (
     FEATURES,
@@ -30,7 +30,7 @@ from tests.guard.watchlists import (
 )
 
 SHIPPED = json.loads(
-    resources.files("saeguard.events").joinpath("event.v1.json").read_text(encoding="utf-8")
+    resources.files("saeguard.events").joinpath("event.v2.json").read_text(encoding="utf-8")
 )
 VALIDATOR = jsonschema.Draft202012Validator(
     SHIPPED, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
@@ -58,8 +58,8 @@ def written(verdict: Verdict, **more: Any) -> dict[str, Any]:
 
 
 def test_the_shipped_schema_is_current() -> None:
-    """`event.v1.json` is what the model of an event says; see the message for how to renew it."""
-    renew = "python -m saeguard.events.schema > saeguard/events/event.v1.json"
+    """`event.v2.json` is what the model of an event says; see the message for how to renew it."""
+    renew = "python -m saeguard.events.record_schema > saeguard/events/event.v2.json"
     assert json_schema() == SHIPPED, renew
 
 
@@ -102,7 +102,7 @@ def test_a_written_line_is_valid(tmp_path: Path) -> None:
     ("key", "bad"),
     [
         ("verdict", "maybe"),
-        ("schema", "saeguard.event/v2"),
+        ("schema", "saeguard.event/v1"),
         ("matched_tokens", -1),
         ("score", "high"),
         ("text", "what the user wrote"),
@@ -138,7 +138,7 @@ def test_closed_lists_are_the_guards_own() -> None:
 
 def test_a_ledger_that_does_not_add_up_is_an_event() -> None:
     """Under the same schema, told apart by its kind."""
-    coverage = {"tokens": 3, "evaluated": 1, "skipped": {"not_forwarded": 1}}
+    coverage = Coverage(3, 1, {"not_forwarded": 1})
 
     event = mismatch_event(
         coverage, request_id="7-ab12", model="demo", watchlist="0" * 64, finished="stop"

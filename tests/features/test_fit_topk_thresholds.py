@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from saeguard.cli.features import verb
 from saeguard.cli.sae import verb as sae_verb
-from saeguard.cli.scan import record as scan_line
 from saeguard.cli.serve_checks import startup_report
+from saeguard.events.records import verdict_record as scan_line
 from saeguard.features.files import read_feature_set_file
 from saeguard.features.load import FeatureSetError, load_feature_set
 from saeguard.features.stats import interval

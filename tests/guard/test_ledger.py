@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard.events.metrics import Counts
+from saeguard.events.records import coverage_record
 from saeguard.guard import ledger as module
 from saeguard.guard.evaluate import advance
 from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.judge import judge_all
 from saeguard.guard.ledger import Ledger
 from saeguard.guard.sampling import is_sampled
-from saeguard.guard.verdict import as_dict, balanced
+from saeguard.guard.verdict import balanced
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.policy.types import Clamp, Name, Policy, Selection, Window
 from tests.guard import plain
@@ -326,7 +327,7 @@ def test_a_prefix_hit_is_told_apart_from_a_lost_pass() -> None:
 
     assert verdict.outcome == "no_match"
     assert verdict.coverage.skipped == {"prefix_cached": 2, "not_forwarded": 1}
-    assert as_dict(verdict.coverage)["tokens"] == 4
+    assert coverage_record(verdict.coverage)["tokens"] == 4
 
 
 def test_a_request_aborted_before_it_ran_is_not_evaluated() -> None:

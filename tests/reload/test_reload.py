@@ -113,12 +113,12 @@ def test_rows_are_written_where_nobody_reads(settings: Settings, server: Server)
     swap = server.updates.take({}).swap
     assert swap is not None
     (told,) = swap.writes
-    assert report.rows == len(told.columns) == 1
+    assert report.encoder_rows == len(told.columns) == 1
     assert not set(told.columns.tolist()) & first.reads[1]
     assert (report.old, report.new) == (first.watchlist.digest, server.now)
     write(folder, 1, 2, above=0.9)
     report = server.until(lambda r: r.outcome == "active" and r.old != first.watchlist.digest)
-    assert report.rows == 0
+    assert report.encoder_rows == 0
     swap = server.updates.take({}).swap
     assert swap is not None
     assert (swap.number, swap.writes) == (2, ())
@@ -163,7 +163,7 @@ def test_a_list_that_waits_gives_way_to_a_later_one(settings: Settings, server: 
     """What comes after it is tried, whatever it waited for."""
     pin, waiting = waits(settings, server)
     write(Path(settings.policies), 2, above=0.7)
-    server.until(lambda r: r.outcome == "active" and r.policies == 1 and r.rows == 0)
+    server.until(lambda r: r.outcome == "active" and r.policies == 1 and r.encoder_rows == 0)
     assert server.lists.current.watchlist.policies[0].detect["a2"].above == 0.7
     assert pin.version in server.lists.live
     assert waiting not in {r.new for r in server.reports}

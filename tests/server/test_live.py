@@ -237,7 +237,7 @@ def test_every_line_is_of_the_schema(live: Live) -> None:
     """Reloads and refusals among them."""
     import jsonschema
 
-    from saeguard.events.schema import json_schema
+    from saeguard.events.record_schema import json_schema
 
     kinds = set()
     for line in live.server.events.read_text().splitlines():

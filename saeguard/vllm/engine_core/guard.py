@@ -15,7 +15,13 @@ import structlog
 
 from saeguard.errors import CannotRunError
 from saeguard.events.metrics import Counts
-from saeguard.events.records import mismatch_event, reload_event, verdict_events
+from saeguard.events.records import (
+    coverage_record,
+    mismatch_event,
+    reload_event,
+    verdict_events,
+    verdict_record,
+)
 from saeguard.events.sink import Sink
 from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.ledger import Hit
@@ -24,7 +30,7 @@ from saeguard.guard.request_verdicts import Verdicts
 from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
 from saeguard.guard.scopes import USER
 from saeguard.guard.state import State
-from saeguard.guard.verdict import Coverage, as_dict, balanced
+from saeguard.guard.verdict import Coverage, balanced
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy.types import strongest_action
 from saeguard.reload.reloader import Reloader, Report
@@ -38,6 +44,11 @@ log = structlog.get_logger("saeguard")
 
 VISIBLE = frozenset({"flag", "clamp", "stop"})
 """Actions that the application sees; `log` and shadow verdicts are the operator's."""
+SHOWN_TO_CLIENTS = frozenset(
+    {"policy", "severity", "score", "threshold", "first_token", "matched_tokens", "approximate",
+     "features", "coverage"}
+)  # fmt: skip
+"""Keys of a verdict's record that a response holds, besides `action`: the action taken."""
 
 EARLY = frozenset({"abort", "error"})
 """Reasons for which a request ends with passes of it still under way."""
@@ -356,7 +367,7 @@ class EngineGuard:
         verdicts = verdicts.decided(admission.decision.applies, admission.decision.waived)
         known = {"request_id": request_id, "model": self.model, "watchlist": digest}
         self._report(verdicts, coverage, reason, {**known, "tenant": admission.tenant})
-        return response(verdicts, as_dict(coverage), digest)
+        return response(verdicts, coverage_record(coverage), digest)
 
     def _report(
         self,
@@ -371,9 +382,9 @@ class EngineGuard:
             log.error(
                 "saeguard ledger does not balance",
                 request_id=known["request_id"],
-                **as_dict(coverage),
+                **coverage_record(coverage),
             )
-            self._put(partial(mismatch_event, as_dict(coverage), **known, finished=reason))
+            self._put(partial(mismatch_event, coverage, **known, finished=reason))
         if self.sink is not None:
             events = partial(verdict_events, verdicts, **known, finished=reason)
             self.sink.put_all(events, len(verdicts))
@@ -396,7 +407,7 @@ class EngineGuard:
             for state in ("produced", "written", "dropped"):
                 self.counts.total("events", state, n=getattr(self.sink, state))
         if self.prefix_store is not None:
-            self.counts.total("memory_dropped", n=self.prefix_store.dropped)
+            self.counts.total("prefix_store_dropped", n=self.prefix_store.dropped)
         self.counts.total("unread_passes", n=self.lost + self.ledger.unwatched_passes)
         if self.reloader is not None:
             status = self.reloader.status
@@ -425,7 +436,7 @@ class EngineGuard:
         admission = self.admitted[request_id]
         verdicts = verdicts.decided(admission.decision.applies, admission.decision.waived)
         digest = admission.pin.version.watchlist.digest
-        return response(verdicts, as_dict(coverage), digest)
+        return response(verdicts, coverage_record(coverage), digest)
 
     def reloaded(self, report: Report) -> None:
         """Tell what became of a reload; from the reloading thread."""
@@ -456,21 +467,8 @@ def response(verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str) ->
         "flagged": bool(shown),
         "action": strongest_action(v.acted for v in shown),
         "verdicts": [
-            {
-                "policy": v.policy,
-                "severity": v.severity,
-                "action": v.acted,
-                "score": v.score,
-                "threshold": 1.0,
-                "first_token": v.first_token,
-                "matched_tokens": v.matched_tokens,
-                **({"approximate": True} if v.approximate else {}),
-                "features": {
-                    name: {"count": f.count, "max": round(f.max, 4), "at": f.at}
-                    for name, f in v.features.items()
-                },
-                "coverage": as_dict(v.coverage),
-            }
+            {key: value for key, value in verdict_record(v).items() if key in SHOWN_TO_CLIENTS}
+            | {"action": v.acted}
             for v in shown
         ],
         "coverage": coverage,

@@ -1,4 +1,4 @@
-"""What an event line says: one source for the JSON Schema, its descriptions and the tests."""
+"""The schema of event lines: one source for the JSON Schema, its descriptions and the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ URL = "https://json-schema.org/draft/2020-12/schema"
 
 
 class Part(BaseModel):
-    """An object in which every key is known and required, unless it has a default."""
+    """An object without unknown keys, in which every key without a default is required."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -34,23 +34,24 @@ class Skipped(Part):
         None, ge=1, description="The last token: it is never fed back, so nothing reads it."
     )
     prefix_cached: int | None = Field(
-        None, ge=1, description="Tokens whose KV came from the prefix cache."
+        None,
+        ge=1,
+        description="Tokens read from the prefix cache, of which the prefix store has no record.",
     )
     special_token: int | None = Field(
         None, ge=1, description="Tokens that the feature sets exclude by id, such as BOS."
     )
     not_sampled: int | None = Field(
-        None, ge=1, description="All tokens of a request that the policy's sample leaves out."
+        None, ge=1, description="All tokens of a request that the policy's sampling leaves out."
     )
-    shed: int | None = Field(None, ge=1, description="Tokens let go under overload.")
     aborted: int | None = Field(
-        None, ge=1, description="Tokens that the request's end kept from being computed."
+        None, ge=1, description="Tokens that were not computed before the request ended."
     )
     error: int | None = Field(
         None, ge=1, description="Tokens whose activations could not be read or are not finite."
     )
     untracked: int | None = Field(
-        None, ge=1, description="Tokens of a pass of which nothing reached the guard."
+        None, ge=1, description="Tokens of a forward pass that brought nothing to the rules."
     )
 
 
@@ -58,30 +59,28 @@ class Coverage(Part):
     """How much of its scope the policy looked at: `evaluated + sum(skipped) == tokens`."""
 
     tokens: int = Field(ge=0, description="Tokens in the policy's scope, sampled ones included.")
-    evaluated: int = Field(ge=0, description="Tokens that the verdict speaks of.")
+    evaluated: int = Field(ge=0, description="Tokens that the verdict is about.")
     skipped: Skipped = Field(description="All other tokens, by reason.")
 
 
 class Line(Part):
-    """What every line of the event log holds, besides `event`, which says its kind."""
+    """The keys of every line of the event log, besides `event`, its kind."""
 
-    schema_: Literal["saeguard.event/v1"] = Field(
+    schema_: Literal["saeguard.event/v2"] = Field(
         alias="schema", description="Version of this schema."
     )
-    model: str = Field(description="Name the model is served under.")
+    model: str = Field(description="Name under which the model is served.")
     time: AwareDatetime | None = Field(
         None, description="When the event was written, UTC; added by the sink."
     )
 
 
 class Ended(Line):
-    """A line about a request that ended."""
+    """A line about a request that has ended."""
 
     request_id: str = Field(min_length=1, description="The engine's own id of the request.")
-    tenant: str | None = Field(
-        description="Whose request it was by its API key; null where nobody is known."
-    )
-    finished: str | None = Field(description="Why the request ended, in the engine's words.")
+    tenant: str | None = Field(description="Tenant by the request's API key; null if unknown.")
+    finished: str | None = Field(description="Why the request ended, in vLLM's words.")
 
 
 class Event(Ended):
@@ -89,78 +88,88 @@ class Event(Ended):
 
     event: Literal["verdict"] = Field(description="Kind of the line.")
     watchlist: str = Field(
-        description="sha256 over policies, feature sets and checkpoints, or its start."
+        description="sha256 over policies, feature sets and checkpoints, or its first digits."
     )
     policy: str = Field(description="Id of the policy.")
     policy_digest: str = Field(description="sha256 of the policy's canonical content.")
     mode: Literal["shadow", "enforce"] = Field(
-        description="Whether the policy's action was to be taken for this request."
+        description="enforce: the policy's action is taken for this request. shadow: it is not."
     )
     severity: Literal["low", "medium", "high", "critical"] = Field(
         description="The policy's severity."
     )
     verdict: Literal["match", "no_match", "error", "not_evaluated"] = Field(
-        description="What was concluded. `no_match` speaks of the tokens evaluated; the four "
-        "are never folded into one another."
+        description="The policy's verdict. `no_match` is about the evaluated tokens only; the "
+        "four are never folded into one another."
     )
     action: Literal["log", "flag", "clamp", "stop"] = Field(description="The policy's action.")
     acted: Literal["log", "flag", "clamp", "stop"] | None = Field(
-        description="What was done; null in shadow, without a match, or under an exception."
+        description="The action taken; null in shadow, without a match, or under an exception."
     )
     score: float | None = Field(
-        description="Highest evidence over threshold; null where nothing was evaluated."
+        description="Highest evidence over threshold; null if no token was evaluated."
     )
     threshold: float = Field(
-        ge=1, le=1, description="The policy matches where its score exceeds it; always 1."
+        ge=1, le=1, description="The policy matches if its score exceeds this; always 1."
     )
     first_token: int | None = Field(
         ge=0, description="Position of the first match, from the first prompt token."
     )
     matched_tokens: int = Field(ge=0, description="Tokens on which the policy was on.")
-    features: dict[str, Fired] = Field(description="By name, the features the policy reads.")
+    features: dict[str, Fired] = Field(description="The features that the policy reads, by name.")
     coverage: Coverage = Field(description="How much of its scope the policy looked at.")
     exception: str | None = Field(description="Id of the exception that waived the action.")
-    error: str | None = Field(description="Kind of error; null where every token was read.")
+    error: str | None = Field(description="Kind of error; null if every token was read.")
     approximate: bool = Field(
         default=False,
-        description="Whether measured thresholds stood for the ranks of a TopK SAE's latents; the "
-        "feature set says how well they agree.",
+        description="Whether measured thresholds were used in place of the ranks of a TopK SAE's "
+        "latents; the feature set states how well they agree.",
     )
 
 
 class Mismatch(Ended):
-    """A request whose tokens are not all accounted for: a fault of the guard, never silent."""
+    """A request whose coverage does not add up: a fault of the guard, never silent."""
 
     event: Literal["ledger_mismatch"] = Field(description="Kind of the line.")
     watchlist: str = Field(description="sha256 over policies, feature sets and checkpoints.")
-    coverage: Coverage = Field(description="The request's own ledger, which does not add up.")
+    coverage: Coverage = Field(description="The request's own coverage, which does not add up.")
 
 
 class Reload(Line):
-    """The policy files were read while serving; a refused list leaves the one before in use."""
+    """The policy files were read while serving; if refused, the old watch list stays in use."""
 
     event: Literal["policy.reload"] = Field(description="Kind of the line.")
     outcome: Literal["active", "unchanged", "refused", "failed"] = Field(
-        description="active: the new list is in use. unchanged: it was already. refused: the files "
-        "are wrong, or this server cannot serve them. failed: they could not be read at all."
+        description="active: the new watch list is in use. unchanged: it was in use already. "
+        "refused: the files are wrong, or this server cannot serve them. failed: they could not "
+        "be read."
     )
-    trigger: Literal["files", "signal"] = Field(description="Why they were read.")
+    trigger: Literal["files", "signal"] = Field(description="Why the files were read.")
     old: str = Field(description="sha256 of the watch list in use before.")
-    new: str | None = Field(description="sha256 of the one wanted; null where there is none.")
-    error: str | None = Field(description="Why it was refused, as `saeguard check` says it.")
+    new: str | None = Field(
+        description="sha256 of the new watch list; null if there is no such list."
+    )
+    error: str | None = Field(
+        description="Why the files were refused, as `saeguard check` reports it."
+    )
     policies: int = Field(ge=0, description="Policies in use now.")
-    revision: int | None = Field(description="Signed revision in use now; null where unsigned.")
-    read_ms: float = Field(ge=0, description="Reading and compiling, in a process of its own.")
-    swap_ms: float = Field(ge=0, description="From then until new requests were judged by it.")
-    rows: int = Field(ge=0, description="Encoder rows written into the taps.")
+    revision: int | None = Field(description="Signed revision in use now; null if unsigned.")
+    read_ms: float = Field(
+        ge=0, description="Milliseconds of reading and compiling, in a separate process."
+    )
+    swap_ms: float = Field(
+        ge=0,
+        description="Milliseconds from then until new requests were judged by it.",
+    )
+    encoder_rows: int = Field(ge=0, description="Encoder rows written into the taps.")
 
 
 class Refusal(Line):
-    """A request asked the guard for what it may not have, and got a 400."""
+    """A request asked the guard for something it may not have, and got a 400."""
 
     event: Literal["request.refused"] = Field(description="Kind of the line.")
-    tenant: str | None = Field(description="Whose request it was; null where nobody is known.")
-    reason: str = Field(description="What it was told.")
+    tenant: str | None = Field(description="Tenant by the request's API key; null if unknown.")
+    reason: str = Field(description="The message of the 400.")
 
 
 LINE: TypeAdapter[Event | Mismatch | Reload | Refusal] = TypeAdapter(
@@ -169,7 +178,7 @@ LINE: TypeAdapter[Event | Mismatch | Reload | Refusal] = TypeAdapter(
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of one event line, as `event.v1.json` holds it."""
+    """Return the JSON Schema of one event line, the content of `event.v2.json`."""
     return {"$schema": URL, "$id": SCHEMA, **LINE.json_schema(by_alias=True)}
 
 
