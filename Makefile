@@ -15,7 +15,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model smollm2 demo-features demo-clamp test test-all storm mutants parity compat soak reload-storm fuzz lsp check format bench bench-encode build docs doctor clean
+.PHONY: setup demo demo-model smollm2 demo-features demo-clamp test test-all nightly storm mutants parity compat soak reload-storm fuzz lsp check format bench bench-encode build docs doctor clean
 
 setup: $(READY)
 
@@ -40,58 +40,64 @@ $(READY): pyproject.toml tests/constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m demo.run
+	$(BIN)/python -m demo.run $(ARGS)
 
 demo-model: setup
-	$(BIN)/python -m demo.train_model
-	$(BIN)/python -m demo.train_sae
+	$(BIN)/python -m demo.train_model $(MODEL_ARGS)
+	$(BIN)/python -m demo.train_sae $(SAE_ARGS)
 
 # The real model of docs/demo-model.md: downloaded and converted once, half a minute.
 smollm2: setup
 	$(BIN)/saeguard demo-model
 
 demo-features: setup
-	$(BIN)/python -m demo.build_features
+	$(BIN)/python -m demo.build_features $(ARGS)
 
 demo-clamp: setup
-	$(BIN)/python -m demo.evaluate_clamp
+	$(BIN)/python -m demo.evaluate_clamp $(ARGS)
 
+# Two lanes of one core each, then what needs both cores; the total is the last line.
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m tests.lanes $(ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.lanes --all $(ARGS)
+
+# What takes too long for each change. `make -k nightly` goes on after a failure.
+nightly: test-all storm parity mutants fuzz soak reload-storm bench bench-encode
 
 # Ten thousand random requests on V1, two thousand with drafts, five hundred on V2.
+REQUESTS ?= 10000
 storm: setup
-	SAEGUARD_STORM=10000 $(BIN)/python -m pytest -s tests/engine/test_storm.py
+	SAEGUARD_STORM=$(REQUESTS) $(BIN)/python -m pytest -s tests/engine/test_storm.py $(ARGS)
 
+# ARGS="llama gpt2" for some of the families.
 parity: setup
-	$(BIN)/python -m tests.engine.parity_table
+	$(BIN)/python -m tests.engine.parity_table $(ARGS)
 
 # ARGS="0.28.0 --only server" for a part of it.
 compat:
 	$(PYTHON) -m tests.compat $(ARGS)
 
-# Break each mechanism on purpose, and see its test fail.
+# Break each mechanism on purpose, and see its test fail. ARGS="parallel storm" for some of them.
 mutants: setup
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 # Half an hour of random load on a server; MINUTES=5 for less.
 MINUTES ?= 30
 soak: setup
-	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
 
 # A million spoilt policy files; nothing but policy errors may come out. INPUTS=10000 for fewer.
 INPUTS ?= 1000000
 fuzz: setup
 	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e ".[fuzz]"
-	$(BIN)/python -m tests.fuzz --inputs $(INPUTS)
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) $(ARGS)
 
 # Policy files change several times a second under load, good and bad; MINUTES=10 by default here.
 reload-storm: MINUTES = 10
 reload-storm: setup
-	$(BIN)/python -m benchmarks.reload_storm --minutes $(MINUTES)
+	$(BIN)/python -m benchmarks.reload_storm --minutes $(MINUTES) $(ARGS)
 
 # The YAML language server of editors, for tests/policy/test_lsp.py. Needs Node.
 lsp:
@@ -109,15 +115,16 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# What the guard costs a decode step: 5 to 8 minutes. ARGS="--batches 1,8 --rounds 4" for a part.
 bench: setup
-	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
 # Encoders side by side, every size: half an hour. ARGS="--widths 16k,65k --resume" for a part of it.
 bench-encode: setup
 	$(BIN)/python -m benchmarks.encode $(ARGS)
 
 build: setup
-	$(BIN)/python -m build
+	$(BIN)/python -m build $(ARGS)
 
 # The site, into build/site. A broken link or a page without a place in the navigation fails.
 docs: setup

@@ -124,7 +124,7 @@ def packets(batch: int, latents: int, firing: float, first: int) -> list[Forward
     ]
 
 
-def decoder(batch: int) -> Callable[[], object]:
+def decoder(batch: int, *, tiny: bool = False) -> Callable[[], object]:
     """Return a decode step of the benchmark model, `batch` requests behind `CONTEXT` tokens."""
     import transformers  # noqa: PLC0415 - slow to import
 
@@ -133,7 +133,7 @@ def decoder(batch: int) -> Callable[[], object]:
         vocab_size=VOCABULARY,
         hidden_size=1024,
         intermediate_size=3072,
-        num_hidden_layers=14,
+        num_hidden_layers=1 if tiny else 14,
         num_attention_heads=16,
         num_key_value_heads=8,
         head_dim=128,
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plain", action="store_true", help="no aggregates, counts or points")
     parser.add_argument("--steps", type=int, default=4, help="steps of a round that are timed")
+    parser.add_argument("--tiny", action="store_true", help="a model of one layer")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -242,7 +243,7 @@ def main() -> None:
     console = Console(stderr=True)
     cells = []
     for batch in map(int, args.batches.split(",")):
-        step = decoder(batch)
+        step = decoder(batch, tiny=args.tiny)
         for count in map(int, args.policies.split(",")):
             for latents in map(int, args.latents.split(",")):
                 for firing in map(float, args.firing.split(",")):

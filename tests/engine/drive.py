@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.engine import child
+
 
 def record_activations() -> dict[str, dict[int, np.ndarray]]:
     """Keep a copy of every row that the rules are given, by request and position."""
@@ -65,6 +67,7 @@ def main(job_path: Path, out_path: Path) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**job["engine"])
+    child.ready()
     results = []
     for batch in job["batches"]:
         prompts = [{"prompt_token_ids": r["prompt"]} for r in batch]
@@ -109,4 +112,4 @@ def main(job_path: Path, out_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    child.run(main, Path(sys.argv[1]), Path(sys.argv[2]))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from saeguard.guard.judge import judge_all
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm.settings import load_watchlist, parse_settings
+from tests import engine_starts
 
 ROOT = Path(__file__).parents[2]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
@@ -93,7 +95,8 @@ def run(
     defaults = {"dtype": "float32", "max_model_len": 256, "seed": 0, "skip_tokenizer_init": True}
     job = folder / "job.json"
     job.write_text(json.dumps({"engine": {**defaults, **engine}, "batches": list(batches)}))
-    return subprocess.run(
+    began = time.monotonic()
+    done = subprocess.run(
         [sys.executable, "-m", "tests.engine.drive", str(job), str(folder / "out.npz")],
         cwd=ROOT,
         env={**environment(**how), **(more or {})},
@@ -102,6 +105,9 @@ def run(
         check=False,
         timeout=800,
     )
+    if done.returncode:
+        engine_starts.record("refused", time.monotonic() - began)
+    return done
 
 
 def serve(folder: Path, engine: dict[str, Any], batches: Sequence[Any], **how: Any) -> Served:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from tests.engine import child
+
 NAMES = itertools.count()
 
 
@@ -195,6 +197,7 @@ def main(job: Path, stream: TextIO) -> None:
     from vllm import LLM
 
     llm = LLM(**json.loads(job.read_text()))
+    child.ready()
     print(json.dumps({"ready": True}), file=stream, flush=True)
     for line in stream:
         print(json.dumps(answer(llm, ended, json.loads(line))), file=stream, flush=True)
@@ -203,4 +206,4 @@ def main(job: Path, stream: TextIO) -> None:
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[2])) as connection, connection.makefile("rw") as lines:
-        main(Path(sys.argv[1]), lines)
+        child.run(main, Path(sys.argv[1]), lines)

@@ -19,7 +19,7 @@ from tests.engine import engines, test_clamp
 from tests.engine.test_fails_closed import refused, start
 from tests.engine.test_parity import TOLERANCE, check_verdicts
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.ranks]
 
 COUNT, TOKENS = 18, 12
 LATENTS = (4, 8, 12, 16, 20, 24)

@@ -195,6 +195,7 @@ def test_model_runner_v2(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "ranks", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "enforce_eager": False}]
 )

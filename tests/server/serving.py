@@ -20,7 +20,7 @@ import openai
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests import models
+from tests import engine_starts, models
 from tests.engine import engines
 
 CHAT = [{"role": "user", "content": "hello there, how is it going?"}]
@@ -108,6 +108,7 @@ def started(
             stderr=out,
             start_new_session=True,
         )
+    began = time.monotonic()
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
         deadline = time.monotonic() + 400
@@ -116,6 +117,7 @@ def started(
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             try:
                 client.models.list()
+                engine_starts.record("server ready", time.monotonic() - began)
                 break
             except openai.APIConnectionError:
                 time.sleep(0.5)

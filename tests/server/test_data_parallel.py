@@ -14,7 +14,7 @@ import pytest
 from tests import models
 from tests.server.serving import Server, alive, serving
 
-pytestmark = [pytest.mark.server, pytest.mark.engine]
+pytestmark = [pytest.mark.server, pytest.mark.engine, pytest.mark.ranks]
 
 REQUESTS = 60
 

@@ -1,0 +1,137 @@
+"""Every benchmark runs to its end at its smallest size and writes the figures it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine import engines
+
+
+def run(name: str, *arguments: str) -> str:
+    """Run a benchmark in a process of its own; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=engines.ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(engines.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
+
+
+def measured(name: str, out: Path, *arguments: str) -> Any:
+    """Run a benchmark that writes JSON; return it."""
+    run(name, *arguments, "--out", str(out))
+    return json.loads(out.read_text())
+
+
+def positive(figures: Mapping[str, Any], *names: str) -> None:
+    """Assert that figures are there and above zero."""
+    assert {name: figures[name] for name in names if not figures[name] > 0} == {}
+
+
+@pytest.mark.engine
+def test_overhead(tmp_path: Path) -> None:
+    """Each state of the guard has step times; the firing one matches, the idle one does nothing."""
+    result = measured("overhead", tmp_path / "overhead.json", "--tiny")
+    states = result["batches"]["2"]
+    assert set(states) == {"idle", "idle again", "armed", "firing", "clamping"}
+    for state, figures in states.items():
+        positive(figures, "step_ms", "tokens_per_s", "host_us")
+        assert len(figures["step_ratio"]) == len(figures["throughput_ratio"]) == 3
+        guarded = {"worker.before", "op", "worker.after", "collect", "engine.rules"}
+        assert set(figures["parts_us"]) == ({"op"} if state.startswith("idle") else guarded)
+    assert states["armed"]["verdicts"] == {"no_match": 2 * 8}
+    assert states["firing"]["verdicts"]["match"] > 0
+    assert states["clamping"]["verdicts"]["match"] > states["firing"]["verdicts"]["match"]
+    (beside,) = result["reference"]
+    positive(beside, "full_us", "watched_us")
+
+
+def test_encode(tmp_path: Path) -> None:
+    """One size has ratios between our encoder, the libraries' and the bare product."""
+    sizes = ("--widths", "16k", "--tokens", "1", "--watched", "32", "--least", "1")
+    page = tmp_path / "encoding.md"
+    shutil.copy(engines.ROOT / "docs" / "encoding.md", page)
+    (tmp_path / "img").mkdir()
+    out = tmp_path / "encode.json"
+    result = measured("encode", out, *sizes, "--seconds", "0.1", "--docs", str(tmp_path))
+    (case,) = result["cases"]
+    assert (case["width"], case["tokens"]) == (16_384, 1)
+    positive(
+        case["seconds"]["cpu"], "product", "saeguard", "saelens", "sparsify topk", "watched 32"
+    )
+    assert all(len(ratio) == 3 for ratio in case["ratios"]["wall"].values())
+    assert "Not measured" in page.read_text()
+    assert (tmp_path / "img" / "encode.svg").stat().st_size
+
+
+def test_match(tmp_path: Path) -> None:
+    """The rules are timed beside a decode step."""
+    sizes = ("--policies", "10", "--latents", "100", "--batches", "2", "--rounds", "1")
+    result = measured("match", tmp_path / "match.json", *sizes, "--steps", "1", "--tiny")
+    (cell,) = result["cells"]
+    positive(cell, "step_ms", "at_once_us", "together_us", "finish_us")
+
+
+def test_ending() -> None:
+    """The end of a request is timed, and the writing of its events."""
+    assert "10 policies: " in run("ending", "--policies", "10")
+
+
+def test_check() -> None:
+    """The command is timed on a folder of policies."""
+    printed = run("check", "--files", "3", "--runs", "1")
+    assert "wall" in printed
+    assert "processor" in printed
+
+
+@pytest.mark.engine
+def test_reload(tmp_path: Path) -> None:
+    """Both kinds of change come into use, and steps around them are set beside the others."""
+    sizes = ("--policies", "20", "--swaps", "2", "--pause", "0.2")
+    result = measured("reload", tmp_path / "reload.json", *sizes)
+    assert {kind: found["count"] for kind, found in result["reloads"].items()} == {
+        "threshold": 1, "rows": 1,
+    }  # fmt: skip
+    positive(result["step_ms_while_reloading"], "steps", "p50")
+    positive(result["step_ms_otherwise"], "steps", "p50")
+    positive(result["file_to_use_ms"], "p50")
+
+
+@pytest.mark.server
+def test_soak(tmp_path: Path) -> None:
+    """A few seconds of random load: every request has its events, and they add up."""
+    result = measured("soak", tmp_path / "soak.json", "--minutes", "0.1")
+    positive(result, "requests", "events", "tokens_evaluated")
+    assert result["events"] % result["requests"] == 0
+    positive(result["memory"], "mib_at_the_end")
+
+
+@pytest.mark.server
+def test_reload_storm(tmp_path: Path) -> None:
+    """A few seconds of changing policies under load: every request has its verdicts."""
+    result = measured("reload_storm", tmp_path / "storm.json", "--minutes", "0.1")
+    positive(result, "requests", "changes", "state_read")
+    assert result["without_a_verdict"] == result["state_not_of_a_good_list"] == 0
+
+
+def test_every_benchmark_is_run_here() -> None:
+    """A benchmark that nothing runs is one that breaks unnoticed."""
+    folder = engines.ROOT / "benchmarks"
+    programs = {p.stem for p in folder.glob("*.py") if '__name__ == "__main__"' in p.read_text()}
+    assert {
+        name.removeprefix("test_") for name in globals() if name.startswith("test_")
+    } >= programs
