@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from saeguard.cli import VERBS, build, load
+from saeguard.urls import DOCS
 from saeguard.vllm.settings import Settings
 from tests.test_pages import PAGES, ROOT
 
@@ -21,7 +22,7 @@ FENCE = re.compile(r"^```(?:sh|console|bash|text)?\n(.*?)^```$", re.DOTALL | re.
 INLINE = re.compile(r"`((?:make|saeguard|python -m) [^`]+)`")
 STARTS = re.compile(r"^(?:\$ )?(?:[A-Z_]+=\S* )*(?:\S*/)?(make|saeguard|python3?) (.*)$")
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-URL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 OURS = re.compile(r"https://github\.com/[\w-]+/saeguard\b")
 
 
@@ -89,11 +90,12 @@ def test_commands_exist(page: Path) -> None:
 
 
 def test_the_project_has_one_address() -> None:
-    """Pages and forms repeat the address of `pyproject.toml`."""
+    """Pages, forms and error messages repeat the addresses of `pyproject.toml`."""
     files = [*(ROOT / page for page in PAGES), *ROOT.glob(".github/**/*.yml")]
-    other = {u for file in files for u in OURS.findall(file.read_text()) if u != URL}
+    other = {u for file in files for u in OURS.findall(file.read_text()) if u != URLS["Repository"]}
 
     assert other == set()
+    assert DOCS == URLS["Documentation"].rstrip("/")
 
 
 def test_every_setting_has_a_row() -> None:
