@@ -95,7 +95,7 @@ def test_the_project_has_one_address() -> None:
     other = {u for file in files for u in OURS.findall(file.read_text()) if u != URLS["Repository"]}
 
     assert other == set()
-    assert DOCS == URLS["Documentation"].rstrip("/")
+    assert URLS["Documentation"].rstrip("/") == DOCS
 
 
 def test_every_setting_has_a_row() -> None:
