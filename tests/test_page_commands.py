@@ -99,6 +99,16 @@ def test_the_project_has_one_address() -> None:
     assert URLS["Documentation"].rstrip("/") == DOCS
 
 
+def test_nightly_runs_what_make_nightly_does() -> None:
+    """The workflow has a job for each part of `make nightly`."""
+    parts = re.findall(r"^nightly: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    workflow = (ROOT / ".github/workflows/nightly.yml").read_text()
+
+    assert [part.split() for part in parts] == [
+        re.findall(r"target: \[(.+)\]", workflow)[0].split(", ")
+    ]
+
+
 def test_every_setting_has_a_row() -> None:
     """The table of docs/serving.md lists the operator's settings."""
     rows = re.findall(
