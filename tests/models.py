@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sae_lens
 import torch
 import yaml
-from sae_lens.saes.sae import SAEMetadata
 
 from saeguard.sae import inspect
 from tests.tiny import tokenizer
@@ -121,6 +119,9 @@ def make_sae(
     **options: Any,
 ) -> Path:
     """Save a random SAE with SAELens's own code; `options` go to its configuration."""
+    import sae_lens
+    from sae_lens.saes.sae import SAEMetadata
+
     torch.manual_seed(seed)
     metadata = SAEMetadata(hook_name=f"blocks.{layer}.hook_resid_post", model_name="tiny")
     common = {"d_in": d_in, "d_sae": d_sae, "apply_b_dec_to_input": True, "metadata": metadata}
