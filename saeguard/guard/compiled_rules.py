@@ -1,11 +1,11 @@
-"""What policies read and how, as columns: features, selections, aggregates, conditions, windows.
+"""The policies' rules as arrays: features, selections, aggregates, conditions, windows.
 
-Everything that a step needs is an array here, so that its cost does not grow with a Python loop
-over policies.
+A step evaluates them with array operations, without a Python loop over policies.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,26 +21,25 @@ MAX_NODES = 1_000_000
 
 
 class RulesError(InputError):
-    """The policies are more than the tables may hold."""
+    """The policies' conditions have too many parts."""
 
 
 class Aggregates(NamedTuple):
-    """Selections' `over`: first those of a window, then those carried on by one number."""
+    """Selections' `over`: aggregates of a window first, then those that one number carries on."""
 
     feature: np.ndarray
     """[A] feature column."""
     scope: np.ndarray
-    """[A] index into `SCOPES`: tokens outside do not count."""
+    """[A] index into `SCOPES`; tokens outside the scope do not count."""
     missing: np.ndarray
-    """[A] what a token counts as that is not looked at: nothing in a sum, less than anything in
-    a maximum."""
+    """[A] value of a token that does not count: 0 in a sum, -inf in a maximum."""
     windows: tuple[tuple[Aggregate, int, slice], ...]
-    """(`mean` or `max`, tokens, which)."""
+    """(`mean` or `max`, tokens, which aggregates)."""
     longest: int
-    """Tokens of the longest of them, 0 without any."""
+    """Tokens of the longest window, 0 without any."""
     average: slice
     decay: np.ndarray
-    """[averages] what is left of a token one token later, `2 ** (-1 / half-life)`."""
+    """[averages] the fraction of a value that is left one token later, `2 ** (-1 / half-life)`."""
     peak: slice
 
 
@@ -61,62 +60,62 @@ class Counted(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What verdicts tell of features: distinct selections, each within a scope."""
+    """The distinct selections, each within a scope, whose activity verdicts report."""
 
     trace: np.ndarray
     above: np.ndarray
     scope: np.ndarray
     of: np.ndarray
-    """[selections of all policies] term of each, policy by policy, in the order of `detect`."""
+    """[selections of all policies] term of each selection, policy by policy, in `detect` order."""
     start: np.ndarray
-    """[P + 1] where each policy's selections start."""
+    """[P + 1] first entry of each policy in `of`."""
 
     def of_policy(self, i: int) -> list[int]:
-        """Return the term of each of a policy's selections, in the order of its `detect`."""
+        """Return the term of each selection of policy `i`, in `detect` order."""
         found: list[int] = self.of[self.start[i] : self.start[i + 1]].tolist()
         return found
 
 
 class Rules(NamedTuple):
-    """The policies' columns, in the watch list's order."""
+    """The compiled policies, in the watch list's order."""
 
     policies: tuple[Policy, ...]
     features: int
     aggregates: Aggregates
     trace: np.ndarray
-    """[selections] what is compared: a feature column, or `features` + an aggregate."""
+    """[selections] the compared value: a feature, or `features` + the index of an aggregate."""
     above: np.ndarray
     """[selections] float64."""
     program: Program
     scope: np.ndarray
     """[P] index into `SCOPES`."""
     keep: np.ndarray
-    """[P] tokens that a match stays on."""
+    """[P] tokens for which a match keeps the policy on."""
     windowed: Windowed
     counted: Counted
     terms: Terms
     sampled: bool
-    """Whether a policy looks at some requests only."""
+    """Whether some policy looks at a sample of the requests."""
     clamps: np.ndarray
-    """[P] bool: the policy's action is a clamp, which the device takes."""
+    """[P] bool: the policy's action is a clamp, which the device carries out."""
     approximate: tuple[bool, ...]
-    """[P] whether it reads a latent by a threshold that stands for its rank."""
+    """[P] whether the policy reads a latent by a fixed threshold that replaces its rank."""
     by_role: bool
-    """Whether a policy needs a prompt's turns told apart."""
+    """Whether some policy needs the role of each prompt token."""
 
 
 def compile_rules(
     policies: Sequence[Policy], column: Mapping[str, int], approximate: Collection[str] = ()
 ) -> Rules:
-    """Return policies as columns.
+    """Compile policies to arrays.
 
     Args:
-        policies: in the order of the columns.
+        policies: in the watch list's order.
         column: `feature_set/feature` -> its column among the shares.
-        approximate: those of them in which thresholds stand for ranks.
+        approximate: the features whose latents fire by fixed thresholds in place of ranks.
 
     Raises:
-        RulesError: they are too many.
+        RulesError: the conditions have too many parts.
     """
     over = _aggregates(policies, column)
     place = {key: len(column) + i for i, key in enumerate(over)}
@@ -223,3 +222,15 @@ def _windowed(policies: Sequence[Policy]) -> Windowed:
 def _counted(policies: Sequence[Policy]) -> Counted:
     at = [i for i, p in enumerate(policies) if p.window.n is None]
     return Counted(np.array(at, np.intp), np.array([policies[i].window.k for i in at], np.intp))
+
+
+def is_sampled(policy: Policy, request_id: str) -> bool:
+    """Return whether the policy looks at a request; every process returns the same answer.
+
+    It is a hash of the policy's id and the request's. So a policy's shadow and enforced variants
+    look at the same requests, and other policies at other requests.
+    """
+    if policy.sample >= 1:
+        return True
+    found = hashlib.sha256(f"{policy.id}\n{request_id}".encode()).digest()
+    return int.from_bytes(found[:8]) < policy.sample * 2**64

@@ -1,7 +1,7 @@
-"""Advance rule state by what passes bring: the semantics of `saeguard.guard.judge`, by position.
+"""Evaluate the rules, as `saeguard.guard.judge` defines them, on blocks of tokens.
 
-A block is some consecutive tokens of each of several requests: one token of each request that
-decodes, the same over several passes, or a whole chunk of one request's prompt.
+A block holds consecutive tokens of each of several requests: one token of each request that
+decodes, the same over several forward passes, or a chunk of one request's prompt.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from saeguard.guard.state import State
 from saeguard.guard.verdict import THRESHOLD
 
 EVALUATED, SPECIAL, CACHED, ERROR, UNTRACKED = range(5)
+"""What became of a token: evaluated, or skipped by reason."""
 
 
 class Tokens(NamedTuple):
@@ -28,31 +29,40 @@ class Tokens(NamedTuple):
     shares: np.ndarray
     """[requests, tokens, features] float32 or float64."""
     eligible: np.ndarray
-    """[requests, tokens] bool, False for tokens excluded by id."""
+    """[requests, tokens] bool, False for tokens that are excluded by id."""
     finite: np.ndarray
-    """[requests, tokens] bool, False where the activations could not be read."""
+    """[requests, tokens] bool, False if the token's activations could not be read."""
+
+    def take(self, rows: np.ndarray | None) -> Tokens:
+        """Return the tokens at `rows` [requests, tokens] of a block without requests.
+
+        None returns the whole block as one request.
+        """
+        return Tokens(*(part[rows] for part in self))
 
 
 class Scored(NamedTuple):
-    """What the rules say of each token of a block."""
+    """Role, values, evidence and score of each token of a block."""
 
     role: np.ndarray
     """[requests, tokens] indices into `ROLES`."""
     values: np.ndarray
-    """[requests, tokens, features + aggregates] what selections compare."""
+    """[requests, tokens, features + aggregates] the values that selections compare."""
     looked: np.ndarray
-    """[requests, tokens, scopes] bool: in the scope, and evaluated."""
+    """[requests, tokens, scopes] bool: the token is in the scope and evaluated."""
     evidence: np.ndarray
-    """[requests, tokens, P] -inf where the policy does not look."""
+    """[requests, tokens, P]; -inf if the token is out of scope or not evaluated."""
     score: np.ndarray
-    """[requests, tokens, P]; where no token of the block can match or raise the request's score,
-    -inf may stand for it."""
+    """[requests, tokens, P]. A score that is no match and below the request's highest score so far
+    may be -inf instead, which saves computing it."""
 
 
 def roles_at(s: State, at: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Return [requests, tokens] indices into `ROLES` of consecutive positions."""
+    """Return the roles of consecutive positions: [requests, tokens] indices into `ROLES`."""
     role = np.where(position < s.prompt[at, None], TEMPLATE, OUTPUT)
-    for r in np.flatnonzero(position[:, 0] < s.prompt[at]):  # few: most are past their prompt
+    for r in np.flatnonzero(
+        position[:, 0] < s.prompt[at]
+    ):  # few requests: most are past their prompt
         roles = s.roles[at[r]]
         if roles is not None:
             here = roles[position[r, 0] : position[r, -1] + 1]
@@ -61,7 +71,7 @@ def roles_at(s: State, at: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 
 def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scored:
-    """Score a block of the requests in distinct slots `at`; windows and aggregates move on."""
+    """Return the scores of a block of requests in distinct slots `at`; advance their windows."""
     role = roles_at(s, at, tokens.position)
     looked = in_scopes(role, tokens.eligible & tokens.finite)
     values = tokens.shares
@@ -88,9 +98,9 @@ def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scor
 def _of_window(w: Windowed, s: State, at: np.ndarray, position: np.ndarray, e: np.ndarray) -> None:
     """Replace evidence by the k-th largest of the last n, in place.
 
-    The k-th largest exceeds neither the one before it nor the token's own evidence. So where
-    nothing in the block exceeds the highest score so far, and that is no match, no window of the
-    block needs to be looked at: after a request's first tokens these are nearly all.
+    A window's k-th largest value can exceed the previous window's only if the new token's evidence
+    does. So if no evidence in the block exceeds the request's highest score, and that score is no
+    match, the block's windows need no evaluation. That holds for nearly all blocks.
     """
     x = e[..., w.policy]
     before = s.score[at[:, None], w.policy]
@@ -112,8 +122,8 @@ def _of_window(w: Windowed, s: State, at: np.ndarray, position: np.ndarray, e: n
 def _of_request(counted: Counted, s: State, at: np.ndarray, e: np.ndarray) -> None:
     """Replace evidence by the k-th largest of the request so far, in place.
 
-    It never falls, so that its highest is the last one; of the others it matters only whether
-    they exceed the threshold, which the number of tokens that do says.
+    This score never falls, so its highest value is that of the last token. For the other tokens it
+    only matters whether the score exceeds the threshold, which a count of tokens above it decides.
     """
     x = e[..., counted.policy]
     best = s.best[at]
@@ -122,17 +132,17 @@ def _of_request(counted: Counted, s: State, at: np.ndarray, e: np.ndarray) -> No
     best = np.sort(np.concatenate([best, x], axis=1), axis=1)[:, -most:]
     s.best[at] = best
     kth = best[:, most - counted.k, np.arange(len(counted.k))][:, None]
-    told = held >= counted.k
-    told[:, -1] = True
-    e[..., counted.policy] = np.where(told, kth, -np.inf)
+    reached = held >= counted.k
+    reached[:, -1] = True
+    e[..., counted.policy] = np.where(reached, kth, -np.inf)
 
 
 def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarray | None:
     """Advance the requests in distinct slots `at` by a block.
 
     Returns:
-        [requests, P] position of the first match where it came in this block, else -1; None where
-        none did.
+        [requests, P] position of a policy's first match if it lies in this block, else -1; None if
+        there is none.
     """
     position = tokens.position
     scored = score_tokens(rules, s, at, tokens)
@@ -144,10 +154,10 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
     s.counts[at] += counted.reshape(-1, len(ROLES), 5)
     s.next[at] = position[:, -1] + 1
     s.score[at] = np.maximum(s.score[at], scored.score.max(axis=1))
-    _tell(rules, s, at, position, scored)
+    _record_activity(rules, s, at, position, scored)
 
     match = scored.score > THRESHOLD
-    # Requests and policies that match here, or are still on: few.
+    # Few requests and policies match here or are still on.
     r, p = np.nonzero(match.any(axis=1) | (s.on_until[at] >= position[:, :1]))
     if not len(r):
         return None
@@ -166,8 +176,10 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
     return first
 
 
-def _tell(rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: Scored) -> None:
-    """Note how often and how strongly each selection fired."""
+def _record_activity(
+    rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: Scored
+) -> None:
+    """Record how often and how strongly each selection fired."""
     t = rules.terms
     trace = np.where(scored.looked[..., t.scope], scored.values[..., t.trace], -np.inf)
     above = trace > t.above
@@ -182,7 +194,7 @@ def _tell(rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: 
 
 
 def skip(rules: Rules, s: State, slot: int, position: int, why: int) -> None:
-    """Account for the tokens before `position` of which no activations came."""
+    """Skip the tokens before `position` for the reason `why`; no activations of them were read."""
     first = int(s.next[slot])
     gap = position - first
     if gap <= 0:

@@ -2,19 +2,18 @@
 
 The semantics, which serving follows token by token (docs/policy-language.md has them in words):
 
-- A selection compares the feature's share at a token, or with `over` what several tokens' shares
-  make together; tokens out of scope or not evaluated count as nothing in it.
-- Evidence `e[t]` of a policy is that of its condition (`condition_program`) where position
-  `t` is in scope and was evaluated, and -inf elsewhere.
+- A selection compares the feature's share at a token, or with `over` an aggregate of the shares of
+  several tokens. Tokens that are out of scope or not evaluated do not count in the aggregate.
+- The evidence `e[t]` of a policy is the evidence of its condition (`condition_program`) if position
+  `t` is in scope and evaluated, else -inf.
 - Its score at `t` is the k-th largest evidence among positions `(t - n, t]` for `for: k of n`,
   and among all up to `t` for `for: k tokens in the request`.
-- It matches at `t` where that score exceeds 1, and stays on for `keep` further positions.
+- It matches at `t` if that score exceeds 1, and stays on for `keep` further positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from saeguard.guard.scopes import of_prompt
 from saeguard.guard.state import State, make_state
 from saeguard.guard.verdict import THRESHOLD, Verdict
 from saeguard.policy.types import Policy, strongest_action
-
-if TYPE_CHECKING:
-    from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
 
 
 def judge(
@@ -41,30 +37,8 @@ def judge(
     return judge_text(rules, traces, np.ones(len(traces), bool), prompt_tokens, roles)[0]
 
 
-def judge_all(
-    watchlist: WatchList,
-    shares: np.ndarray,
-    evaluable: np.ndarray,
-    prompt_tokens: int,
-    roles: np.ndarray | None = None,
-) -> Verdicts:
-    """Judge every policy of the watch list on one text.
-
-    Args:
-        watchlist: the compiled policies.
-        shares: [tokens, features] float32.
-        evaluable: [tokens] bool; tokens left out count as `special_token`.
-        prompt_tokens: how many of the tokens are the prompt.
-        roles: [prompt_tokens] whose turn each of these is in, see `saeguard.guard.roles.assign`.
-
-    Raises:
-        ValueError: a policy's scope is a role, and there are no roles.
-    """
-    return judge_text(watchlist.rules, shares, evaluable, prompt_tokens, roles)
-
-
 def alone(policy: Policy, shares: Mapping[str, np.ndarray]) -> tuple[Rules, np.ndarray]:
-    """Return one policy as rules, and its features' traces as shares [tokens, features]."""
+    """Return the rules of one policy, and its features' traces as shares [tokens, features]."""
     names = list(dict.fromkeys(s.feature for s in policy.detect.values()))
     rules = compile_rules([policy], {f"{policy.feature_set}/{n}": i for i, n in enumerate(names)})
     return rules, np.stack([np.asarray(shares[n], np.float64) for n in names], axis=1)
@@ -77,13 +51,13 @@ def score_text(
     prompt_tokens: int,
     roles: np.ndarray | None = None,
 ) -> Scored:
-    """Return what the rules say of each token of one text, arrays of one request."""
+    """Return evidence and score of each token of one text, as arrays of one request."""
     state, block = _block(rules, shares, evaluable, prompt_tokens, roles)
     return score_tokens(rules, state, np.zeros(1, np.int64), block)
 
 
 def on_tokens(match: np.ndarray, keep: int) -> np.ndarray:
-    """Return where the policy is on: a match within the last `keep` tokens or here."""
+    """Return [tokens] bool: whether the policy matched here or within the last `keep` tokens."""
     last = np.where(match, np.arange(len(match)), -keep - 1)
     on: np.ndarray = np.arange(len(match)) - np.maximum.accumulate(last) <= keep
     return on
@@ -97,7 +71,7 @@ def clamped_tokens(
     prompt_tokens: int,
     roles: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return [tokens] bool: where clamp policy `i`, enforced, edits one text."""
+    """Return [tokens] bool: the tokens that clamp policy `i` edits if it is enforced."""
     policy = rules.policies[i]
     scored = score_text(rules, shares, evaluable, prompt_tokens, roles)
     looked = scored.looked[0, :, rules.scope[i]]
@@ -109,7 +83,7 @@ def clamped_tokens(
 
 
 def strongest(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Return the acting verdicts of the strongest action; more than one is a tie."""
+    """Return the verdicts that took the strongest action that was taken; several if they tie."""
     top = strongest_action(v.acted for v in verdicts)
     return [v for v in verdicts if v.acted is not None and v.acted == top]
 
@@ -121,7 +95,18 @@ def judge_text(
     prompt_tokens: int,
     roles: np.ndarray | None = None,
 ) -> Verdicts:
-    """Judge one text by every policy of the rules; arguments as for `judge_all`."""
+    """Judge one text by every policy of the rules.
+
+    Args:
+        rules: the compiled policies.
+        shares: [tokens, features] float32.
+        evaluable: [tokens] bool; tokens left out count as `special_token`.
+        prompt_tokens: number of prompt tokens.
+        roles: [prompt_tokens] role of each prompt token, see `saeguard.guard.roles.assign`.
+
+    Raises:
+        ValueError: a policy's scope is a role, and `roles` is missing.
+    """
     state, block = _block(rules, shares, evaluable, prompt_tokens, roles)
     if len(shares):
         advance(rules, state, np.zeros(1, np.int64), block)
@@ -140,7 +125,7 @@ def _block(
     if rules.by_role:
         state.roles[0] = of_prompt(roles, prompt_tokens)
     state.enforced[0] = [p.mode == "enforce" for p in rules.policies]
-    state.acted[0] = True  # as serving would, where a clamp policy matches
+    state.acted[0] = True  # serving sets it when a clamp policy matches
     finite = np.isfinite(shares).all(axis=1)
     position = np.arange(len(shares))
     return state, Tokens(position[None], shares[None], evaluable[None], finite[None])

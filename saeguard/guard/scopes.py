@@ -1,7 +1,7 @@
-"""Where a token stands: in whose turn of the prompt, or in the output; and which scopes look there.
+"""The role that wrote each token, and the scopes that look at a role.
 
-What the model writes is the assistant's, whatever it writes: it cannot leave that scope by writing
-another turn's opening. Of the prompt, the chat template's own marks are nobody's.
+All output is the assistant's: the model cannot leave that scope by writing another role's marks.
+Tokens that the chat template wrote around the prompt's messages have the role `template`.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ LOOKS: Mapping[Scope, tuple[Role, ...]] = {
     "tool": ("tool",),
 }
 BY_ROLE: frozenset[Scope] = frozenset({"assistant", "user", "system", "tool"})
-"""Scopes that need a prompt's turns told apart."""
+"""Scopes for which the role of each prompt token is needed."""
 
 MEMBERS = np.array([[role in LOOKS[scope] for scope in SCOPES] for role in ROLES])
-"""[places, scopes] bool."""
+"""[roles, scopes] bool: whether the scope looks at the role."""
 
 
 def in_scopes(role: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Return [..., scopes] bool for tokens that can be used, in the order of `SCOPES`."""
+    """Return [..., scopes] bool: the token is in the scope and usable; in the order of `SCOPES`."""
     looked: np.ndarray = MEMBERS[role] & usable[..., None]
     return looked
 
 
 def of_prompt(roles: np.ndarray | None, prompt_tokens: int) -> np.ndarray:
-    """Return the places of a prompt's tokens, [prompt_tokens] uint8.
+    """Return the roles of a prompt's tokens, [prompt_tokens] uint8.
 
     Raises:
-        ValueError: nobody has told them, or those of another number of tokens.
+        ValueError: `roles` is missing, or its length is not `prompt_tokens`.
     """
     if roles is None or len(roles) != prompt_tokens:
-        told = "none" if roles is None else len(roles)
+        found = "none" if roles is None else f"{len(roles)}"
         raise ValueError(
-            f"a policy's scope is a role, so the prompt's {prompt_tokens} tokens need one each: "
-            f"there are {told}"
+            f"a policy's scope is a role: expected {prompt_tokens} roles, one for each prompt "
+            f"token, got {found}"
         )
     return roles.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The arrays behind the ledger: one row a request slot, so that a step is a few operations."""
+"""The rules' state of all requests in flight: arrays with one row a slot of the ledger."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from saeguard.guard.scopes import ROLES
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Struct of arrays over request slots; `P` policies, `Q` terms."""
+    """Arrays over the ledger's slots; `P` policies, `Q` terms of the rules."""
 
     next: np.ndarray
-    """[slots] the position expected next; what lies before it has been accounted for."""
+    """[slots] the next position; every token before it was evaluated or skipped."""
     prompt: np.ndarray
     """[slots] prompt tokens."""
     roles: np.ndarray
-    """[slots] of arrays [prompt tokens], indices into `ROLES`; None where no policy asks."""
+    """[slots] of arrays [prompt tokens], indices into `ROLES`; None if no policy needs them."""
     counts: np.ndarray
-    """[slots, places, evaluated or why not] tokens."""
+    """[slots, roles, 5] tokens evaluated, and skipped by reason; see `evaluate.EVALUATED`."""
     score: np.ndarray
     """[slots, P] highest score."""
     first: np.ndarray
@@ -51,24 +51,24 @@ class State:
     """[slots, Q] highest share."""
     peak_at: np.ndarray
     """[slots, Q] its position."""
-    noted: np.ndarray
-    """[slots] the position behind the last row that went into `recent`."""
+    recorded: np.ndarray
+    """[slots] the position behind the last row that was recorded in `recent`."""
     whole_from: np.ndarray
-    """[slots] the position from which on no row is missing before `noted`."""
+    """[slots] the first position from which every row up to `recorded` was read."""
     recent: np.ndarray
-    """[slots, 2 blocks, columns] activations of the block under way, by `position % (2 * block)`:
-    a few passes are noted at once, and the block before may have been completed by them."""
+    """[slots, 2 blocks, columns] activations of the unfinished block, by `position % (2 * block)`.
+    There is room for two blocks, since several passes are recorded at once."""
     recent_eligible: np.ndarray
     """[slots, 2 blocks] bool."""
 
 
 def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) -> State:
-    """Return the state of `slots` requests of which nothing was seen.
+    """Return the state of `slots` requests without evaluated tokens.
 
     Args:
         rules: the compiled policies.
         slots: requests.
-        block: tokens of a block of the prefix cache, 0 where there is none.
+        block: tokens of a block of the prefix cache, 0 without a cache.
         columns: watched rows.
     """
     policies, terms, over = len(rules.policies), len(rules.terms.trace), rules.aggregates
@@ -101,7 +101,7 @@ def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) ->
         fired=full(0, terms),
         peak=full(-np.inf, terms, dtype=np.float64),
         peak_at=full(-1, terms),
-        noted=full(0),
+        recorded=full(0),
         whole_from=full(0),
         recent=full(0.0, 2 * block, columns, dtype=np.float32),
         recent_eligible=full(False, 2 * block, dtype=bool),
@@ -112,9 +112,9 @@ def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) ->
 
 
 def blank(like: State, slots: int) -> State:
-    """Return room for `slots` requests, each to be written before it is read.
+    """Return an uninitialised state of `slots` requests; a slot is written before it is read.
 
-    Memory that nobody has written costs nothing, however many slots there are.
+    Uninitialised memory costs nothing until it is written, however many slots there are.
     """
     arrays = (getattr(like, f.name) for f in fields(State))
     return State(*(np.empty((slots, *a.shape[1:]), a.dtype) for a in arrays))
@@ -127,12 +127,12 @@ def write_slot(state: State, slot: int, other: State, at: int = 0) -> None:
 
 
 def copy_slot(state: State, slot: int) -> State:
-    """Return a state of one slot that holds what `slot` holds."""
+    """Return a state of one slot, a copy of `slot`."""
     return State(*(getattr(state, f.name)[slot : slot + 1].copy() for f in fields(State)))
 
 
 def grown(state: State, more: State) -> State:
-    """Return the slots of both."""
+    """Return a state with the slots of both."""
     return State(
         *(np.concatenate([getattr(s, f.name) for s in (state, more)]) for f in fields(State))
     )

@@ -1,4 +1,4 @@
-"""What the guard concludes of a request, and of how much of it."""
+"""Verdicts, and how many of the tokens each of them rests on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from saeguard.policy.types import Action, Mode, Severity
 
 Outcome: TypeAlias = Literal["match", "no_match", "error", "not_evaluated"]
-"""Never folded into one another. `no_match` speaks of the tokens that coverage counts."""
+"""The four verdicts. `no_match` holds for the tokens that the coverage counts as evaluated."""
 
 Reason: TypeAlias = Literal[
     "not_forwarded",
@@ -20,15 +20,15 @@ Reason: TypeAlias = Literal[
     "error",
     "untracked",
 ]
-"""Why a token was not evaluated; a closed list."""
+"""The reasons why a token was not evaluated; a closed list."""
 
 THRESHOLD = 1.0
-"""Scores are evidence over threshold, so a policy matches where its score exceeds 1."""
+"""A policy matches if its score exceeds this, since evidence is the share over its threshold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Tokens evaluated, of tokens in the policy's scope; the ledger of one verdict.
+    """Tokens in the policy's scope, and how many of them were evaluated or skipped.
 
     `evaluated + sum(skipped.values()) == tokens` holds for every verdict.
     """
@@ -40,7 +40,7 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class Fired:
-    """One feature's activity within a request, in shares of its calibrated range."""
+    """One feature's activity within a request, in shares."""
 
     count: int
     """Tokens above the policy's threshold."""
@@ -60,24 +60,24 @@ class Verdict:
     severity: Severity
     outcome: Outcome
     score: float | None
-    """Evidence over threshold, see `saeguard.guard.judge`; None where nothing was evaluated."""
+    """Highest score, see `saeguard.guard.judge`; None if no token was evaluated."""
     first_token: int | None
     """Position of the first match, counted from the first prompt token."""
     matched_tokens: int
     acted: Action | None
-    """What was done; None in shadow, without a match, or under an exception."""
+    """The action that was taken; None in shadow, without a match, or under an exception."""
     features: Mapping[str, Fired]
     coverage: Coverage
     exception: str | None = None
     """Id of the exception that waived the action."""
     error: str | None = None
     approximate: bool = False
-    """Whether thresholds stood for the ranks of a TopK SAE's latents: a latent may have been taken
-    to fire that does not, and the other way round, as often as the feature set says."""
+    """Whether fixed thresholds replaced the ranks of a TopK SAE's latents. Such a latent can fire
+    against its rank, as often as the feature set says."""
     message: str | None = None
-    """What the client reads in place of the text, where the policy stopped the request."""
+    """The text that replaces the output if the policy stopped the request."""
 
 
 def balanced(coverage: Coverage) -> bool:
-    """Return whether every token is accounted for."""
+    """Return whether evaluated and skipped tokens add up to all tokens."""
     return coverage.evaluated + sum(coverage.skipped.values()) == coverage.tokens

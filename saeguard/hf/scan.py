@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from saeguard.guard.judge import judge_all
+from saeguard.guard.judge import judge_text
 from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
 from saeguard.guard.roles.chat_template import role_marks_of
 from saeguard.guard.topk import apply_topk, make_ranked, set_floor
@@ -36,7 +36,7 @@ def scan(
         evaluable = ~np.isin(np.array(texts[i].tokens), excluded)
         prompt = texts[i].prompt_tokens
         roles = None if marks is None else roles_of(marks, np.array(texts[i].tokens[:prompt]))
-        yield i, judge_all(watchlist, shares, evaluable, prompt, roles)
+        yield i, judge_text(watchlist.rules, shares, evaluable, prompt, roles)
 
 
 def role_marks_for(lm: LanguageModel, watchlist: WatchList) -> RoleMarks | None:

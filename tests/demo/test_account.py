@@ -63,12 +63,12 @@ def test_coverage_is_added_up_by_reason() -> None:
     """Evaluated and skipped make all tokens."""
     said = [
         {"coverage": {"tokens": 9, "evaluated": 7, "skipped": {"special_token": 2}}},
-        {"coverage": {"tokens": 5, "evaluated": 3, "skipped": {"special_token": 1, "shed": 1}}},
+        {"coverage": {"tokens": 5, "evaluated": 3, "skipped": {"special_token": 1, "aborted": 1}}},
     ]
     assert told.coverage([made.answer(said=s) for s in said]) == {
         "tokens": 14,
         "evaluated": 10,
-        "skipped": {"special_token": 3, "shed": 1},
+        "skipped": {"special_token": 3, "aborted": 1},
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saeguard.guard.judge import judge_all
+from saeguard.guard.judge import judge_text
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm.settings import load_watchlist, parse_settings
@@ -192,7 +192,7 @@ class Reference:
         columns = [int(name.rsplit("/f", 1)[1]) for name in watchlist.features]
         shares = self.latents(tokens)[:, columns].astype(np.float32)
         evaluable = ~np.isin(tokens, watchlist.exclude_tokens)
-        return judge_all(watchlist, shares, evaluable, len(prompt), roles)
+        return judge_text(watchlist.rules, shares, evaluable, len(prompt), roles)
 
 
 def compile_policies(settings: dict[str, Any]) -> WatchList:

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from saeguard.guard.judge import judge_all
+from saeguard.guard.judge import judge_text
 from saeguard.guard.watchlist import WatchList
 from tests import models
 from tests.engine import engines
@@ -194,7 +194,7 @@ class Live:
         shares = self.shares(tokens[:seen], ended) if seen else None
         if shares is None:
             return
-        for verdict in judge_all(self.watchlist, shares, ~excluded, prompt):
+        for verdict in judge_text(self.watchlist.rules, shares, ~excluded, prompt):
             event = events[verdict.policy]
             if verdict.score is not None:
                 self.tally.gap = max(self.tally.gap, abs(verdict.score - event["score"]))

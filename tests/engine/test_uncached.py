@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saeguard.guard.judge import judge_all
+from saeguard.guard.judge import judge_text
 from tests import models
 from tests.engine import engines
 from tests.engine.test_storm import MARGIN, Live, living
@@ -49,7 +49,7 @@ class Forgetful(Live):
         at = np.arange(len(tokens))
         evaluable = ~np.isin(tokens, self.watchlist.exclude_tokens) & (at >= self.unseen)
         shares = self.shares(tokens, ended)
-        for verdict in judge_all(self.watchlist, shares, evaluable, ended["prompt"]):
+        for verdict in judge_text(self.watchlist.rules, shares, evaluable, ended["prompt"]):
             event = events[verdict.policy]
             cached = event["coverage"]["skipped"].get("prefix_cached", 0)
             scope = next(p.scope for p in self.watchlist.policies if p.id == verdict.policy)

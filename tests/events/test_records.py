@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from saeguard.events.record_schema import Event, Skipped, json_schema
 from saeguard.events.records import SCHEMA, mismatch_event, verdict_event
 from saeguard.events.sink import Sink
-from saeguard.guard.judge import judge_all
+from saeguard.guard.judge import judge_text
 from saeguard.guard.verdict import Coverage, Outcome, Reason, Verdict
 from saeguard.policy.types import Action, Mode, Severity
 from tests.guard.watchlists import (
@@ -48,7 +48,7 @@ def verdicts(seed: int) -> list[Verdict]:
     evaluable = np.array([rng.random() < 0.8 for _ in range(tokens)])
     prompt = rng.randint(0, tokens)
     roles = coded(random_roles(rng, prompt))
-    return judge_all(watchlist, watchlist.shares(f), evaluable, prompt, roles)
+    return judge_text(watchlist.rules, watchlist.shares(f), evaluable, prompt, roles)
 
 
 def written(verdict: Verdict, **more: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from saeguard.features.window import window_score
 from saeguard.guard.condition_program import compile_program, evidence, on_device
-from saeguard.guard.judge import judge, judge_all, on_tokens, strongest
+from saeguard.guard.judge import judge, judge_text, on_tokens, strongest
 from saeguard.guard.verdict import Coverage, Verdict, balanced
 from saeguard.policy.types import And, KOf, Name, Not, Or, Policy, Selection, Window
 from tests import reference
@@ -87,8 +87,8 @@ def check_world(seed: int) -> None:
             f[t, rng.randrange(FEATURES)] = rng.choice([np.nan, np.inf, -np.inf])
     with np.errstate(invalid="ignore"):
         shares = watchlist.shares(f)
-        verdicts = judge_all(
-            watchlist,
+        verdicts = judge_text(
+            watchlist.rules,
             shares,
             np.array([s != "special_token" for s in status]),
             prompt,
@@ -212,8 +212,8 @@ def test_an_error_is_not_folded_into_no_match() -> None:
     loud[2, 0] = 1.0
     every = np.ones(3, bool)
 
-    assert judge_all(watchlist, quiet, every, 0)[0].outcome == "error"
-    assert judge_all(watchlist, loud, every, 0)[0].outcome == "match"
+    assert judge_text(watchlist.rules, quiet, every, 0)[0].outcome == "error"
+    assert judge_text(watchlist.rules, loud, every, 0)[0].outcome == "match"
 
 
 def test_a_negation_does_not_hold_on_nan() -> None:
@@ -221,7 +221,9 @@ def test_a_negation_does_not_hold_on_nan() -> None:
     policy = make_policy("p", Not(Name("a")), {"a": Selection("f0", 0.5)})
     watchlist = make_watchlist([policy])
 
-    verdict = judge_all(watchlist, np.full((1, FEATURES), np.nan, np.float32), np.ones(1, bool), 0)
+    verdict = judge_text(
+        watchlist.rules, np.full((1, FEATURES), np.nan, np.float32), np.ones(1, bool), 0
+    )
 
     assert (verdict[0].outcome, verdict[0].score) == ("error", None)
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from saeguard.events.metrics import Counts
 from saeguard.events.records import coverage_record
 from saeguard.guard import ledger as module
+from saeguard.guard.compiled_rules import is_sampled
 from saeguard.guard.evaluate import advance
 from saeguard.guard.forward_pass import ForwardPass
-from saeguard.guard.judge import judge_all
+from saeguard.guard.judge import judge_text
 from saeguard.guard.ledger import Ledger
-from saeguard.guard.sampling import is_sampled
 from saeguard.guard.verdict import balanced
 from saeguard.guard.watchlist import ClampRows, WatchList
 from saeguard.policy.types import Clamp, Name, Policy, Selection, Window
@@ -184,8 +184,8 @@ def check_whole(seed: int) -> None:
     watchlist = make_watchlist(policies)
     for text, ledger in run(rng, watchlist, faults=False):
         seen = len(text.f) - 1
-        whole = judge_all(
-            watchlist,
+        whole = judge_text(
+            watchlist.rules,
             watchlist.shares(text.f[:seen]),
             ~text.excluded[:seen],
             text.prompt,
@@ -359,7 +359,7 @@ def test_a_request_can_have_a_shadow_policy_enforced() -> None:
     ledger = Ledger(make_watchlist([simple(mode="shadow")]))
     text, other = text_of([9, 9]), text_of([9, 9])
     other.name = "other"
-    ledger.admit("r", 1, enforce=["p"])
+    ledger.admit("r", 1, enforced=[True])
     ledger.admit("other", 1)
     ledger.ingest(forward_pass([(text, 0, text.f), (other, 0, other.f)]), np.array([2, 2]))
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard.guard.judge import judge_all
+from saeguard.guard.judge import judge_text
 from saeguard.guard.ledger import Ledger
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.verdict import balanced
@@ -170,8 +170,8 @@ def test_a_prefix_hit_does_not_show_in_any_verdict(seed: int) -> None:
     for text in engine.texts:
         seen = len(text.f) - 1
         shares = engine.watchlist.shares(text.f[:seen])
-        expected = judge_all(
-            engine.watchlist, shares, ~text.excluded[:seen], text.prompt, coded(text.roles)
+        expected = judge_text(
+            engine.watchlist.rules, shares, ~text.excluded[:seen], text.prompt, coded(text.roles)
         )
         own = engine.ledger.coverage(text.name, len(text.f))
         assert balanced(own)

@@ -160,7 +160,7 @@ def test_no_token_in_scope_is_not_a_quiet_one() -> None:
     verdict = judge(scoped("tool"), {"f0": np.ones(3)}, 2, coded(["user", "user"]))
     assert (verdict.outcome, verdict.coverage.tokens) == ("not_evaluated", 0)
     assert balanced(verdict.coverage)
-    with pytest.raises(ValueError, match="need one each: there are none"):
+    with pytest.raises(ValueError, match="one for each prompt token, got none"):
         judge(scoped("tool"), {"f0": np.ones(3)}, 2)
 
 

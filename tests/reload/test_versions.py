@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from saeguard.guard.forward_pass import ForwardPass
-from saeguard.guard.judge import judge_all
+from saeguard.guard.judge import judge_text
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import WatchList, clamps_digest
@@ -62,8 +62,12 @@ def start(lists: Versions, name: str, prompt: int, keys: tuple[bytes, ...] = ())
 
 def plain(watchlist: WatchList, f: np.ndarray, prompt: int) -> list[Verdict]:
     """Return the verdicts of a whole text."""
-    return judge_all(
-        watchlist, watchlist.shares(f), np.ones(len(f), bool), prompt, coded(["user"] * prompt)
+    return judge_text(
+        watchlist.rules,
+        watchlist.shares(f),
+        np.ones(len(f), bool),
+        prompt,
+        coded(["user"] * prompt),
     )
 
 

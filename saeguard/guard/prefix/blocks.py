@@ -1,4 +1,4 @@
-"""From rows as passes bring them to whole blocks of the prefix cache, and back again."""
+"""Collect the rows of forward passes into full blocks of the prefix cache, and recall them."""
 
 from __future__ import annotations
 
@@ -11,61 +11,67 @@ from saeguard.guard.prefix.store import PrefixStore, PrefixView
 from saeguard.guard.state import State
 
 RECALLED_ROWS = 4096
-"""Cached tokens recalled at once, which bounds what a long prompt holds."""
+"""Most cached tokens recalled at once, which bounds the memory for a long prompt."""
 
 
-class Whole(NamedTuple):
-    """A block whose rows are all there."""
+class FullBlock(NamedTuple):
+    """A block of which every row was read."""
 
     slot: int
-    i: int
-    """Which of its request's blocks."""
+    number: int
+    """Among the blocks of its request."""
     f: np.ndarray
     """[block, columns] float32."""
     eligible: np.ndarray
+    """[block] bool."""
 
 
 class PrefixBlocks:
-    """What the requests in flight have seen of their blocks, on its way into the memory."""
+    """The full blocks of requests in flight, on their way to the prefix store."""
 
     def __init__(self, prefix_store: PrefixStore | PrefixView) -> None:
-        """Start with no request."""
+        """Start without requests."""
         self.prefix_store = prefix_store
         self._keys: dict[int, Sequence[bytes]] = {}
-        """By slot: the keys of its whole blocks, a list that the engine extends."""
-        self._unkeyed: list[Whole] = []
-        """Whole blocks whose key is not there yet."""
+        """By slot: the block hashes of its full blocks, a list that the engine extends."""
+        self._unkeyed: list[FullBlock] = []
+        """Full blocks whose block hash the engine has not made yet."""
 
     def admit(self, slot: int, keys: Sequence[bytes]) -> None:
         """Start a request."""
         self._keys[slot] = keys
 
     def forget(self, slot: int) -> None:
-        """End a request; blocks without a key cannot be found again."""
-        self._unkeyed = [whole for whole in self._unkeyed if whole.slot != slot]
+        """End a request. Its blocks without a block hash are dropped: no request can reuse them."""
+        self._unkeyed = [full for full in self._unkeyed if full.slot != slot]
         self._keys.pop(slot)
 
-    def take_back(self, slot: int, seen: int) -> None:
-        """Drop what was noted of a request from position `seen` on."""
+    def take_back(self, slot: int, position: int) -> None:
+        """Drop the blocks of a request that reach beyond `position`."""
         block = self.prefix_store.block
-        self._unkeyed = [w for w in self._unkeyed if w.slot != slot or (w.i + 1) * block <= seen]
+        self._unkeyed = [
+            full
+            for full in self._unkeyed
+            if full.slot != slot or (full.number + 1) * block <= position
+        ]
 
     def recall(
         self, slot: int, first: int, end: int
     ) -> tuple[int, tuple[np.ndarray, np.ndarray] | None]:
-        """Return what is remembered of cached tokens `first`, ... before `end`.
+        """Return what the prefix store holds of cached tokens `first`, ... before `end`.
 
         Returns:
-            The position behind what is returned, and activations and watched, or None where the
-            tokens up to there are not remembered.
+            The position behind the tokens returned; and their activations and `eligible`, or None
+            if the prefix store does not hold the tokens up to there.
         """
-        block, keys, i = self.prefix_store.block, self._keys[slot], first // self.prefix_store.block
+        block = self.prefix_store.block
+        keys, i = self._keys[slot], first // block
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for key in keys[i : min(end // block, i + RECALLED_ROWS // block)]:
-            seen = self.prefix_store.get(key)
-            if seen is None:
+            stored = self.prefix_store.get(key)
+            if stored is None:
                 break
-            found.append(seen)
+            found.append(stored)
         if not found:
             return min(end, (i + 1) * block), None
         f, eligible = (
@@ -73,21 +79,21 @@ class PrefixBlocks:
         )
         return (i + len(found)) * block, (f, eligible)
 
-    def note(
+    def record(
         self,
         s: State,
-        at: np.ndarray,
+        slots: np.ndarray,
         position: np.ndarray,
         f: np.ndarray,
         eligible: np.ndarray,
         *,
         ran: bool,
     ) -> None:
-        """Keep at most a block of consecutive rows of each of several slots.
+        """Record at most a block of consecutive rows of each of several slots.
 
         Args:
             s: the state.
-            at: [requests] slots.
+            slots: [requests].
             position: [requests, tokens].
             f: [requests, tokens, columns].
             eligible: [requests, tokens].
@@ -95,20 +101,20 @@ class PrefixBlocks:
         """
         block = self.prefix_store.block
         first, end = position[:, 0], position[:, -1] + 1
-        jumped = first != s.noted[at]
-        s.whole_from[at[jumped]] = first[jumped]
-        s.noted[at] = end
+        jumped = first != s.recorded[slots]
+        s.whole_from[slots[jumped]] = first[jumped]
+        s.recorded[slots] = end
         if not ran:
-            s.whole_from[at] = end
+            s.whole_from[slots] = end
             return
         inside = position % (2 * block)
-        s.recent[at[:, None], inside] = f
-        s.recent_eligible[at[:, None], inside] = eligible
+        s.recent[slots[:, None], inside] = f
+        s.recent_eligible[slots[:, None], inside] = eligible
         for r, j in np.argwhere(position % block == block - 1):
-            self._complete(s, int(at[r]), int(position[r, j]) // block)
+            self._complete(s, int(slots[r]), int(position[r, j]) // block)
         self.store()
 
-    def note_run(
+    def record_run(
         self,
         s: State,
         slot: int,
@@ -118,38 +124,40 @@ class PrefixBlocks:
         *,
         ran: bool,
     ) -> None:
-        """Keep consecutive rows of one slot: whole blocks now, the rest until theirs is."""
+        """Record consecutive rows of one slot; those of an unfinished block wait in the state."""
         block = self.prefix_store.block
         first, end = int(position[0]), int(position[-1]) + 1
-        if first != s.noted[slot]:
+        if first != s.recorded[slot]:
             s.whole_from[slot] = first
-        s.noted[slot] = end
+        s.recorded[slot] = end
         if not ran:
             s.whole_from[slot] = end
             return
-        start = min(end, -(-first // block) * block)  # of the whole blocks, if there is one
+        start = min(end, -(-first // block) * block)  # of the first full block, if there is one
         stop = max(start, end // block * block)
         self._keep(s, slot, position[: start - first], f, eligible)
         if start > first and start % block == 0:
             self._complete(s, slot, start // block - 1)
         for o in range(start - first, stop - first, block):
             rows = slice(o, o + block)
-            self._unkeyed.append(Whole(slot, (first + o) // block, f[rows], eligible[rows]))
+            self._unkeyed.append(FullBlock(slot, (first + o) // block, f[rows], eligible[rows]))
         rest = slice(stop - first, None)
         self._keep(s, slot, position[rest], f[rest], eligible[rest])
         self.store()
 
     def store(self) -> None:
-        """Remember the whole blocks whose key the engine has made; drafts have none yet."""
+        """Move the blocks that have a block hash to the prefix store; drafts have none yet."""
         if not self._unkeyed:
             return
-        ready = [w for w in self._unkeyed if w.i < len(self._keys[w.slot])]
-        self._unkeyed = [w for w in self._unkeyed if w.i >= len(self._keys[w.slot])]
+        ready = [full for full in self._unkeyed if full.number < len(self._keys[full.slot])]
+        self._unkeyed = [
+            full for full in self._unkeyed if full.number >= len(self._keys[full.slot])
+        ]
         if ready:
             self.prefix_store.put(
-                [self._keys[w.slot][w.i] for w in ready],
-                np.stack([w.f for w in ready]),
-                np.stack([w.eligible for w in ready]),
+                [self._keys[full.slot][full.number] for full in ready],
+                np.stack([full.f for full in ready]),
+                np.stack([full.eligible for full in ready]),
             )
 
     def _keep(
@@ -159,11 +167,10 @@ class PrefixBlocks:
         s.recent[slot, inside] = f[: len(inside)]
         s.recent_eligible[slot, inside] = eligible[: len(inside)]
 
-    def _complete(self, s: State, slot: int, i: int) -> None:
-        """Take a block whose last row has come, if none of its rows is missing."""
+    def _complete(self, s: State, slot: int, index: int) -> None:
+        """Take a block whose last row was recorded, if none of its rows is missing."""
         block = self.prefix_store.block
-        if s.whole_from[slot] <= i * block:
-            rows = slice(i % 2 * block, (i % 2 + 1) * block)
-            self._unkeyed.append(
-                Whole(slot, i, s.recent[slot, rows].copy(), s.recent_eligible[slot, rows].copy())
-            )
+        if s.whole_from[slot] <= index * block:
+            rows = slice(index % 2 * block, (index % 2 + 1) * block)
+            f, eligible = s.recent[slot, rows].copy(), s.recent_eligible[slot, rows].copy()
+            self._unkeyed.append(FullBlock(slot, index, f, eligible))

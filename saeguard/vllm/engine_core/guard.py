@@ -24,7 +24,7 @@ from saeguard.events.records import (
 )
 from saeguard.events.sink import Sink
 from saeguard.guard.forward_pass import ForwardPass
-from saeguard.guard.ledger import Hit
+from saeguard.guard.hits import Hit
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.request_verdicts import Verdicts
 from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of

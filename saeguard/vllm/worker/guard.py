@@ -13,9 +13,9 @@ import torch
 
 from saeguard.features.model_fit import ModelFitError, sae_misfit
 from saeguard.guard.clamp import rules as clamping
+from saeguard.guard.compiled_rules import is_sampled
 from saeguard.guard.forward_pass import ForwardPass, Rows, allocate_rows, lay_out
 from saeguard.guard.install_taps import add_clamps, install_taps, write_rows
-from saeguard.guard.sampling import is_sampled
 from saeguard.guard.scopes import OUTPUT, TEMPLATE
 from saeguard.guard.tap import TAPS, Tap, fingerprint
 from saeguard.guard.watchlist import WatchList, clamps_digest

@@ -1,0 +1,61 @@
+"""Hits: policies that matched a request for the first time, or could not read a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from saeguard.guard.compiled_rules import Rules
+from saeguard.guard.evaluate import Tokens, roles_at
+from saeguard.guard.scopes import in_scopes
+from saeguard.guard.state import State
+
+
+class Hit(NamedTuple):
+    """One policy that needs attention after a forward pass."""
+
+    request_id: str
+    policy: int
+    """Index into the watch list's policies."""
+    position: int
+    error: bool = False
+    """Whether a token in scope could not be read, rather than matched."""
+
+
+def matched(ids: Sequence[str], first: np.ndarray | None) -> list[Hit]:
+    """Return the first matches of a block; `first` is what `evaluate.advance` returned."""
+    if first is None:
+        return []
+    return [Hit(ids[r], int(p), int(first[r, p])) for r, p in np.argwhere(first >= 0)]
+
+
+def unread(
+    rules: Rules,
+    s: State,
+    slots: np.ndarray,
+    ids: Sequence[str],
+    tokens: Tokens,
+    wanted: np.ndarray,
+) -> list[Hit]:
+    """Return the policies that could not read a token in their scope.
+
+    Args:
+        rules: the compiled policies.
+        s: the state.
+        slots: [requests].
+        ids: of the requests.
+        tokens: the block.
+        wanted: [P] bool: the policies that ask for it.
+    """
+    if tokens.finite.all() or not wanted.any():
+        return []
+    role = roles_at(s, slots, tokens.position)
+    missed = in_scopes(role, tokens.eligible & ~tokens.finite)[..., rules.scope]
+    missed &= wanted & s.sampled[slots, None]
+    where = missed.argmax(axis=1)
+    return [
+        Hit(ids[r], int(p), int(tokens.position[r, where[r, p]]), error=True)
+        for r, p in np.argwhere(missed.any(axis=1))
+    ]
