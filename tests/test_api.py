@@ -1,0 +1,71 @@
+"""`import saeguard`: ten names, imported when used; docs/embedding.md runs as it is written."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saeguard
+from tests.cli.project import run
+
+ROOT = Path.cwd()
+PAGE = Path("docs/embedding.md")
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def test_the_import_is_light() -> None:
+    """Neither torch nor Transformers nor vLLM nor numpy comes with it."""
+    code = (
+        "import sys, saeguard\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'numpy', 'pydantic'}\n"
+        "print(sorted(heavy & set(sys.modules)), len(dir(saeguard)) > 9)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[] True\n"
+
+
+@pytest.mark.parametrize("name", saeguard.__all__)
+def test_every_name_is_there(name: str) -> None:
+    """Each can be imported, says what it does, and stands on the page."""
+    assert getattr(saeguard, name).__doc__
+    assert f"| `{name}" in PAGE.read_text()
+    assert name in dir(saeguard)
+
+
+def test_other_names_are_not() -> None:
+    """A misspelt name is an AttributeError, as of any module."""
+    with pytest.raises(AttributeError, match="has no attribute 'load_polices'"):
+        _ = saeguard.load_polices
+
+
+def test_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks run one after the other, in a folder with the checkout's files and two texts."""
+    pytest.importorskip("transformers")
+    for name in ("policies", "feature_sets", "demo"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    lines = Path("demo/data/unsafe_code.holdout.jsonl").read_text().splitlines()[:2]
+    blocks = BLOCK.findall(PAGE.read_text())
+    monkeypatch.chdir(tmp_path)
+    Path("texts.jsonl").write_text("\n".join(lines) + "\n")
+    recorded = ("policy", "record", "texts.jsonl", "--model", "demo/model")
+    assert run(*recorded, "--out", "texts.safetensors") == 0
+    capsys.readouterr()
+
+    exec(compile("\n".join(blocks), str(PAGE), "exec"), {})  # noqa: S102 - the page is ours
+
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("unsafe-code.shell-command match ")
+    scanned = {line for line in printed if line.endswith("]")}
+    assert len(scanned) == 2
+    for line in scanned:
+        name, outcome = line.split(" ['")
+        assert f"{name} {outcome.removesuffix(chr(39) + ']')}" in printed, "as recorded"
+    assert "polices: error[not-found]: there is no such file or folder" in printed
