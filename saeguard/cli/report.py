@@ -6,10 +6,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import quote
+
+import typer
 
 if TYPE_CHECKING:
     from saeguard.yaml_files.findings import Finding, Level
@@ -22,16 +25,21 @@ ANNOTATIONS: dict[Level, str] = {"error": "error", "warning": "warning", "note":
 
 def rendered(findings: Sequence[Finding], format_: Format) -> str:
     """Return the findings in one of the formats; empty if there is nothing to print."""
+    from saeguard.yaml_files.codes import page
+    from saeguard.yaml_files.findings import render_all
+
     match format_:
         case "json":
-            records = [asdict(f) | {"path": os.fspath(f.path)} for f in findings]
+            records = [
+                asdict(f) | {"path": os.fspath(f.path), "help": page(f.code)} for f in findings
+            ]
             return json.dumps(records, indent=2)
         case "sarif":
             return json.dumps(sarif(findings), indent=2)
         case "github":
             return "\n".join(map(annotation, findings))
         case "text":
-            return "\n".join(finding.render() for finding in findings)
+            return render_all(findings, style=partial(typer.style, dim=True))
 
 
 def annotation(finding: Finding) -> str:
@@ -48,11 +56,13 @@ def sarif(findings: Sequence[Finding]) -> dict[str, Any]:
 
     Source: OASIS, Static Analysis Results Interchange Format Version 2.1.0, sections 3.13 to 3.30.
     """
+    from saeguard.yaml_files.codes import page
+
     codes = sorted({finding.code for finding in findings})
     driver = {
         "name": "saeguard",
         "version": metadata.version("saeguard"),
-        "rules": [{"id": code, "name": _pascal(code)} for code in codes],
+        "rules": [{"id": code, "name": _pascal(code), "helpUri": page(code)} for code in codes],
     }
     results = [
         {

@@ -11,6 +11,7 @@ import pytest
 from saeguard.cli.run_tests import run
 from saeguard.policy.schema import PolicyFile
 from saeguard.policy_tools.test_cases import read_cases
+from saeguard.yaml_files.findings import render_all
 from tests.policy.example import read_policy
 
 LANGUAGE = Path("docs/policy-language.md")
@@ -40,8 +41,7 @@ def told(folder: Path, diff: str) -> str:
     path = folder / "shell-injection.yaml"
     path.write_text(COMPLETE.replace(old, new, 1))
     _, errors = read_policy(path)
-    messages = "".join(f"{error.render()}\n" for error in errors)
-    return messages.replace(f"{folder}/", "policies/unsafe-code/")
+    return f"{render_all(errors)}\n".replace(f"{folder}/", "policies/unsafe-code/")
 
 
 def examples_with_tests() -> list[tuple[str, str]]:
