@@ -67,7 +67,11 @@ RULE = {
     "type": "object",
     "required": ["id"],
     "additionalProperties": False,
-    "properties": {"id": {"type": "string"}, "name": {"type": "string"}},
+    "properties": {
+        "id": {"type": "string"},
+        "name": {"type": "string"},
+        "helpUri": {"type": "string", "format": "uri"},
+    },
 }  # 3.49
 DRIVER = {
     "type": "object",

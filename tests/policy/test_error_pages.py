@@ -81,7 +81,7 @@ def checked(arguments: list[str]) -> list[Finding]:
     return found
 
 
-def tested() -> list[Finding]:
+def run_tests() -> list[Finding]:
     """Return what `saeguard test` says in the present folder."""
     policies, _ = read_policies(Path("policies"))
     cases, errors, absent = gather([Path("policies")], policies, require_tests=False)
@@ -104,12 +104,12 @@ def found(folder: Path, language: str, example: str) -> tuple[Finding, ...]:
     with chdir(folder):
         if language == "diff":
             change(folder, example, digest)
-            findings = checked([]) or tested() or loaded()
+            findings = checked([]) or run_tests() or loaded()
         else:
             *commands, last = example.strip().splitlines()
             subprocess.run(["bash", "-ec", "\n".join(commands)], check=True)
             _, verb, *arguments = shlex.split(last)
-            findings = checked(arguments) if verb == "check" else tested()
+            findings = checked(arguments) if verb == "check" else run_tests()
     return in_order(findings)
 
 
@@ -158,7 +158,7 @@ def test_the_example_project_is_sound(tmp_path: Path) -> None:
     """Whatever the pages show comes of their change alone."""
     project(tmp_path)
     with chdir(tmp_path):
-        assert [f.render() for f in (*checked([]), *tested(), *loaded())] == []
+        assert [f.render() for f in (*checked([]), *run_tests(), *loaded())] == []
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != WITHOUT_EXAMPLE])
