@@ -77,6 +77,7 @@ def plan_of(args: argparse.Namespace, folder: Path) -> Plan:
         longest=args.longest,
         start_s=args.start,
         together=args.together,
+        eager=args.eager,
         gpu=args.gpu,
     )
 
@@ -115,6 +116,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, help="decode steps of a block (default 64)")
     add("--rounds", type=int, help="of a block each, at most (default 10)")
     add("--together", type=int, help="processes that start at once (default 6; 1 without a GPU)")
+    add("--eager", action="store_true", help="engines neither compile nor capture graphs")
     add("--start", type=float, default=90, help="seconds that an engine has to start")
     args = parser.parse_args()
     args.gpu = has_gpu()

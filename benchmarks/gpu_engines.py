@@ -60,6 +60,7 @@ class Plan:
     start_s: float
     """What an engine has to start."""
     together: int
+    eager: bool
     gpu: bool
 
     def pieces(self) -> Iterator[str]:
@@ -180,6 +181,7 @@ def _spec(plan: Plan, state: str) -> Record:
         "skip_tokenizer_init": True,
         "max_model_len": plan.longest,
         "max_num_seqs": max(*plan.batches, plan.prompts),
+        "enforce_eager": plan.eager,
         "seed": 0,
         "disable_log_stats": True,
     }

@@ -192,7 +192,7 @@ def test_engines_hold_on_a_cpu(tmp_path: Path) -> None:
     """Part B runs from end to end: texts, a clamp against Transformers, steps of every state."""
     out = tmp_path / "gpu.jsonl"
     done = subprocess.run(
-        command(out, "--parts", "b", "--seconds", "3000", "--start", "1000"),
+        command(out, "--parts", "b", "--eager", "--seconds", "3000", "--start", "1000"),
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=3300,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
