@@ -47,7 +47,7 @@ class Marks:
         replay = torch.cuda.CUDAGraph.replay
 
         def marked(graph: Any) -> None:
-            self.replays += 1
+            self.replays += self.step >= 0
             self._around("graph", lambda: replay(graph))
 
         torch.cuda.CUDAGraph.replay = marked  # type: ignore[method-assign]

@@ -23,13 +23,8 @@ from benchmarks.gpu_record import CUT, FAILED, HELD, NOT_RUN, Record, append
 
 PART = "engines"
 WRITTEN = "guards.json"
-MEANING = {
-    "plain": "without the plugin",
-    "idle": "plugin installed, not configured",
-    "armed": "8 policies over 32 latents, which log or flag; none fires",
-    "firing": "the same policies, firing on most tokens",
-    "clamping": "the same, and one that clamps 4 latents from an early token on",
-}
+STATES = ("plain", "idle", "armed", "firing", "clamping")
+"""See docs/gpu.md."""
 GUARDED = ("armed", "firing", "clamping")
 SAME_TEXT = ("idle", "armed", "firing")
 """States under which a text must be the unguarded engine's, token for token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     end_with_parent()
+    gc.freeze()  # a capture collects garbage first
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # references in tf32 would be none
     if not torch.cuda.is_available():

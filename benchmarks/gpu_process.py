@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,12 @@ def stop(process: subprocess.Popen[Any], grace: float = GRACE_S) -> int:
 
 
 def stop_all() -> None:
-    """End every child that is still there, at once."""
+    """Kill every child that is still there."""
     for process in tuple(_running):
-        stop(process, 0.5)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in tuple(_running):
+        stop(process)
 
 
 def stop_on_signals() -> None:

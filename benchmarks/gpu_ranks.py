@@ -81,7 +81,9 @@ def make_ranks(ranked: Ranked, rows: EncoderRows, tokens: int, norm: Norm) -> Ra
 def check(latents: int, d_in: int, tokens: int, k: int, norm: Norm, *, groups: bool) -> Record:
     """Compare decisions, eager and replayed, with those of exact arithmetic, ties among them."""
     on, watched = device(), tuple(range(0, latents, latents // min(WATCHED, latents // 8)))
-    rows = rows_with_ties(latents, d_in).to(on)
+    host = encoder_in_memory(rows_with_ties(latents, d_in), k=k, groups=groups, norm=norm)
+    exact = read_competitors(host, watched)  # on the CPU, which decides exactly
+    rows = host.block(0, latents).to(on)
     encoder = encoder_in_memory(rows, k=k, groups=groups, norm=norm)
     part = RankedRows(encoder, slice(0, len(watched)), watched, torch.zeros(len(watched)))
     mine = encoder.take(watched)
@@ -99,10 +101,11 @@ def check(latents: int, d_in: int, tokens: int, k: int, norm: Norm, *, groups: b
         clears = (first > ranked.screen).any(1, keepdim=True)
         expected = first * clears
         x = ranks.hidden.float() + ranks.residual.float()
-        drop(ranked.competitors, x, expected)
+        expected = expected.cpu()
+        drop(exact, x.cpu(), expected)
         ranks.f.fill_(7e7)
         call()
-        held &= torch.equal(ranks.f, expected)
+        held &= torch.equal(ranks.f.cpu(), expected)
         passed, kept = passed + int((first * clears > 0).sum()), kept + int((expected > 0).sum())
         assert ranked.buffers is not None
         close += int(ranked.buffers.counters[CLOSE.value])

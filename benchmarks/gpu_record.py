@@ -26,7 +26,7 @@ HELD, FAILED, CUT, NOT_RUN = "held", "failed", "cut off", "not run"
 """What becomes of a piece: all cases held; one did not; time ran out within; before it began."""
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu,power.draw"
 BROKEN = 70
-"""Exit status of a child whose CUDA context an error has ended: what is left needs another."""
+"""Exit status of a child that an error keeps from going on: what is left needs another."""
 
 Record = dict[str, Any]
 
@@ -108,16 +108,20 @@ def _attempt(call: Callable[[], Any]) -> Any:
 
 
 def _broken() -> bool:
-    """Return whether the device refuses everything from now on, as it does after a bad access."""
+    """Return whether this process can go on: not after a bad access, nor a capture that failed.
+
+    The first ends the context; the second can leave the stream and the random numbers in capture.
+    """
     import torch  # noqa: PLC0415 - the parent does without
 
     if not torch.cuda.is_available():
         return False
     try:
+        torch.rand(1, device="cuda")
         torch.cuda.synchronize()
     except RuntimeError:
         return True
-    return False
+    return torch.cuda.current_stream() != torch.cuda.default_stream()
 
 
 def states(records: Iterable[Record], part: str) -> dict[str, str]:

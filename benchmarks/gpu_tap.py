@@ -230,12 +230,13 @@ def time_edit(rows: int, d_in: int, clamped: int) -> Record:
     """Time an edit of every row beside a copy of what it reads and writes."""
     on = device()
     hidden = torch.randn(rows, d_in, device=on).bfloat16()
-    f, acted = torch.rand(rows, 32, device=on), torch.ones(rows, 4, dtype=torch.bool, device=on)
+    f = torch.zeros(rows, 32, device=on)
+    acted = torch.ones(rows, 4, dtype=torch.bool, device=on)
     columns, owner = (torch.randint(n, (clamped,), device=on) for n in (32, 4))
     W_dec = torch.randn(clamped, d_in, device=on)
     # At their targets already: however often it runs, the residual stays as it is.
     target = torch.zeros(clamped, device=on)
-    run = partial(tap.edit, hidden, f.zero_(), acted, columns, owner, target, W_dec)
+    run = partial(tap.edit, hidden, f, acted, columns, owner, target, W_dec)
     return {"rows": rows, **compared(times(run), ceilings(2 * hidden.nbytes + W_dec.nbytes))}
 
 

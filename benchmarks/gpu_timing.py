@@ -19,7 +19,9 @@ from benchmarks.gpu_record import Record
 
 FLUSH_BYTES = 256 << 20
 """Written before a call that is to find its inputs in memory: several times an H200's L2."""
-WARM_UPS = 2
+HEAD_START = 8
+"""Such writes before replays in a row: half a millisecond in which the host gets ahead."""
+WARM_UPS, LAUNCHES = 2, 5
 SAMPLES = 30
 """Of a time, at most; 3 at least."""
 BUDGET_S = 0.15
@@ -30,9 +32,14 @@ LONG_US = 5e4
 Call = Callable[[], Any]
 
 
+def on_gpu() -> bool:
+    """Return whether there is a GPU."""
+    return torch.cuda.is_available()
+
+
 def device() -> torch.device:
     """Return the GPU, or the CPU for Triton's interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if on_gpu() else "cpu")
 
 
 @contextmanager
@@ -52,7 +59,7 @@ def captured(call: Call) -> Call:
     `call` runs a few times first, on a stream of its own: kernels are compiled and libraries
     initialised before the capture, in which neither is allowed.
     """
-    if device().type != "cuda":
+    if not on_gpu():
         return call
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -78,7 +85,7 @@ def times(call: Call, replay: Call | None = None) -> Record:
         call: the work.
         replay: `captured(call)`, if it is there already.
     """
-    if device().type != "cuda":
+    if not on_gpu():
         began = time.perf_counter()
         call()
         return {"host_us": _micro(time.perf_counter() - began), "captured": False}
@@ -89,13 +96,7 @@ def times(call: Call, replay: Call | None = None) -> Record:
     samples = int(min(max(3, BUDGET_S * 1e6 / max(once, 1.0)), SAMPLES))
     found = {"cold_us": round(_cold(replay, samples), 2)}
     found["warm_us"] = round(_warm(replay, samples), 2)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(WARM_UPS):  # few: a full queue would make the host wait for the device
-        call()
-    found["launch_us"] = _micro((time.perf_counter() - began) / WARM_UPS)
-    torch.cuda.synchronize()
-    return {**found, "samples": samples}
+    return {**found, "launch_us": _launch(call), "samples": samples}
 
 
 def ceilings(moved: int, product: Call | None = None) -> Record:
@@ -130,7 +131,7 @@ def _copy(moved: int) -> Call:
 
 @cache
 def _flushing() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device())
 
 
 def _cold(replay: Call, samples: int) -> float:
@@ -152,14 +153,27 @@ def _cold(replay: Call, samples: int) -> float:
 
 def _warm(replay: Call, samples: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(HEAD_START):
+        _flushing().zero_()
     replay()
-    _flushing().zero_()  # a head start for the host
     begin.record()
     for _ in range(samples):
         replay()
     end.record()
     torch.cuda.synchronize()
     return 1e3 * begin.elapsed_time(end) / samples
+
+
+def _launch(call: Call) -> float:
+    """Return the median of a few launches: a full queue would make the host wait for the device."""
+    took = []
+    for _ in range(LAUNCHES):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - began)
+    torch.cuda.synchronize()
+    return _micro(statistics.median(took))
 
 
 def _micro(seconds: float) -> float:

@@ -118,16 +118,18 @@ def check(tokens: int, d_in: int, latents: int, dtype: torch.dtype, *, scaled: b
         call()
         largest = max(largest, worst(encode))
     fired = int(encode.count)
-    small = 5
-    few = replace(
-        encode,
-        token=encode.token.new_full((small + 1,), -1)[:small],
-        latent=encode.latent[:small].clone(),
-        value=encode.value[:small].clone(),
-    )
+    return {"held": largest <= 1 and overflows(encode), "error": largest, "fired": fired}
+
+
+def overflows(encode: Encode) -> bool:
+    """Return whether a buffer that is too small is filled, not exceeded, and all are counted."""
+    fired, small = int(encode.count), 5
+    behind = encode.token.new_full((small + 1,), -1)
+    latent, value = encode.latent[:small].clone(), encode.value[:small].clone()
+    few = replace(encode, token=behind[:small], latent=latent, value=value)
     few.run()
-    counted = int(few.count) == fired > small and bool((few.token >= 0).all())
-    return {"held": largest <= 1 and counted, "error": largest, "fired": fired}
+    filled = bool((few.token >= 0).all()) and int(behind[small]) == -1
+    return filled and int(few.count) == fired > small
 
 
 def checks(*, tiny: bool) -> Iterator[Case]:

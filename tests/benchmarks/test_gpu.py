@@ -8,20 +8,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu_process, gpu_record
+from benchmarks import gpu_engine, gpu_process, gpu_record, gpu_timing
 from benchmarks.gpu_record import CUT, FAILED, HELD, NOT_RUN, Case, Record, append, read
 from benchmarks.gpu_report import outcomes, status
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
 import os, sys, time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from benchmarks.gpu_record import append
 name, out = sys.argv[1].split(";"), Path(sys.argv[2])
 for piece in name:
@@ -183,6 +187,91 @@ def test_wrong_activations_do_not_pass() -> None:
         f = made.f.clone()
         f[:6] = wrong
         assert gpu_tap.worst(replace(made, f=f)) == float("inf"), (at, value)
+
+
+class FakeEvent:
+    """A CUDA event by the host's clock."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        """Record nothing yet."""
+        assert enable_timing
+        self.at: float | None = None
+
+    def record(self) -> None:
+        """Take the time."""
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        """Return milliseconds."""
+        assert self.at is not None
+        assert end.at is not None
+        return 1e3 * (end.at - self.at)
+
+
+class FakeGraph:
+    """A CUDA graph that counts."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        """Count."""
+        FakeGraph.replays += 1
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let CUDA's calls answer on a CPU: what only a GPU runs is run at least by its names."""
+    stream = SimpleNamespace(wait_stream=lambda _other: None)
+    fakes = {
+        "Event": FakeEvent,
+        "CUDAGraph": FakeGraph,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda _stream: nullcontext(),
+        "graph": lambda _graph: nullcontext(),
+        "synchronize": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    FakeGraph.replays = 0
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_call_is_warmed_captured_and_timed_by_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the capture the call runs only to time its launch."""
+    calls: list[int] = []
+    monkeypatch.setattr(gpu_timing, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu_timing, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(gpu_timing, "FLUSH_BYTES", 16)
+    gpu_timing._flushing.cache_clear()
+    replay = gpu_timing.captured(lambda: calls.append(1))
+    assert len(calls) == gpu_timing.WARM_UPS + 1
+    found = gpu_timing.times(lambda: calls.append(1), replay)
+    gpu_timing._flushing.cache_clear()
+    assert len(calls) == gpu_timing.WARM_UPS + 1 + gpu_timing.LAUNCHES
+    assert found["samples"] == gpu_timing.SAMPLES
+    assert FakeGraph.replays == 2 + 2 * gpu_timing.SAMPLES
+    assert found.keys() == {"cold_us", "warm_us", "launch_us", "samples"}
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_steps_graphs_are_summed_and_edges_left_out() -> None:
+    """Two replays a step count together; what is launched between blocks does not count."""
+    runner = SimpleNamespace(
+        execute_model=lambda: torch.cuda.CUDAGraph().replay() or torch.cuda.CUDAGraph().replay(),
+        sample_tokens=lambda: "tokens",
+    )
+    marks = gpu_engine.Marks(runner)
+    for step in (-1, 0, 1, 2, 3):
+        marks.step = step
+        runner.execute_model()
+        assert runner.sample_tokens() == "tokens"
+    assert [step for step, what, *_ in marks.pairs if what == "graph"] == [0, 0, 1, 1, 2, 2, 3, 3]
+    told = marks.take(1, 3, 4)
+    assert told["graph_us"] > 0
+    assert told["device_us"] >= told["graph_us"]
+    assert told["replays_a_step"] == 2
+    assert not marks.pairs
 
 
 @pytest.mark.slow
