@@ -23,7 +23,7 @@ VERBS = {
     "test": "Run the tests that lie beside the policies.",
     "scan": "Judge a file of texts with a Hugging Face model, without vLLM.",
     "features": "Find latents that detect a behaviour, and set their thresholds.",
-    "sae": "Inspect, download and convert SAE checkpoints.",
+    "sae": "Inspect, download, convert, train and evaluate SAE checkpoints.",
     "demo-model": "Make the model of the demo, once.",
     "policy": "Write, test, compare, explain and sign policies.",
 }

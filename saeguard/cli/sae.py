@@ -1,4 +1,4 @@
-"""`saeguard sae`: inspect, download and convert SAE checkpoints."""
+"""`saeguard sae`: inspect, download, convert, train and evaluate SAE checkpoints."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saeguard.cli.evaluate_sae import evaluate
 from saeguard.cli.failures import Verbs
 from saeguard.cli.options import OptionalModel, existing_file
 from saeguard.cli.sae_report import facts_of, l0_record, measure, show
+from saeguard.cli.train import train
 from saeguard.errors import FINDINGS, InputError
 
 if TYPE_CHECKING:
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
 
 verb = typer.Typer(
     cls=Verbs,
-    help="Inspect an SAE checkpoint, download one by name, convert pickles and npz files.",
+    help="Inspect, download, convert, train and evaluate SAE checkpoints.",
     no_args_is_help=True,
 )
+verb.command("train")(train)
+verb.command("evaluate")(evaluate)
 
 _Layer = Annotated[
     int | None,

@@ -1,0 +1,59 @@
+"""The model that is read, by folder or by its name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from saeguard.hf.model import LanguageModel, load_model
+from saeguard.training.errors import TrainingCannotRunError, TrainingError
+
+FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")
+
+
+def model_folder(name: str) -> Path:
+    """Return the folder of a model; one named after the hub's fashion is downloaded.
+
+    Raises:
+        TrainingCannotRunError: it is no folder, and the hub does not deliver it.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for names
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except HFValidationError as error:
+        raise TrainingError(f"--model: {name}: no such folder") from error
+    except Exception as error:  # the hub's client raises what its transport raises
+        raise TrainingCannotRunError(
+            f"--model: {name}: no such folder here, and the Hugging Face hub does not deliver it: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def open_model(folder: Path, device: str) -> LanguageModel:
+    """Load a model: in float32 on a CPU, in bfloat16 elsewhere, as it is served."""
+    lm = load_model(folder)
+    if device != "cpu":
+        lm.model.to(device, torch.bfloat16)
+    return lm
+
+
+def choose_device(wanted: str) -> str:
+    """Return the device for `auto`, or the one that is named.
+
+    Raises:
+        TrainingError: there is no such device.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise TrainingError(f"--device: found {wanted!r}, which cannot be used: {why}") from error
+    return wanted
