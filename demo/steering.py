@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from demo.effect import contrast, output_logprob, setting
 from saeguard.features.corpus import Corpus
 from saeguard.features.stats import auroc
-from saeguard.hf.effect import contrast, output_logprob, setting
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.texts import Text
 from saeguard.sae import SaeInfo, max_per_text, read_decoder_rows, read_rows

@@ -12,20 +12,17 @@ import io
 import math
 import struct
 import zipfile
-import zlib
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 
-from saeguard.sae.errors import SaeError
 from saeguard.sae.tensors import Stored, TensorFile
+from saeguard.sae.zip_member import refused
 
 MAX_DIRECTORY = 64 << 10
 """Bytes of the archive's list of members; an SAE's has five."""
 MAX_NPY_HEADER = 4096
-CHUNK = 4 << 20
-"""Bytes inflated at once."""
 _DTYPES = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
 _LOCAL_HEADER = struct.Struct("<26xHH")
 _TAIL = 22 + 0xFFFF + 76
@@ -44,15 +41,15 @@ def read_npz(file: Path) -> TensorFile:
             members = archive.infolist()
             names = [member.filename for member in members]
             if len(set(names)) != len(names):
-                raise _refused(file, "a member is there twice")
+                raise refused(file, "a member is there twice")
             tensors = {}
             for member in members:
                 name = member.filename.removesuffix(".npy")
                 if name == member.filename or not name.isidentifier():
-                    raise _refused(file, f"member {member.filename[:80]!r} is no `name.npy`")
+                    raise refused(file, f"member {member.filename[:80]!r} is no `name.npy`")
                 tensors[name] = _stored(file, archive, member)
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise _refused(file, str(error)) from error
+        raise refused(file, str(error)) from error
     return TensorFile(file, tensors)
 
 
@@ -64,30 +61,30 @@ def _check_end(file: Path) -> None:
         tail = stream.read(_TAIL)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) < at + 22:
-        raise _refused(file, "it does not end as a zip archive does")
+        raise refused(file, "it does not end as a zip archive does")
     (directory,) = struct.unpack_from("<I", tail, at + 12)
     zip64 = at - 20 - 56  # where the records of large archives lie, and where `zipfile` looks
     if zip64 >= 0 and tail[zip64 : zip64 + 4] == b"PK\x06\x06":
         (directory,) = struct.unpack_from("<Q", tail, zip64 + 40)
     if directory > MAX_DIRECTORY:
-        raise _refused(file, f"a directory of {directory} bytes; at most {MAX_DIRECTORY} are read")
+        raise refused(file, f"a directory of {directory} bytes; at most {MAX_DIRECTORY} are read")
 
 
 def _stored(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored:
     """Find out where and how one array lies in the file."""
     name = member.filename
     if member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-        raise _refused(file, f"{name}: compression method {member.compress_type}")
+        raise refused(file, f"{name}: compression method {member.compress_type}")
     if member.flag_bits & 1:
-        raise _refused(file, f"{name}: encrypted")
+        raise refused(file, f"{name}: encrypted")
     with archive.open(member) as stream:
         dtype, shape, column_major, header = _npy_header(file, name, stream)
     item = np.dtype(dtype)
     if item.hasobject:
-        raise _refused(file, f"{name}: an array of objects, which is a pickle and never read")
+        raise refused(file, f"{name}: an array of objects, which is a pickle and never read")
     data = header + math.prod(shape) * item.itemsize
     if data != member.file_size:
-        raise _refused(file, f"{name}: {member.file_size} bytes for {dtype} of {list(shape)}")
+        raise refused(file, f"{name}: {member.file_size} bytes for {dtype} of {list(shape)}")
     kind = _DTYPES.get(item.str, item.str)
     if member.compress_type == zipfile.ZIP_DEFLATED:
         return Stored(kind, shape, header, column_major, name)
@@ -96,7 +93,7 @@ def _stored(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> St
         name_length, extra_length = _LOCAL_HEADER.unpack(raw.read(_LOCAL_HEADER.size))
     start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     if start + data > file.stat().st_size:
-        raise _refused(file, f"{name}: it ends behind the end of the file")
+        raise refused(file, f"{name}: it ends behind the end of the file")
     return Stored(kind, shape, start + header, column_major)
 
 
@@ -112,51 +109,7 @@ def _npy_header(
         ]
         shape, column_major, dtype = read(start, max_header_size=MAX_NPY_HEADER)
     except (ValueError, KeyError, TypeError, EOFError, MemoryError, RecursionError) as error:
-        raise _refused(file, f"{name}: its header is no array's ({error})") from error
+        raise refused(file, f"{name}: its header is no array's ({error})") from error
     if any(type(size) is not int or not 0 <= size < 1 << 63 for size in shape):
-        raise _refused(file, f"{name}: shape {list(shape)}")
+        raise refused(file, f"{name}: shape {list(shape)}")
     return dtype, tuple(shape), bool(column_major), start.tell()
-
-
-def _refused(file: Path, why: str) -> SaeError:
-    return SaeError(f"{file}: not a complete npz file: {why}; copy or download it again")
-
-
-class Inflated:
-    """The bytes of a compressed member, passed over from its beginning."""
-
-    def __init__(self, path: Path, member: str, start: int) -> None:
-        self._path, self._member, self._start = path, member, start
-
-    def __enter__(self) -> Self:
-        try:
-            self._archive = zipfile.ZipFile(self._path)
-            self._stream = self._archive.open(self._member)
-            self._at = -self._start
-            self._pass(0)
-        except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
-            raise _refused(self._path, f"{self._member}: {error}") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-        self._archive.close()
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Return bytes of the array; see `tensors.Reader`."""
-        try:
-            self._pass(offset)
-            data = self._stream.read(size)
-        except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
-            raise _refused(self._path, f"{self._member}: {error}") from error
-        self._at += len(data)
-        if len(data) != size:
-            raise _refused(self._path, f"{self._member}: it ends too early")
-        return data
-
-    def _pass(self, offset: int) -> None:
-        while self._at < offset:
-            skipped = self._stream.read(min(CHUNK, offset - self._at))
-            if not skipped:
-                raise EOFError("it ends too early")
-            self._at += len(skipped)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from saeguard.sae.errors import SaeError
+from saeguard.sae.zip_member import Inflated
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -93,8 +94,6 @@ class TensorFile:
     def _reader(self, stored: Stored) -> AbstractContextManager[Reader]:
         if stored.member is None:
             return _Plain(self.path, stored.offset)
-        from saeguard.sae.npz import Inflated  # noqa: PLC0415 - it builds on this module
-
         return Inflated(self.path, stored.member, stored.offset)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saeguard.hf.effect import contrast, output_logprob, setting
+from demo.effect import contrast, output_logprob, setting
 from saeguard.hf.model import load_model
 from saeguard.hf.texts import Text
 from saeguard.sae import inspect, read_decoder_rows, read_rows
