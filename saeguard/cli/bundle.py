@@ -34,7 +34,7 @@ def keygen(
 
     Exit codes: 0 written, 2 one of the files exists, 3 they cannot be written.
     """
-    from saeguard.policy import signing
+    from saeguard.policy import signing_keys
 
     public_path = path.with_name(f"{path.name}.pub")
     for file in (path, public_path):
@@ -42,7 +42,7 @@ def keygen(
             raise InputError(f"{file}: exists already, and keys are not overwritten; name another")
     if not path.parent.is_dir():
         raise CannotRunError(f"{path.parent}: there is no such folder")
-    private, public = signing.keygen()
+    private, public = signing_keys.keygen()
     write_new({path: private.decode(), public_path: public.decode()}, private=[path])
     typer.echo(f"{path}: private key, keep it where you sign")
     typer.echo(f"{public_path}: public key, for `saeguard serve --verify`")
@@ -69,6 +69,7 @@ def sign(
     signature cannot be written.
     """
     from saeguard.policy import signing
+    from saeguard.policy.errors import BundleError
     from saeguard.policy.lint import leave_out_templates
     from saeguard.policy.load import load_policies
 
@@ -82,7 +83,7 @@ def sign(
     last = signing.claimed_revision(folder / signing.BUNDLE)
     try:
         manifest = signing.sign(folder, policies, digests, revision or last + 1, private)
-    except signing.BundleError as error:
+    except BundleError as error:
         raise InputError(f"{key}: {error}") from error
     typer.echo(json.dumps(signing.summary(manifest)))
 
@@ -99,13 +100,14 @@ def verify(
     Exit codes: 0 everything is as signed, 1 something is not, 2 the key or the folder is wrong.
     """
     from saeguard.errors import SaeguardError
-    from saeguard.policy import signing
+    from saeguard.policy import signing, signing_keys
+    from saeguard.policy.errors import BundleError
     from saeguard.policy.load import load_policies
 
     public = key.read_bytes()
     try:
-        signing.load_public_key(public)
-    except signing.BundleError as error:
+        signing_keys.load_public_key(public)
+    except BundleError as error:
         raise InputError(f"{key}: {error}") from error
     check_folder(folder)
     check_feature_sets(feature_sets)

@@ -143,7 +143,7 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
 
 def answer(event: Event, pair: Pair) -> tuple[str, float | None]:
     """Return the new policy's verdict on the event's request, and its score; None if unknown."""
-    from saeguard.policy_tools.score_bounds import Seen, foretell, same_verdict, verdict_of
+    from saeguard.policy_tools.score_bounds import Recorded, foretell, same_verdict, verdict_of
 
     if pair.new is None:
         return "absent", None
@@ -152,7 +152,7 @@ def answer(event: Event, pair: Pair) -> tuple[str, float | None]:
         return event.verdict, event.score
     if event.verdict not in {"match", "no_match"}:
         return "unknown", None
-    low, high = foretell(Seen(event.score, event.features), pair.old, pair.new)
+    low, high = foretell(Recorded(event.score, event.features), pair.old, pair.new)
     return verdict_of((low, high)), low if low == high else None
 
 

@@ -13,7 +13,7 @@ from saeguard.guard.scopes import ROLES
 from saeguard.policy.types import Policy
 from saeguard.policy_tools.explanation import judge_recorded
 from saeguard.policy_tools.recording import Recording, RecordingError, read_recording
-from saeguard.policy_tools.test_cases import Case, Recorded, Said, Trace
+from saeguard.policy_tools.test_cases import Case, PlainText, Recorded, Trace
 from saeguard.policy_tools.test_results import Result, compare
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run_cases(
         feature_sets: the folder that `sets` was read from.
     """
     known = sets.known if sets else {}
-    said = [(p, c) for p, c in cases if isinstance(c.given, Said) and p.feature_set in known]
+    said = [(p, c) for p, c in cases if isinstance(c.given, PlainText) and p.feature_set in known]
     read = _read_texts(said, model, feature_sets) if model and said else None
     recordings: dict[Path, Recording] = {}
     results = []
@@ -45,9 +45,9 @@ def run_cases(
         match case.given:
             case Trace():
                 results.append(run(policy, case))
-            case Said() if model is None:
+            case PlainText() if model is None:
                 results.append(Result(policy, case, None, "skipped", "needs a model"))
-            case Recorded() | Said():
+            case Recorded() | PlainText():
                 results.append(_recorded(policy, case, sets, recordings, read))
     return results
 
@@ -106,7 +106,7 @@ def _read_texts(cases: Sequence[tuple[Policy, Case]], model: Path, feature_sets:
     texts = [
         make_text(_name(policy, case), lm.tokenizer, case.given.prompt, case.given.completion)
         for policy, case in cases
-        if isinstance(case.given, Said)
+        if isinstance(case.given, PlainText)
     ]
     names = sorted({policy.feature_set for policy, _ in cases})
     files = [feature_sets / f"{name}.yaml" for name in names]

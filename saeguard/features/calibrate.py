@@ -2,7 +2,7 @@
 
 The range is for people, 0 quiet and 1 as strong as the positives showed. The threshold is the
 share that the wished fraction of ordinary texts exceeds, with the aggregation of serving: over
-all tokens in scope, and over the window where there is one. A threshold for single tokens would
+all tokens in scope, and over the window if there is one. A threshold for single tokens would
 alarm the more often the longer a text is.
 """
 
@@ -98,7 +98,7 @@ def calibrate(
         high = max(float(np.quantile(peaks_of(split)[split.label], 0.99)), low + 1e-3)
         feature = replace(feature, low=_rounded(low), high=_rounded(high))
     elif features.status == "published":
-        # Nobody has measured a range: 1 is then as strong as ordinary texts showed.
+        # No range was measured: 1 is then as strong as ordinary texts showed.
         feature = replace(feature, low=0.0, high=_rounded(max(float(quiet.max()), 1e-3)))
     threshold = threshold_for(shares(feature, quiet), fpr)
     feature = replace(feature, threshold=threshold)

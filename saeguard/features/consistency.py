@@ -12,7 +12,7 @@ MEASURE = "`saeguard features calibrate --topk approximate`"
 
 
 def disagreements(content: FeatureSetFile, document: Document) -> Iterator[Finding]:
-    """Yield every place where a part of the file contradicts another.
+    """Yield every contradiction between parts of the file.
 
     Args:
         content: the file, each of whose parts is well-formed.
@@ -24,8 +24,8 @@ def disagreements(content: FeatureSetFile, document: Document) -> Iterator[Findi
     if content.sae.sha256 is None and content.status != "published":
         message = (
             'the key "sha256" is missing: features hold only for the checkpoint they were found '
-            "in; run `saeguard features calibrate`, or write status: published if nobody has "
-            "calibrated the set"
+            "in; run `saeguard features calibrate`, or write status: published if the set "
+            "was never calibrated"
         )
         yield document.error("not-pinned", message, ("sae",), at_key=True)
     for name, feature in content.features.items():
@@ -123,7 +123,7 @@ def _feature(
                 yield document.error("unknown-latent", message, loc, at_key=True)
             elif sae.topk_measured is not None and latent not in sae.topk_measured.latents:
                 message = (
-                    f"the threshold of latent {latent} is not among sae.topk_measured; run "
+                    f"found latent {latent}, whose threshold is not among sae.topk_measured; run "
                     f"{MEASURE} again"
                 )
                 yield document.error("topk-measured", message, loc, at_key=True)

@@ -65,7 +65,7 @@ class Corpus:
         return changed if counts.all() else changed.select(counts > 0)
 
     def select(self, texts: np.ndarray) -> Corpus:
-        """Return the texts where the mask [texts] is true."""
+        """Return the texts at which the mask [texts] is true."""
         tokens = texts[self.owner]
         return replace(
             self,
@@ -80,7 +80,7 @@ class Corpus:
         )
 
     def of_kind(self, kind: str | None) -> Corpus:
-        """Return the positives of one kind with every negative; all where `kind` is None."""
+        """Return the positives of one kind with every negative; all if `kind` is None."""
         return self if kind is None else self.select(~self.label | (self.kind == kind))
 
 

@@ -22,7 +22,7 @@ Line = Annotated[str, Field(min_length=1, max_length=400)]
 
 
 class FeatureTemplate(Section):
-    """One feature that has to be found and calibrated."""
+    """One feature that must be found and calibrated."""
 
     title: Line
     behaviour: Annotated[str, Field(pattern=NAME)]

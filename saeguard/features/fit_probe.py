@@ -1,4 +1,4 @@
-"""Fit a linear probe whose largest logit over a text tells whether it shows the behaviour."""
+"""Fit a linear probe: its largest logit over a text separates texts that show a behaviour."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fit_probe(corpus: Corpus, seed: int) -> tuple[Probe, float]:
 
     Args:
         corpus: the search split; nothing else may choose the recipe.
-        seed: of the choice of tokens, where there are too many.
+        seed: of the choice of tokens, if there are too many.
     """
     options = list(product(RECIPES, STRENGTHS))
     areas = np.zeros(len(options))

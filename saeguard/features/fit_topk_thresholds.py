@@ -1,7 +1,7 @@
-"""Thresholds that stand for ranks: a TopK latent read as a JumpReLU one, and how well that agrees.
+"""Fit thresholds that replace ranks: a TopK latent read as a JumpReLU one, and how well it agrees.
 
-By rank, a latent fires where fewer than `k` others lie above it, which takes the whole encoder to
-know. A threshold of its own pre-activation takes its own row only, and is sometimes wrong. The
+By rank, a latent fires if fewer than `k` others lie above it, and finding out takes the whole
+encoder. A threshold of its own pre-activation takes its own row only, and is sometimes wrong. The
 threshold is fitted on some texts, by the F1 of "above it" against "fires by rank": a plain count of
 errors would be least, for a rare latent, where it never fires. What the agreement is worth is
 measured on other texts.
@@ -24,7 +24,7 @@ from saeguard.sae.encoder import product, token_scale
 from saeguard.sae.topk_watched import drop, read_competitors
 
 LEAST = 10
-"""Tokens on which a latent has to fire by rank, to fit on and again to measure on."""
+"""Tokens on which a latent must fire by rank, to fit on and again to measure on."""
 ROWS = 4096
 """Tokens ranked at once."""
 
@@ -41,7 +41,7 @@ def approximate(
         check: other texts to measure on. Without any, every other text of `fit` is kept for it.
 
     Raises:
-        SaeError: the SAE does not rank, or a latent fires too rarely to tell.
+        SaeError: the SAE does not rank, or a latent fires too rarely to measure.
     """
     if info.k is None:
         raise SaeError(
@@ -81,7 +81,7 @@ def approximate(
 def by_rank(
     info: SaeInfo, latents: Sequence[int], x: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return pre-activations, and where each latent fires by rank, both [tokens, latents].
+    """Return pre-activations, and a mask of the latents that fire by rank; both [tokens, latents].
 
     Raises:
         SaeError: the weights are damaged.

@@ -108,7 +108,7 @@ def pin(ref: SaeRef) -> SaeRef:
 
 
 def hub_ref(part: SaePart) -> HubRef:
-    """Return where a named SAE lies.
+    """Return the repository and files of a named SAE.
 
     Raises:
         SaeError: the release or the id is not known.

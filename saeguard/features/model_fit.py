@@ -65,7 +65,7 @@ def sae_misfit(d_in: int, layer: int, model: ModelShape) -> str:
 
     Args:
         d_in: width of the vectors that the SAE reads.
-        layer: whose output it reads.
+        layer: the layer that it reads.
         model: to be read.
     """
     if d_in != model.hidden_size:

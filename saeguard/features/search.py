@@ -24,16 +24,16 @@ from saeguard.sae import SaeInfo, encode_latents, max_per_text
 
 CONTROLS = 20
 MIN_HOLD_OUT = 20
-"""Texts of each label below which a hold-out says nothing."""
+"""Least number of texts of each label; a smaller hold-out shows nothing."""
 
 
 class SearchError(InputError):
-    """The labelled texts cannot support a search; says what is missing."""
+    """The labelled texts are too few or too alike for a search."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One detector and how well it tells the labels apart, read as serving reads it."""
+    """One detector and how well it separates the labels, read as serving reads it."""
 
     form: str
     """`latent`, `group`, `probe` or `random group`."""

@@ -1,4 +1,4 @@
-"""Thresholds that stand for the ranks of TopK latents, and how well they agree: data, no torch.
+"""Thresholds that replace the ranks of TopK latents, and how well they agree: data, no torch.
 
 `saeguard.features.fit_topk_thresholds` measures them, a feature set holds them, and serving
 reads by them.
@@ -51,7 +51,7 @@ class Approximation:
 
     @property
     def told(self) -> str:
-        """What is approximated and how well, in words: the worst of the latents."""
+        """Return in words what is approximated and how well, for the worst of the latents."""
         worst = [
             min((getattr(x, name) for x in self.latents.values()), key=lambda rate: rate.rate)
             for name in ("precision", "recall")
@@ -67,7 +67,7 @@ class Approximation:
 
 
 def approximation(part: MeasuredPart) -> Approximation:
-    """Return what a file says of the thresholds that stand for ranks."""
+    """Return the thresholds of a file that replace ranks."""
 
     def rate(of: RatePart) -> Rate:
         return Rate(of.rate, (of.interval[0], of.interval[1]), of.hits, of.tokens)

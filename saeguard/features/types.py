@@ -1,4 +1,4 @@
-"""What a feature set says: named directions in one SAE on one model, with evidence."""
+"""Feature sets in memory: named directions in one SAE on one model, with evidence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ModelRef:
     hidden_size: int
     num_layers: int
     sha256: str | None = None
-    """Digest of `model.safetensors` where the feature set pins one file."""
+    """Digest of `model.safetensors`, None if the feature set does not pin it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class SaeRef:
     d_in: int
     d_sae: int
     stated: Stated = field(default_factory=Stated)
-    """What the feature set says of the checkpoint where its files do not."""
+    """Facts of the checkpoint that its files do not hold but the feature set does."""
     config_sha256: str | None = None
-    """Digest of the configuration, where it is pinned."""
+    """Digest of the configuration, None if it is not pinned."""
     name: Mapping[str, Any] | None = None
-    """Release and id, or repository and files, as the file has them; None where it has a path."""
+    """Release and id, or repository and files, as the file has them; None if it has a path."""
     approximation: Approximation | None = None
-    """What stands for the ranks of a TopK SAE's latents; None: they are ranked exactly."""
+    """Thresholds that replace the ranks of a TopK SAE's latents; None: they are ranked exactly."""
 
     def inspect(self) -> SaeInfo:
         """Read the checkpoint's headers.

@@ -1,8 +1,8 @@
-"""Whose policy applies: tenants by API key, and which policies hold for whom.
+"""The access file: tenants by API key, and which policies apply to which requests.
 
-The operator writes one file. Requests choose nothing in it: an API key says whose they are, the
-engine says which model or adapter serves them, and what they ask for counts only where the file
-lets them ask, which is only ever for more.
+The operator writes the file. A request chooses nothing in it: its API key determines the tenant,
+the engine determines the model or adapter, and a request may ask only for more enforcement, and
+only if the file allows it.
 """
 
 from __future__ import annotations
@@ -42,24 +42,26 @@ class TenantSection(Section):
 
 
 class RuleSection(Section):
-    """What some policies do for some requests."""
+    """How some policies apply to some requests."""
 
     policies: list[ShortText] = Field(
         min_length=1, description="Ids of policies; `*` stands for any characters."
     )
-    tenants: list[ShortText] = Field(default=[], description="Whose requests; none: everybody's.")
+    tenants: list[ShortText] = Field(
+        default=[], description="Tenants whose requests the rule covers; empty: all requests."
+    )
     models: list[ShortText] = Field(
         default=[],
-        description="Served by which: the model's served name, or a LoRA adapter's; none: any.",
+        description="Served names of models or LoRA adapters; empty: any.",
     )
     how: How = Field(
-        description="only: the policies hold for no other requests. enforce: shadow policies are "
+        description="only: the policies apply to no other requests. enforce: shadow policies are "
         "enforced for these. may_enforce: these may ask to have shadow policies enforced."
     )
 
 
 class AccessFile(Section):
-    """Tenants, and which policies hold for whom."""
+    """An access file: tenants, and which policies apply to which requests."""
 
     schema_: Literal["saeguard.access/v1"] = Field(
         alias="schema", description="The version of this format."
@@ -77,7 +79,7 @@ def matches(policy: str, patterns: Iterable[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What some policies do for some requests; see `RuleSection`."""
+    """How some policies apply to some requests; see `RuleSection`."""
 
     policies: tuple[str, ...]
     tenants: frozenset[str]
@@ -85,11 +87,11 @@ class Rule:
     how: How
 
     def names(self, policy: str) -> bool:
-        """Return whether the rule speaks of a policy."""
+        """Return whether the rule names a policy."""
         return matches(policy, self.policies)
 
     def covers(self, tenant: str | None, model: str) -> bool:
-        """Return whether the rule speaks of a request."""
+        """Return whether the rule covers a request."""
         return (not self.tenants or tenant in self.tenants) and (
             not self.models or model in self.models
         )
@@ -97,16 +99,16 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The operator's file."""
+    """An access file, read."""
 
     keys: tuple[tuple[bytes, str], ...] = ()
-    """SHA-256 of an API key, and whose it is."""
+    """SHA-256 of an API key, and the tenant it belongs to."""
     tenants: frozenset[str] = frozenset()
     rules: tuple[Rule, ...] = ()
     path: Path | None = None
 
     def tenant(self, key_sha256: bytes | None) -> str | None:
-        """Return whose key it is, None where nobody's; takes as long whatever the key."""
+        """Return the tenant of a key, None if it has none; takes equally long for any key."""
         found = None
         for known, tenant in self.keys:
             if hmac.compare_digest(known, key_sha256 or b""):
@@ -125,11 +127,11 @@ class Access:
 
 
 EVERYBODY = Access()
-"""No tenants; every policy holds for every request."""
+"""No tenants; every policy applies to every request."""
 
 
 class Decision(NamedTuple):
-    """What the policies of one list do for one request, in their order."""
+    """What the policies of one watch list do for one request, in their order."""
 
     applies: tuple[bool, ...]
     enforced: tuple[bool, ...]
@@ -138,7 +140,7 @@ class Decision(NamedTuple):
 
 
 def key_digest(key: str) -> bytes:
-    """Return what is compared of an API key."""
+    """Return the digest of an API key; keys are compared by digest."""
     return hashlib.sha256(key.encode()).digest()
 
 
@@ -152,15 +154,15 @@ def decide(
     may_enforce: frozenset[str],
     today: date,
 ) -> Decision:
-    """Return which policies hold for a request, and which of them act.
+    """Return which policies apply to a request, and which of them act.
 
     Args:
-        policies: of one list.
-        access: the operator's file.
-        tenant: whose request it is, None where nobody known.
+        policies: of one watch list.
+        access: the operator's file, read.
+        tenant: of the request, None if it is not known.
         model: name of the model or adapter that serves it.
-        asked: shadow policies that it asks to have enforced; others than allowed count for nothing.
-        may_enforce: shadow policies that anybody may have enforced.
+        asked: shadow policies that it asks to have enforced; those not allowed are ignored.
+        may_enforce: shadow policies that any request may have enforced.
         today: exceptions hold up to and including their last day.
     """
     allowed = may_enforce | access.may_ask(tenant, model)
@@ -241,19 +243,18 @@ def _senseless(content: AccessFile, document: Document) -> list[Finding]:
                 )
                 errors.append(document.error("not-allowed", message, ("rules", i, "tenants", j)))
         if rule.how == "only" and not rule.tenants and not rule.models:
-            message = "`how: only` needs tenants or models, or it says nothing"
+            message = "`how: only` needs tenants or models; without them the rule has no effect"
             errors.append(document.error("missing-key", message, ("rules", i)))
     return errors
 
 
 def check_against(access: Access, policies: Sequence[Policy]) -> None:
-    """Check that an access file and a set of policies speak of the same things.
+    """Check that an access file and a set of policies name the same policies and tenants.
 
-    A rule for a policy that is not there, or an exception for a tenant that is not, would do
-    nothing without anybody noticing.
+    A rule for a missing policy, or an exception for a missing tenant, would silently do nothing.
 
     Raises:
-        PolicyErrors: says which file names what, and what there is.
+        PolicyErrors: names the file, what was found and what is known.
     """
     ids = sorted({p.id for p in policies})
     errors = []

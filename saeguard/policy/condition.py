@@ -37,7 +37,7 @@ class ConditionError(InputError):
 
     Attributes:
         code: the kind of mistake.
-        offset: where in the text it is, in characters.
+        offset: of the mistake in the text, in characters.
     """
 
     def __init__(self, code: Code, message: str, offset: int) -> None:
@@ -48,7 +48,7 @@ class ConditionError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A condition and where each of its names stands in the text."""
+    """A condition, and the offset of each of its names in the text."""
 
     expr: Expr
     names: Mapping[str, int]
@@ -72,7 +72,7 @@ def parse(text: str) -> Condition:
 
 
 def holds(expr: Expr, selections: Collection[str]) -> bool:
-    """Return whether the condition holds where exactly `selections` do."""
+    """Return whether the condition holds if exactly `selections` do."""
     match expr:
         case Name(name):
             return name in selections
@@ -91,8 +91,8 @@ def holds(expr: Expr, selections: Collection[str]) -> bool:
 def never_holds(condition: Condition) -> bool:
     """Return whether no combination of selections makes the condition hold.
 
-    Without `not` the condition holds where everything does, which is tried first. With more
-    than `MAX_ENUMERATED` names a contradiction is not looked for.
+    Without `not` the condition holds if every selection does, which is tried first. With more
+    than `MAX_ENUMERATED` names no contradiction is looked for.
     """
     names = list(condition.names)
     if len(names) > MAX_ENUMERATED or holds(condition.expr, names):
@@ -195,7 +195,7 @@ class _Parser:
             term_offset = self.tokens[self.at][1]
             term = self.condition(depth + 1)
             if term in terms:
-                message = "this is in the list already and would count twice"
+                message = "found this entry twice, and it would count twice; remove one"
                 raise ConditionError("condition-count", message, term_offset)
             terms.append(term)
         self.expect(")", '",", "and", "or" or ")"')
@@ -227,7 +227,7 @@ class _Parser:
             term_offset = self.tokens[self.at][1]
             term = self.term(depth + 1)
             if term in [other for _, other in given]:
-                message = "this is in the list already; give it its points once"
+                message = "found this entry twice; give it its points once"
                 raise ConditionError("condition-count", message, term_offset)
             given.append((int(number), term))
         self.expect(")", '"," or ")"')

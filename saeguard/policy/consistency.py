@@ -1,7 +1,7 @@
 """Check that the parts of a policy make sense together.
 
-Works on the plain data and looks only at parts of the right type, so that a mistake in one part
-does not hide those in another.
+The checks work on plain data and look only at parts of the right type, so that a mistake in one
+part does not hide those in another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from saeguard.yaml_files.reader import Document
 
 
 def sense(document: Document) -> tuple[Condition | None, list[Finding]]:
-    """Return the condition, if it can be read, and what does not fit together."""
+    """Return the condition, None if it cannot be read, and what does not fit together."""
     if not isinstance(document.data, dict):
         return None, []
     errors = [*_actions(document), *_exceptions(document), *_clamped(document)]
@@ -36,7 +36,7 @@ def _actions(document: Document) -> Iterator[Finding]:
     data: Mapping[str, Any] = document.data
     if data.get("mode") == "enforce" and "on_error" not in data:
         message = (
-            'mode is enforce, so the key "on_error" has to be written: allow lets a request pass '
+            'mode is enforce, so the key "on_error" must be written: allow lets a request pass '
             "that could not be evaluated, stop ends it"
         )
         yield document.error("on-error-missing", message, ("mode",))
@@ -74,11 +74,11 @@ def _clamped(document: Document) -> Iterator[Finding]:
     written = [edit for edit in get_args(Edit) if isinstance(clamp, dict) and edit in clamp]
     if isinstance(clamp, dict) and not written:
         message = (
-            f"nothing says what becomes of the features; add one of {', '.join(get_args(Edit))}"
+            f"expected one edit of the features, found none; add one of {', '.join(get_args(Edit))}"
         )
         yield document.error("clamp-edit", message, ("clamp",), at_key=True)
     for edit in written[1:]:
-        message = f"{show(written[0])} says already what becomes of the features; keep one of them"
+        message = f"found a second edit beside {show(written[0])}; keep one of them"
         yield document.error("clamp-edit", message, ("clamp", edit), at_key=True)
 
 
@@ -102,8 +102,8 @@ def _selections(document: Document, condition: Condition) -> Iterator[Finding]:
 def _truth(document: Document, condition: Condition) -> Iterator[Finding]:
     if holds(condition.expr, ()):
         message = (
-            "the condition holds where no selection does, so the policy would match any text; "
-            'join the "not" part to something that has to fire, as in: shell and not quoted'
+            "the condition holds if no selection does, so the policy would match any text; "
+            'join the "not" part to something that must fire, as in: shell and not quoted'
         )
         yield document.error("holds-when-quiet", message, ("condition",))
     elif never_holds(condition):
@@ -121,9 +121,9 @@ def _is_list(value: Any) -> bool:
 
 def _repeated(names: list[Any]) -> Iterator[int]:
     """Yield the index of each text that occurred before."""
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for i, name in enumerate(names):
         if isinstance(name, str):
-            if seen[name]:
+            if counts[name]:
                 yield i
-            seen[name] += 1
+            counts[name] += 1

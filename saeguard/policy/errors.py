@@ -1,9 +1,14 @@
-"""The exception that policy, test and access files raise."""
+"""What can be wrong with policies: their files, or the bundle that signs them."""
 
 from __future__ import annotations
 
+from saeguard.errors import InputError
 from saeguard.yaml_files.findings import FindingsError
 
 
 class PolicyErrors(FindingsError):  # noqa: N818 - the plural says that all of them are here
     """Every mistake in some policy, test or access files, in the order of files and lines."""
+
+
+class BundleError(InputError):
+    """The bundle is not what the key's owner signed, or older than one accepted before."""

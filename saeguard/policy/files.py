@@ -39,7 +39,9 @@ def find_files(path: Path) -> tuple[list[Path], list[Finding]]:
             elif here == root or _is_yaml(here):
                 files.append(here)
         except FileNotFoundError:
-            errors.append(_whole(Path(here), "not-found", "there is no such file or folder"))
+            errors.append(
+                _whole(Path(here), "not-found", "there is no such file or folder; check the path")
+            )
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", error)
             errors.append(_whole(Path(here), "unreadable", f"cannot be read: {reason}"))

@@ -46,12 +46,12 @@ def resolve(
     templates: Mapping[str, Features] | None = None,
     today: date | None = None,
 ) -> tuple[Finding, ...]:
-    """Return what does not fit, as errors, what is past its date, as warnings, and what is open.
+    """Return findings: errors for what does not fit, warnings for dates that have passed, notes.
 
     Args:
         policies: what `load_policies` returned.
         feature_sets: by the name that policies use.
-        templates: those that nobody has calibrated yet, likewise.
+        templates: those without calibrated features, likewise.
         today: for tests; the present day in UTC.
     """
     today = today or datetime.now(UTC).date()
@@ -71,7 +71,7 @@ def resolve(
 
 
 def uncalibrated(policy: Policy) -> Finding:
-    """Return that a policy's feature set is a template: an error where the policy is enforced."""
+    """Return that a policy's feature set is a template: an error if the policy is enforced."""
     features = ", ".join(dict.fromkeys(s.feature for s in policy.detect.values()))
     message = (
         f"the feature set {show(policy.feature_set)} is a template: find and calibrate {features} "
@@ -106,11 +106,11 @@ def leave_out_templates(
 
 
 def of_feature_set(policy: Policy, document: FeatureSetFile) -> Iterator[Finding]:
-    """Tell what a feature set is not good for, though it can be read.
+    """Yield what a feature set, though it can be read, cannot be used for.
 
     Args:
         policy: over the set.
-        document: the set as its file says it.
+        document: the set's file.
     """
     acting = acts_on_published(policy, document.status)
     if acting is not None:
@@ -125,11 +125,11 @@ def of_feature_set(policy: Policy, document: FeatureSetFile) -> Iterator[Finding
 
 
 def stand_ins_read(policy: Policy, document: FeatureSetFile) -> Approximation | None:
-    """Return the thresholds that stand for ranks where a policy reads any, None where it does not.
+    """Return the thresholds that replace ranks, None if the policy reads no such latent.
 
     Args:
         policy: over the set; its probes need none.
-        document: the set as its file says it.
+        document: the set's file.
     """
     measured = document.sae.topk_measured
     clamped = policy.clamp.features if policy.clamp else ()
@@ -141,7 +141,7 @@ def stand_ins_read(policy: Policy, document: FeatureSetFile) -> Approximation | 
 
 
 def _to_do(policy: Policy) -> Iterator[Finding]:
-    """Tell what `saeguard policy new` left to be filled in: an error where it would be enforced."""
+    """Yield the texts that `saeguard policy new` left to be written: errors if enforced."""
     texts = (policy.title, policy.owner, policy.rationale, *policy.falsepositives)
     if not any(text.startswith(TO_DO) for text in texts):
         return
@@ -190,22 +190,20 @@ def _features(policy: Policy, feature_sets: Mapping[str, Features]) -> Iterator[
 def _dates(policy: Policy, today: date) -> Iterator[Finding]:
     for i, exception in enumerate(policy.exceptions):
         if exception.expires < today:
-            message = (
-                f"this exception ended and no longer applies; remove it, or ask {exception.owner}"
-            )
+            message = f"the exception has expired; remove it, or ask {exception.owner}"
             loc = ("exceptions", i, "expires")
             yield _at(policy, "exception-expired", message, loc, level="warning")
     if policy.review_by and policy.review_by < today:
-        message = f"the review was due; ask {policy.owner} to look again and set a new date"
+        message = f"the day has passed; ask {policy.owner} to review the policy and set a new one"
         yield _at(policy, "review-due", message, ("review_by",), level="warning")
 
 
 def _forgeable(policy: Policy) -> Iterator[Finding]:
-    """Tell how a policy that acts on the user's turns alone is evaded."""
+    """Yield a note if an enforced policy looks at the user's messages only."""
     if policy.mode == "enforce" and policy.scope == "user":
         message = (
-            "a turn can be forged by whoever calls the API, and what follows is then not the "
-            "user's; where evasion matters use scope: prompt"
+            "the caller of the API can forge the end of the user's message, and the policy does "
+            "not see what follows; if evasion matters, use scope: prompt"
         )
         yield _at(policy, "forgeable-turn", message, ("scope",), level="note")
 

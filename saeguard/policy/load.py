@@ -19,7 +19,7 @@ from saeguard.yaml_files.reader import Document, read_document
 from saeguard.yaml_files.validate import merged, shape
 
 Cache: TypeAlias = dict[tuple[Path, bytes], tuple[Policy | None, list[Finding]]]
-"""What came of a file's content before, by path and SHA-256: a second reading costs nothing."""
+"""Results of earlier reads, by path and SHA-256 of the content."""
 
 
 def load_policies(path: Path, cache: Cache | None = None) -> tuple[Policy, ...]:
@@ -29,8 +29,8 @@ def load_policies(path: Path, cache: Cache | None = None) -> tuple[Policy, ...]:
     be used twice: once in shadow and once enforced.
 
     Raises:
-        PolicyErrors: everything that is wrong with any of the files, and nothing else whatever
-            the files hold.
+        PolicyErrors: everything that is wrong with any of the files. No content raises any
+            other exception.
     """
     policies, errors = read_policies(path, cache=cache)
     if errors:
@@ -45,7 +45,7 @@ def read_policies(
 
     Args:
         paths: files and folders.
-        cache: of readings before; afterwards it holds this one's.
+        cache: of earlier reads; afterwards it holds this one's.
     """
     before = {} if cache is None else dict(cache)
     now: Cache = {}
@@ -56,7 +56,7 @@ def read_policies(
         errors += found
         files = [file for file in files if not is_test(file)]
         if not files and not found:
-            message = "there are no policies here; write NAME.yaml files, or check the path"
+            message = "expected policies here, found none; write NAME.yaml files, or check the path"
             errors.append(Finding(path, 0, 0, "no-policies", message))
         for file in files:
             policy, found = _read_again(file, before, now)
@@ -137,8 +137,8 @@ def _clamp(section: ClampSection) -> Clamp:
 def locate(policy: Policy) -> Document:
     """Read the policy's file again, for the positions in it.
 
-    Positions are wanted only where there is something to report, so policies do not carry
-    them. Where the file has changed in the meantime, errors point at the file as a whole.
+    Positions are needed only for findings, so policies do not carry them. If the file has changed
+    in the meantime, findings point at the file as a whole.
     """
     raw = read_bytes(policy.path)
     if not isinstance(raw, Finding):

@@ -26,7 +26,7 @@ def window(text: str) -> Window:
     """Read `k of n tokens`, or `k tokens in the request`.
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: the message describes the expected form.
     """
     if not re.fullmatch(WINDOW, text):
         raise ValueError('write it as "3 of 8 tokens" or "20 tokens in the request"')
@@ -36,7 +36,7 @@ def window(text: str) -> Window:
     if n is None:
         return Window(k, None)
     if k > n:
-        raise ValueError(f"{k} of {n} can never be reached; the first number is the smaller one")
+        raise ValueError(f"{k} of {n} can never be reached; write the smaller number first")
     return Window(k, n)
 
 
@@ -44,7 +44,7 @@ def over(text: str) -> Over:
     """Read `mean of 16 tokens` and its like.
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: the message describes the expected form.
     """
     if not re.fullmatch(OVER, text):
         raise ValueError(
@@ -64,7 +64,7 @@ def sample(text: str) -> float:
     """Read `10%` as a share of requests.
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: the message describes the expected form.
     """
     share = float(text[:-1]) / 100 if re.fullmatch(SAMPLE, text) else 0.0
     if not 0 < share <= 1:
@@ -81,7 +81,7 @@ def keep(value: str | int) -> int:
     """Read `16` or `16 tokens`.
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: the message describes the expected form.
     """
     found = re.fullmatch(KEEP, str(value))
     if not found or int(found[1]) > MAX_KEEP:

@@ -1,4 +1,4 @@
-"""Published latents may log, not act: nobody measured them on the operator's traffic."""
+"""Published latents may log, not act: they were not measured on the operator's traffic."""
 
 from __future__ import annotations
 

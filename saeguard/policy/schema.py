@@ -1,4 +1,4 @@
-"""What a policy file may say: one source for validation, JSON Schema and documentation."""
+"""The models of a policy file: one source for validation, JSON Schema and documentation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 def _phrase(read: Callable[[str], T]) -> PlainValidator:
-    """Return a validator that reads a phrase, and says what is allowed where it is none."""
+    """Return a validator that reads a phrase; its error describes the expected form."""
 
     def validate(value: Any) -> T:
         try:
@@ -71,13 +71,13 @@ def _text(pattern: str) -> WithJsonSchema:
 
 
 class SelectionSection(Section):
-    """Holds at a token where the feature's share is above a threshold."""
+    """Holds at each token at which the feature's share is above a threshold."""
 
     feature: FeatureName = Field(description="A feature of the policy's feature set.")
     above: float = Field(
         gt=0,
         le=100,
-        description="Holds where the feature's share of its calibrated range is above this; a "
+        description="Holds if the feature's share of its calibrated range is above this; a "
         "share that equals it does not hold. 0 is quiet, 1 is as strong as in calibration.",
     )
     over: Annotated[Over, _phrase(phrases.over), _text(phrases.OVER)] = Field(
@@ -88,7 +88,7 @@ class SelectionSection(Section):
 
 
 class ClampSection(Section):
-    """What `action: clamp` writes."""
+    """The edit of `action: clamp`."""
 
     features: list[FeatureName] = Field(
         min_length=1, max_length=32, description="Features whose clamp latents are set."
@@ -109,7 +109,7 @@ class ClampSection(Section):
         default=None, ge=-10, le=10, description="The factor they are multiplied with."
     )
     ablate: Literal[True] | None = Field(
-        default=None, description="true: their activation is set to nothing."
+        default=None, description="true: their activation is set to 0."
     )
     at_most: float | None = Field(
         default=None,
@@ -132,11 +132,11 @@ class ExceptionSection(Section):
     reason: ShortText = Field(description="Why the action is waived.")
     owner: ShortText = Field(description="Who answers for the exception.")
     expires: date = Field(description="The last day on which it holds.")
-    tenant: ShortText = Field(description="Whose requests it covers.")
+    tenant: ShortText = Field(description="The tenant whose requests it covers.")
 
 
 class PolicyFile(Section):
-    """One behaviour to watch for, when it counts as seen, and what is done then."""
+    """One behaviour to watch for, the condition of a match, and what is done then."""
 
     schema_: Literal["saeguard.policy/v1"] = Field(
         alias="schema", description="The version of this format."
@@ -155,18 +155,18 @@ class PolicyFile(Section):
     on_error: OnError = Field(
         default="allow",
         description="What happens to a request that could not be evaluated because of an error. "
-        "Has to be written where mode is enforce.",
+        "Required if mode is enforce.",
     )
     scope: Scope = Field(description="Which tokens are looked at.")
     uncached: Uncached = Field(
         default="count",
-        description="What happens to prompt tokens whose KV is cached but which the guard has not "
-        "seen, such as KV that came from elsewhere: count them as not evaluated, or recompute.",
+        description="What happens to prompt tokens whose KV is cached but which were not "
+        "evaluated, such as KV from elsewhere: count them as not evaluated, or recompute.",
     )
     sample: Annotated[float, _phrase(phrases.sample), _text(phrases.SAMPLE)] = Field(
         default=1.0,
         description="The share of requests that are looked at, chosen by a hash of policy and "
-        "request: 10%. The others are not evaluated, and say so. Default: 100%.",
+        "request: 10%. The others get the verdict not_evaluated. Default: 100%.",
     )
     feature_set: Annotated[str, StringConstraints(pattern=FEATURE_SET, max_length=200)] = Field(
         description="The feature set that the features come from, by its path without .yaml."
@@ -192,7 +192,7 @@ class PolicyFile(Section):
     ] = Field(
         default=Window(),
         alias="for",
-        description="How many of the last tokens the condition has to hold at: 3 of 8 tokens, or "
+        description="At how many of the last tokens the condition must hold: 3 of 8 tokens, or "
         "of all so far: 20 tokens in the request. At most 64 tokens. Default: 1 of 1 tokens.",
     )
     keep: Annotated[
@@ -223,7 +223,7 @@ class PolicyFile(Section):
 
 
 def without_null(properties: dict[str, Any]) -> None:
-    """Take `null` out of the alternatives: leaving a key out is how to say "none"."""
+    """Take `null` out of the alternatives: an optional key is left out, never null."""
     for name, value in properties.items():
         alternatives = value.get("anyOf", ())
         if {"type": "null"} in alternatives:

@@ -1,8 +1,8 @@
-"""Signed policy folders: one manifest says which files there are and what each holds.
+"""Signed policy folders: one manifest lists the files and the digest of each.
 
 The manifest is signed with Ed25519 in a DSSE envelope (the Dead Simple Signing Envelope of
-secure-systems-lab, version 1), whose pre-authentication encoding keeps a signature made for
-something else from being taken for one of ours. It names every policy file by the digest of its
+secure-systems-lab, version 1). Its pre-authentication encoding keeps a signature made for
+something else from being accepted as one of ours. It names every policy file by the digest of its
 bytes and of its content, every feature set by the digest of its content, and a revision that only
 rises.
 """
@@ -15,29 +15,22 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saeguard.atomic_files import write_atomically
-from saeguard.errors import InputError
-from saeguard.policy.errors import PolicyErrors
+from saeguard.policy.errors import BundleError, PolicyErrors
 from saeguard.policy.files import find_files, is_test
+from saeguard.policy.signing_keys import load_private_key, load_public_key
 from saeguard.policy.types import Policy
 from saeguard.yaml_files.findings import Finding
 from saeguard.yaml_files.raw import read_bytes
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 BUNDLE = "saeguard.bundle.json"
-"""The envelope's name, beside the files that it speaks of."""
+"""The envelope's name, beside the files that it covers."""
 PAYLOAD = "application/vnd.saeguard.bundle.v1+json"
 MAX_BYTES = 16 * 1024 * 1024
-
-
-class BundleError(InputError):
-    """The bundle is not what the key's owner signed, or older than one that was seen."""
 
 
 class Manifest(BaseModel):
@@ -53,7 +46,7 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Return what tells two manifests of one revision apart."""
+        """Return the digest of the content, by which two manifests of one revision differ."""
         return hashlib.sha256(_canonical(self)).hexdigest()
 
 
@@ -67,19 +60,6 @@ def _pae(payload: bytes) -> bytes:
     """Return what DSSE signs: type and body, each with its length."""
     kind = PAYLOAD.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
-
-
-def keygen() -> tuple[bytes, bytes]:
-    """Return a new private and public key, PEM."""
-    from cryptography.hazmat.primitives import serialization as s  # noqa: PLC0415 - an extra
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
-        Ed25519PrivateKey,
-    )
-
-    key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
-    public = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
-    return private, public
 
 
 def sign(
@@ -101,21 +81,7 @@ def sign(
     Raises:
         BundleError: the key is not one for Ed25519.
     """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - an extra
-        Ed25519PrivateKey,
-    )
-    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
-        load_pem_private_key,
-    )
-
-    try:
-        key = load_pem_private_key(private_pem, password=None)
-    except (ValueError, TypeError) as error:
-        raise BundleError(
-            f"the private key cannot be read; make one with `policy keygen`: {error}"
-        ) from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise BundleError("the private key is not one for Ed25519; make one: `policy keygen`")
+    key = load_private_key(private_pem)
     manifest = Manifest(
         schema="saeguard.bundle/v1",
         revision=revision,
@@ -133,36 +99,8 @@ def sign(
     return manifest
 
 
-def load_public_key(pem: bytes) -> Ed25519PublicKey:
-    """Return the key that bundles are verified with.
-
-    Raises:
-        BundleError: it is not a public key for Ed25519, or `cryptography` is missing.
-    """
-    try:
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - an extra
-            Ed25519PublicKey,
-        )
-        from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
-            load_pem_public_key,
-        )
-    except ImportError as error:
-        raise BundleError(
-            "signed bundles need the package `cryptography`: pip install 'saeguard[sign]'"
-        ) from error
-    try:
-        key = load_pem_public_key(pem)
-    except ValueError as error:
-        raise BundleError(
-            f"the public key cannot be read; give the .pub of `policy keygen`: {error}"
-        ) from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise BundleError("the public key is not one for Ed25519; make one: `policy keygen`")
-    return key
-
-
 def verify(folder: Path, public_pem: bytes) -> Manifest:
-    """Return the manifest of a folder whose signature and files hold.
+    """Return the manifest of a folder, after checking its signature and files.
 
     Raises:
         BundleError: the signature is missing, not of this key, or a file is not as signed, is
@@ -170,10 +108,10 @@ def verify(folder: Path, public_pem: bytes) -> Manifest:
     """
     manifest = read_manifest(folder / BUNDLE, public_pem)
     found = _file_digests(folder)
-    wrong = [f"{name}: was signed, is not there" for name in sorted(manifest.files.keys() - found)]
-    wrong += [f"{name}: is there, was not signed" for name in sorted(found.keys() - manifest.files)]
+    wrong = [f"{name}: signed, but missing" for name in sorted(manifest.files.keys() - found)]
+    wrong += [f"{name}: found, but not signed" for name in sorted(found.keys() - manifest.files)]
     wrong += [
-        f"{name}: sha256 is {found[name]}, signed was {digest}"
+        f"{name}: found sha256 {found[name]}, expected {digest}, which was signed"
         for name, digest in sorted(manifest.files.items())
         if found.get(name, digest) != digest
     ]
@@ -185,7 +123,7 @@ def verify(folder: Path, public_pem: bytes) -> Manifest:
 
 
 def read_manifest(path: Path, public_pem: bytes) -> Manifest:
-    """Return the manifest of an envelope whose signature holds.
+    """Return the manifest of an envelope, after checking its signature.
 
     Raises:
         BundleError: it is missing, malformed, or not signed with this key.
@@ -239,7 +177,7 @@ def claimed_revision(path: Path) -> int:
 def check_loaded(
     manifest: Manifest, folder: Path, policies: Iterable[Policy], feature_sets: Mapping[str, str]
 ) -> None:
-    """Check that what was loaded is what was signed, even where a file has changed in between.
+    """Check that what was loaded is what was signed, even if a file has changed in between.
 
     Raises:
         BundleError: names what differs.
@@ -256,20 +194,20 @@ def check_loaded(
         signed = manifest.feature_sets.get(name)
         if signed != digest:
             raise BundleError(
-                f"feature set {name}: its content has digest {digest}, signed was {signed}"
+                f"feature set {name}: found content digest {digest}, but {signed} was signed"
             )
 
 
 def check_revision(manifest: Manifest, seen: tuple[int, str] | None, at_least: int = 1) -> None:
-    """Refuse what is older than a bundle seen before.
+    """Refuse a bundle that is older than one accepted before.
 
     Args:
         manifest: of the bundle that comes.
         seen: highest revision that was in use here, and its manifest's digest.
-        at_least: the operator's floor, for machines that have seen none.
+        at_least: the operator's minimum, for machines that have accepted none.
 
     Raises:
-        BundleError: tells both revisions.
+        BundleError: names both revisions.
     """
     if manifest.revision < at_least:
         raise BundleError(
@@ -300,7 +238,7 @@ def _file_digests(folder: Path) -> dict[str, str]:
         else:
             found[_relative(file, folder)] = hashlib.sha256(raw).hexdigest()
     if not any(not is_test(file) for file in files) and not errors:
-        message = "there are no policies here"
+        message = "expected policies here, found none"
         errors.append(Finding(folder, 0, 0, "no-policies", message))
     if errors:
         raise PolicyErrors(errors)
@@ -312,7 +250,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def summary(manifest: Manifest) -> Mapping[str, Any]:
-    """Return what a person wants to know of a bundle."""
+    """Return the facts of a bundle that commands print."""
     return {
         "revision": manifest.revision,
         "manifest": manifest.digest,

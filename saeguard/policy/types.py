@@ -1,4 +1,4 @@
-"""What a policy says, once it has been read and checked."""
+"""A policy after it has been read and checked: plain, frozen data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ACTIONS: tuple[Action, ...] = ("log", "flag", "clamp", "stop")
 
 
 def strongest_action(actions: Iterable[Action | None]) -> Action | None:
-    """Return the strongest of some actions; None if there is none."""
+    """Return the strongest of some actions, None of nothing."""
     return max((a for a in actions if a is not None), key=ACTIONS.index, default=None)
 
 
@@ -36,28 +36,28 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Not:
-    """True where `term` is not."""
+    """True if `term` is not."""
 
     term: Expr
 
 
 @dataclass(frozen=True, slots=True)
 class And:
-    """True where every term is."""
+    """True if every term is."""
 
     terms: tuple[Expr, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Or:
-    """True where any term is."""
+    """True if any term is."""
 
     terms: tuple[Expr, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class KOf:
-    """True where at least `k` terms are."""
+    """True if at least `k` terms are."""
 
     k: int
     terms: tuple[Expr, ...]
@@ -65,11 +65,11 @@ class KOf:
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """True where the points of the terms that are true add up to at least `k`."""
+    """True if the points of the terms that are true add up to at least `k`."""
 
     k: int
     terms: tuple[tuple[int, Expr], ...]
-    """Points and what they are given for."""
+    """Each term with its points."""
 
 
 Expr: TypeAlias = Name | Not | And | Or | KOf | Points
@@ -77,7 +77,7 @@ Expr: TypeAlias = Name | Not | And | Or | KOf | Points
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """What of a feature's shares is compared at a token: the token's own, or several tokens'."""
+    """How shares are aggregated before they are compared: one token's own, or several tokens'."""
 
     kind: Aggregate = "token"
     """`mean` and `max` of the last `n` tokens, `average` with half-life `n`, `peak` so far."""
@@ -138,7 +138,7 @@ class Policy:
     on_error: OnError
     scope: Scope
     uncached: Uncached
-    """What happens to cached tokens that the guard has not seen: counted, or computed again."""
+    """What happens to cached tokens that were not evaluated: counted, or computed again."""
     feature_set: str
     rationale: str
     falsepositives: tuple[str, ...]
@@ -156,4 +156,4 @@ class Policy:
     sample: float = 1.0
     """The share of requests that are looked at."""
     message: str | None = None
-    """What a client reads in place of the text, where the policy stops a request."""
+    """What a client reads in place of the text if the policy stops a request."""

@@ -1,4 +1,4 @@
-"""A verdict in words: what was looked at, which selection held where, how near it came."""
+"""Explain a verdict in words: what was looked at, which selections held, how near it came."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from saeguard.policy.types import Over, Policy, Window
 from saeguard.policy_tools.explanation import Account
 
 AROUND = 16
-"""Tokens of text shown on each side of the one spoken of."""
+"""Tokens of text shown on each side of the one explained."""
 SHOWN = 12
 """Runs of positions that a line names at most."""
 
 
 def told(account: Account, pieces: Sequence[str] | None, written: Mapping[str, str]) -> list[str]:
-    """Return lines that explain a verdict to somebody who knows the policy's purpose.
+    """Return lines that explain a verdict to a reader who knows the policy's purpose.
 
     Args:
         account: what the verdict was reached from.
-        pieces: what each token spells, where that is known.
+        pieces: the text of each token, None if it was not recorded.
         written: the policy's `condition` and `for` as they stand in its file.
     """
     policy, tokens = account.policy, len(account.looked)
@@ -43,12 +43,12 @@ def told(account: Account, pieces: Sequence[str] | None, written: Mapping[str, s
 
 
 def spoken_of(account: Account) -> int | None:
-    """Return the position that explains the verdict: the first match, or where it came nearest."""
+    """Return the position that explains the verdict: the first match, or the nearest."""
     if account.match.any():
         return int(account.match.argmax())
     if not account.looked.any():
         return None
-    # Where no window is full, the condition itself says where it came nearest.
+    # If no window is full, the condition's own evidence is the nearest.
     best = account.score if np.isfinite(account.score).any() else account.evidence
     return int(best.argmax())
 
@@ -88,10 +88,10 @@ def _looked(account: Account) -> str:
         "prompt": "the prompt",
         "output": "the output",
         "both": "prompt and output",
-        "assistant": "the assistant's turns, the output among them",
-        "user": "the user's turns",
-        "system": "the system's turns",
-        "tool": "the turns of tools",
+        "assistant": "the assistant's messages, the output among them",
+        "user": "the user's messages",
+        "system": "the system's messages",
+        "tool": "the messages of tools",
     }
     c = account.verdict.coverage
     left = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in c.skipped.items())
@@ -170,7 +170,7 @@ def _excerpt(account: Account, at: int, pieces: Sequence[str]) -> Iterator[str]:
 
 
 def positions(mask: np.ndarray) -> str:
-    """Return where a mask is true, in words: `no token`, `token 4`, `3 tokens: 4, 8-9`."""
+    """Return the true positions in words: `no token`, `token 4`, `3 tokens: 4, 8-9`."""
     at = np.flatnonzero(mask)
     if not len(at):
         return "no token"

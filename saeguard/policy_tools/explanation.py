@@ -1,4 +1,4 @@
-"""Judge recorded texts, and keep what a verdict was reached from, token by token."""
+"""Judge recorded texts, and keep the arrays behind each verdict, token by token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Account:
     values: Mapping[str, np.ndarray]
     """Per selection what it compares with its threshold, [tokens] float64."""
     evidence: np.ndarray
-    """[tokens] the condition's evidence; it holds where this is above 1, -inf where not looked."""
+    """[tokens] the condition's evidence; it holds if above 1; -inf if not looked at."""
     score: np.ndarray
     """[tokens] the evidence that the window makes of it."""
     match: np.ndarray
@@ -97,7 +97,7 @@ def account(
 
 
 def _roles(rules: Rules, recording: Recording, text: int) -> np.ndarray | None:
-    """Return whose turn each token of a text's prompt is in, None where no policy asks."""
+    """Return the role of each token of a text's prompt, None if no policy needs it."""
     asks = next((policy for policy in rules.policies if policy.scope in BY_ROLE), None)
     return None if asks is None else recording.roles_of_prompt(text, asks)
 

@@ -1,8 +1,8 @@
 """The canonical layout of a policy or test file: order of keys, blank lines, ends of lines.
 
 Works on the text between the marks of the top-level keys, so that comments, quotes and folding
-stay as their author wrote them. What a file says is never changed: where the digest would be
-another, the file stays as it is.
+stay as their author wrote them. The content never changes: if the digest would differ, the file
+stays as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def laid_out(path: Path, raw: bytes) -> str:
     one pair of braces keeps its order.
 
     Args:
-        path: for messages; `.test.yaml` tells tests from policies.
+        path: for messages; `.test.yaml` marks tests.
         raw: the file.
 
     Raises:
@@ -60,7 +60,7 @@ def _joined(document: Document, order: list[str]) -> str:
 
 
 def _key_lines(document: Document) -> dict[str, int]:
-    """Return where each top-level key starts, as a line counted from 0; empty in flow style."""
+    """Return the line of each top-level key, counted from 0; empty in flow style."""
     marks = {loc[0]: mark for loc, mark in document.keys.items() if len(loc) == 1}
     lines = [mark.line for mark in marks.values()]
     block = all(mark.column == 1 for mark in marks.values()) and len(set(lines)) == len(lines)

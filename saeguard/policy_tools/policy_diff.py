@@ -19,7 +19,7 @@ ACTION = {"mode", "action", "on_error", "keep", "clamp", "message", "exceptions"
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One policy before and after; None where it is not."""
+    """One policy before and after; None on the side where it is missing."""
 
     old: Policy | None
     new: Policy | None
@@ -39,7 +39,7 @@ class Change:
     key: str
     """Dotted, as in `detect.shell.above`."""
     old: str
-    """As written, `-` where it is not there."""
+    """As written, `-` if it is missing."""
     new: str
     weight: Weight
     """The most that it can change."""
@@ -62,7 +62,7 @@ def pairs(old: Sequence[Policy], new: Sequence[Policy]) -> list[Pair]:
 
 
 def changes(pair: Pair) -> list[Change]:
-    """Return every key in which two versions of a policy differ; none where one is missing."""
+    """Return every key in which two versions of a policy differ; none if one is missing."""
     if pair.old is None or pair.new is None or pair.old.digest == pair.new.digest:
         return []
     old, new = dict(_flat(locate(pair.old).data)), dict(_flat(locate(pair.new).data))

@@ -36,7 +36,7 @@ def record_features(
         lm: the model the feature sets were made for.
         feature_sets: their files.
         texts: none of them empty.
-        path: where the recording is, or comes from; for messages.
+        path: of the recording, for messages.
         with_text: keep what each token spells.
 
     Raises:

@@ -1,7 +1,7 @@
 """Recorded feature values of some texts, `saeguard.recording/v1`: one safetensors file.
 
-What a model showed on these texts, kept once, so that policies can be judged on them again and
-again without model, SAE or accelerator. It holds the *value* of each feature at each token,
+The values are recorded once, so that policies can be judged on them again and again without model,
+SAE or accelerator. It holds the *value* of each feature at each token,
 before its calibrated range is applied: thresholds, windows, conditions and ranges may change
 after the recording, what a feature is made of may not. It holds no text unless that was asked
 for when it was made.
@@ -32,7 +32,7 @@ UNTOLD = "it was recorded without roles; record the texts again with `saeguard p
 
 
 class RecordingError(InputError):
-    """A recording cannot be read, or does not hold what a policy needs; says what to do."""
+    """A recording cannot be read, or does not hold what a policy needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +55,34 @@ class Recording:
     values: np.ndarray
     """[T, columns] float32."""
     roles: np.ndarray | None = None
-    """[T] uint8, whose turn a token of a prompt is in: an index into `saeguard.guard.scopes`'
-    places. None where the model's chat template did not tell, or the file is older."""
+    """[T] uint8, the role of each token of a prompt: an index into `saeguard.guard.scopes.ROLES`.
+    None if the model's chat template does not mark roles, or the file is older."""
     no_roles: str = UNTOLD
     """Why there are none."""
     pieces: tuple[str, ...] | None = None
-    """[T] what each token spells, where the recording was made with its text."""
+    """[T] the text of each token, None if the recording was made without text."""
 
     def span(self, text: int) -> slice:
-        """Return where the tokens of a text are among all of them."""
+        """Return the slice of a text's tokens among all tokens."""
         start = int(self.lengths[:text].sum())
         return slice(start, start + int(self.lengths[text]))
 
     def roles_of_prompt(self, text: int, policy: Policy) -> np.ndarray:
-        """Return whose turn each token of a text's prompt is in.
+        """Return the role of each token of a text's prompt.
 
         Args:
             text: its index.
             policy: that asks; its scope is a role.
 
         Raises:
-            RecordingError: the recording does not say; names the policy, the reason, and what is
+            RecordingError: roles were not recorded; names the policy, the reason, and what is
                 allowed.
         """
         if self.roles is None:
             allowed = ", ".join(scope for scope in SCOPES if scope not in BY_ROLE)
             raise RecordingError(
-                f"{policy.path}: scope: {policy.scope}, but {self.path} does not say whose turn a "
-                f"token of a prompt is in: {self.no_roles}; allowed here: {allowed}"
+                f"{policy.path}: scope: {policy.scope}, but {self.path} does not hold the roles "
+                f"of a prompt's tokens: {self.no_roles}; allowed here: {allowed}"
             )
         start = self.span(text).start
         return self.roles[start : start + int(self.prompt_tokens[text])]
@@ -91,7 +91,7 @@ class Recording:
         """Return the index of the text named `id_`.
 
         Raises:
-            RecordingError: there is none.
+            RecordingError: the recording holds no such text.
         """
         if id_ not in self.ids:
             known = ", ".join(self.ids[:10]) + (", ..." if len(self.ids) > 10 else "")  # noqa: PLR2004
@@ -136,7 +136,7 @@ def definition(document: FeatureSetFile, feature: str) -> str:
     else:
         made_of["detect"] = sorted((part.detect or {}).items())
         measured = document.sae.topk_measured
-        if measured is not None:  # thresholds in place of ranks make other values
+        if measured is not None:  # thresholds in place of ranks give other values
             made_of["topk"] = [
                 [n, measured.latents[n].threshold] for n in sorted(part.detect or {})
             ]
@@ -182,7 +182,7 @@ def read_recording(path: Path) -> Recording:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RecordingError(f"{path}: this is no recording: {error}") from error
     raise RecordingError(
-        f"{path}: found {found}, {SCHEMA} is due; make one with `saeguard policy record`"
+        f"{path}: found {found}, expected {SCHEMA}; make one with `saeguard policy record`"
     )
 
 
@@ -218,9 +218,9 @@ def _fits(recording: Recording) -> None:
         ("values", recording.values.shape, (tokens, len(recording.definitions))),
         ("pieces", (len(recording.pieces or ()),), (tokens if recording.pieces else 0,)),
     )
-    for name, found, due in wanted:
-        if tuple(found) != due:
-            raise ValueError(f"{name} has the shape {list(found)}, {list(due)} is due")
+    for name, found, expected in wanted:
+        if tuple(found) != expected:
+            raise ValueError(f"{name}: found shape {list(found)}, expected {list(expected)}")
     if recording.roles is not None and (recording.roles >= len(ROLES)).any():
         raise ValueError(f"a token's role is {recording.roles.max()}, {len(ROLES) - 1} is the last")
     if (recording.lengths < 1).any() or (recording.prompt_tokens > recording.lengths).any():

@@ -1,4 +1,4 @@
-"""The text of a new policy and of its tests, with marks where its owner has to say something."""
+"""The text of a new policy and of its tests, with TODO marks for its owner to replace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ scope: output                   # prompt | output | both
 feature_set: {feature_set}
 rationale: "TODO: what fires, and why that matters"
 falsepositives:
-  - "TODO: harmless texts that will match, so that nobody is surprised"
+  - "TODO: harmless texts that will match"
 review_by: {review_by}
 detect:
 {detect}
@@ -63,7 +63,7 @@ def draft(
         feature_set: by the name that policies use.
         thresholds: share above which each feature holds.
         schema: path of the folder with the JSON Schemas, from the policy's folder.
-        today: the review is due half a year later.
+        today: the day of review is half a year later.
     """
     names = {feature: feature.lower() for feature in thresholds}
     detect = "\n".join(

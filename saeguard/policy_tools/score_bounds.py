@@ -1,12 +1,12 @@
-"""What an event tells of another policy: how high and how low that one's score can have been.
+"""Bounds of the score that another policy would have had, from a recorded event.
 
 An event keeps little: its policy's score, and each feature's highest share with its position.
 Two things follow for another policy that reads the same tokens.
 
 - *From the peaks.* At no token was a feature above its peak, so the condition at its peaks bounds
   the score from above. At a peak's own position the feature's share is known exactly, which bounds
-  it from below where one token is enough for a match.
-- *From the score.* Where only thresholds differ and the condition has no `not`, evidence of every
+  it from below if one token is enough for a match.
+- *From the score.* If only thresholds differ and the condition has no `not`, evidence of every
   selection moves by a known factor. Minimum, maximum and k-th largest keep order and scale with
   their inputs, so the score moves by no less than the least factor and no more than the largest.
 
@@ -40,7 +40,7 @@ EVERYTHING: Interval = (-math.inf, math.inf)
 
 
 class Peak(Protocol):
-    """One feature's activity within a request, as events tell it."""
+    """One feature's activity within a request, as events record it."""
 
     @property
     def max(self) -> float:
@@ -52,8 +52,8 @@ class Peak(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What an event says of a request."""
+class Recorded:
+    """What an event records of a request."""
 
     score: float | None
     peaks: Mapping[str, Peak]
@@ -67,28 +67,28 @@ def same_verdict(old: Policy, new: Policy) -> bool:
     return replace(old, **ignored) == new
 
 
-def foretell(seen: Seen, old: Policy, new: Policy) -> Interval:
+def foretell(event: Recorded, old: Policy, new: Policy) -> Interval:
     """Return between which values `new` would have scored the request that `old` judged.
 
     The answer holds where both policies' feature sets are as they were when the event was written.
 
     Args:
-        seen: what the event of `old` says.
+        event: what the event of `old` records.
         old: the policy that wrote it.
         new: the policy asked about.
     """
-    if seen.score is not None and same_verdict(old, new):
-        return seen.score, seen.score
+    if event.score is not None and same_verdict(old, new):
+        return event.score, event.score
     if old.feature_set != new.feature_set or old.scope != new.scope:
         return EVERYTHING
-    # Of a feature compared as a mean or the like, the event tells the highest mean, not share.
+    # Of a feature compared as a mean or the like, the event records the highest mean, not share.
     summed = {s.feature for s in old.detect.values() if not _plain(s)}
-    peaks = {name: peak for name, peak in seen.peaks.items() if name not in summed}
-    return _both(_from_peaks(peaks, new), _from_score(seen, old, new))
+    peaks = {name: peak for name, peak in event.peaks.items() if name not in summed}
+    return _both(_from_peaks(peaks, new), _from_score(event, old, new))
 
 
 def verdict_of(bounds: Interval) -> str:
-    """Return `match`, `no_match`, or `unknown` where the event cannot tell."""
+    """Return `match`, `no_match`, or `unknown` if the event does not decide it."""
     low, high = bounds
     return "match" if low > THRESHOLD else "no_match" if high <= THRESHOLD else "unknown"
 
@@ -128,8 +128,8 @@ def _here(peak: Peak | None, selection: Selection, at: int, ceiling: float) -> I
     return (peak.max - ROUNDING) / selection.above, (peak.max + ROUNDING) / selection.above
 
 
-def _from_score(seen: Seen, old: Policy, new: Policy) -> Interval:
-    if seen.score is None or any(isinstance(term, Not) for term in terms_of(new.condition)):
+def _from_score(event: Recorded, old: Policy, new: Policy) -> Interval:
+    if event.score is None or any(isinstance(term, Not) for term in terms_of(new.condition)):
         return EVERYTHING
     if list(old.detect) != list(new.detect):
         return EVERYTHING
@@ -140,8 +140,8 @@ def _from_score(seen: Seen, old: Policy, new: Policy) -> Interval:
     if not same_verdict(replace(old, detect=raised), new):
         return EVERYTHING
     factors = [old.detect[name].above / s.above for name, s in new.detect.items()]
-    ends = sorted((min(factors) * seen.score, max(factors) * seen.score))
-    slack = abs(seen.score) * max(factors) * RELATIVE
+    ends = sorted((min(factors) * event.score, max(factors) * event.score))
+    slack = abs(event.score) * max(factors) * RELATIVE
     return ends[0] - slack, ends[1] + slack
 
 
@@ -150,7 +150,7 @@ def _both(a: Interval, b: Interval) -> Interval:
 
 
 def _evidence(expr: Expr, at: Mapping[str, Interval]) -> Interval:
-    """Return the evidence of a condition where each selection's lies within an interval."""
+    """Return the evidence of a condition, given an interval for each selection's."""
     match expr:
         case Name(name):
             return at[name]

@@ -1,4 +1,4 @@
-"""What a test file may say: one source for validation, JSON Schema and documentation."""
+"""The models of a test file: one source for validation, JSON Schema and documentation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 class MessageSection(Section):
     """One message of a chat."""
 
-    role: ShortText = Field(description="Who speaks, as the chat template knows it: user.")
-    content: LongText = Field(description="What is said.")
+    role: ShortText = Field(description="The role, as the chat template knows it: user.")
+    content: LongText = Field(description="The text of the message.")
 
 
 class CaseSection(Section):
@@ -44,8 +44,8 @@ class CaseSection(Section):
     )
     roles: Annotated[str, StringConstraints(pattern=ROLES, max_length=1000)] | None = Field(
         default=None,
-        description="With shares: whose turn the prompt's tokens are in, such as 2 template, "
-        "5 user, 3 template. Default: all the user's.",
+        description="With shares: the roles of the prompt's tokens, such as 2 template, "
+        "5 user, 3 template. Default: all user.",
     )
     recording: Annotated[str, StringConstraints(pattern=RECORDING, max_length=200)] | None = Field(
         default=None,
@@ -64,7 +64,7 @@ class CaseSection(Section):
         description="A chat that the model is given, through its template; completion may follow.",
     )
     completion: LongText | None = Field(
-        default=None, description="What the model says: the output. Needs `--model` to run."
+        default=None, description="The output of the model. Needs `--model` to run."
     )
     expect: Literal["match", "no_match"] = Field(description="The verdict.")
     first_token: Tokens | None = Field(
@@ -75,7 +75,7 @@ class CaseSection(Section):
     )
     todo: bool = Field(
         default=False,
-        description="true: known not to hold yet. The case may fail, and is told once it passes.",
+        description="true: known to fail. The case may fail, and is reported once it passes.",
     )
 
 

@@ -1,7 +1,7 @@
 """Test files: `NAME.test.yaml` beside a policy, with cases that must match and must not.
 
 A case gives its tokens in one of three ways, the quickest first: as traces of shares, as a text of
-a recording beside the file, or as a text that a model has to read.
+a recording beside the file, or as a text for a model to read.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Trace:
     shares: Mapping[str, list[float]]
     """Per feature of the policy, one share per token."""
     roles: tuple[str, ...] = ()
-    """Whose turn each token of the prompt is in."""
+    """The role of each token of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """Tokens that a model has read before."""
+    """A text of a recording."""
 
     path: Path
     text: str
@@ -44,8 +44,8 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """Tokens that a model has to read."""
+class PlainText:
+    """A text for a model to read."""
 
     prompt: str | tuple[tuple[str, str], ...]
     """A text, or the role and content of each message."""
@@ -57,18 +57,18 @@ class Case:
     """One text and the verdict that a policy must reach on it."""
 
     name: str
-    given: Trace | Recorded | Said
+    given: Trace | Recorded | PlainText
     expect: Literal["match", "no_match"]
     first_token: int | None
     matched_tokens: int | None
     todo: bool
     """Whether it is known not to hold yet."""
     line: int
-    """Where the case starts in its file."""
+    """The line in which the case starts."""
 
 
 def cases_path(policy: Path) -> Path:
-    """Return where the tests of a policy file belong."""
+    """Return the path of a policy file's tests."""
     return policy.with_name(policy.name.removesuffix(".yaml") + TEST_SUFFIX)
 
 
@@ -80,7 +80,7 @@ def policy_path(cases: Path) -> Path:
 def missing_tests(policy: Policy) -> Finding:
     """Return that a policy has no tests."""
     name = cases_path(policy.path).name
-    message = f"there are no tests for this policy; write {name} beside it"
+    message = f"the policy has no tests; write {name} beside it"
     return Finding(policy.path, 0, 0, "test-missing", message)
 
 
@@ -111,7 +111,7 @@ def _whole(document: Document, content: CaseFile, policy: Policy) -> Iterator[Fi
         yield document.error("test-policy", message, ("policy",))
     expected = {case.expect for case in content.cases if not case.todo}
     for missing in sorted({"match", "no_match"} - expected):
-        message = f"there is no case with expect: {missing} that has to pass; add one"
+        message = f"expected a case with expect: {missing} that must pass, found none; add one"
         yield document.error("test-cases", message, ("cases",), at_key=True)
     names: set[str] = set()
     for i, case in enumerate(content.cases):
@@ -125,7 +125,7 @@ def _case(
     document: Document, section: CaseSection, policy: Policy, loc: Loc
 ) -> tuple[Case | None, list[Finding]]:
     errors = [*_ways(document, section, loc)]
-    given: Trace | Recorded | Said
+    given: Trace | Recorded | PlainText
     if section.shares is not None:
         given, found = _trace(document, section, section.shares, policy, loc)
         errors += found
@@ -137,7 +137,7 @@ def _case(
             errors.append(document.error("test-recording", message, (*loc, "recording")))
     else:
         messages = tuple((m.role, m.content) for m in section.messages or ())
-        given = Said(messages or section.prompt or "", section.completion or "")
+        given = PlainText(messages or section.prompt or "", section.completion or "")
     errors += _expectations(document, section, given, loc)
     if errors:
         return None, errors
@@ -232,7 +232,7 @@ def _run(text: str) -> list[str]:
 
 
 def _expectations(
-    document: Document, section: CaseSection, given: Trace | Recorded | Said, loc: Loc
+    document: Document, section: CaseSection, given: Trace | Recorded | PlainText, loc: Loc
 ) -> Iterator[Finding]:
     length = 0
     if isinstance(given, Trace):

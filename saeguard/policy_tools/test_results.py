@@ -1,4 +1,4 @@
-"""What came of a test case: the verdict, and how it compares with what was expected."""
+"""The result of a test case: its verdict, compared with what was expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from saeguard.policy_tools.test_cases import Case, cases_path
 from saeguard.yaml_files.findings import Finding
 
 Status: TypeAlias = Literal["passed", "failed", "skipped", "todo", "passes"]
-"""`todo`: it fails, as is known. `passes`: it is to do, and passes by now."""
+"""`todo`: it fails, as is known. `passes`: it is marked `todo`, but passes."""
 
 
 class Judged(Protocol):
@@ -35,35 +35,35 @@ class Judged(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one case."""
+    """The result of one case."""
 
     policy: Policy
     case: Case
     verdict: Judged | None
-    """None where the case was not run."""
+    """None if the case was not run."""
     status: Status
     complaint: str
-    """What was expected and what came instead, or why the case was not run."""
+    """What was found and expected, or why the case was not run."""
 
     def finding(self) -> Finding:
-        """Return the failure, or the case that is no longer to do, at its place."""
+        """Return a finding for a failed case, or for a `todo` case that passes."""
         path = cases_path(self.policy.path)
         if self.status == "passes":
-            message = f"{self.case.name}: this passes now; remove todo: true"
+            message = f"{self.case.name}: the case passes now; remove todo: true"
             return Finding(path, self.case.line, 1, "test-passes", message, level="note")
         message = f"{self.case.name}: {self.complaint}"
         return Finding(path, self.case.line, 1, "test-failed", message)
 
 
 def compare(policy: Policy, case: Case, verdict: Judged) -> Result:
-    """Return what came of a case that was judged."""
+    """Return the result of a case that was judged."""
     compared = [
         ("verdict", case.expect, verdict.outcome),
         ("first_token", case.first_token, verdict.first_token),
         ("matched_tokens", case.matched_tokens, verdict.matched_tokens),
     ]
     wrong = [
-        f"{name} {got}, not {expected}"
+        f"{name}: found {got}, expected {expected}"
         for name, expected, got in compared
         if expected is not None and got != expected
     ]

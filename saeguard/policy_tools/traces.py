@@ -15,7 +15,7 @@ class TraceError(InputError):
     """A mistake in a trace.
 
     Attributes:
-        offset: where in the text it is, in characters.
+        offset: of the mistake in the text, in characters.
     """
 
     def __init__(self, message: str, offset: int) -> None:

@@ -22,11 +22,11 @@ class Shift:
     """Id, with the mode."""
     old: str
     new: str
-    """Verdicts; `absent` where there is no such policy, `unknown` where nobody can tell."""
+    """Verdicts; `absent` if the policy is missing on that side, `unknown` if undecided."""
     old_score: float | None
     new_score: float | None
     first_token: int | None
-    """Where the match starts, on the side that matches."""
+    """Position of the first match, on the side that matches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def shifts(
 ) -> list[Shift]:
     """Return the verdicts on one request that differ.
 
-    A policy that only comes or goes counts where it matches.
+    A policy that is only on one side counts if it matches.
     """
     changed = []
     for pair, old, new in found:
@@ -69,7 +69,7 @@ def shifts(
 
 
 def done(request: str, old: Sequence[Verdict], new: Sequence[Verdict]) -> Done | None:
-    """Return how what is done to a request differs, None where it does not."""
+    """Return how the action on a request differs, None if it does not."""
     before, after = _action(old), _action(new)
     return None if before == after else Done(request, before, after)
 

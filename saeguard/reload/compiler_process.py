@@ -28,8 +28,8 @@ import numpy as np
 
 from saeguard.features.files import FeatureSetError
 from saeguard.guard.watchlist import WatchList, WatchListError
-from saeguard.policy.errors import PolicyErrors
-from saeguard.policy.signing import BundleError, Manifest
+from saeguard.policy.errors import BundleError, PolicyErrors
+from saeguard.policy.signing import Manifest
 from saeguard.policy.types import Policy
 from saeguard.reload.columns import RowId, row_ids, row_tensors, without_weights
 from saeguard.reload.dry_run import RehearsalError, rehearse

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from saeguard.errors import InputError
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy.access import EVERYBODY, Access, load_access
-from saeguard.policy.signing import BundleError, Manifest, check_revision
+from saeguard.policy.errors import BundleError
+from saeguard.policy.signing import Manifest, check_revision
 from saeguard.reload import policy_source, state_dir
 from saeguard.reload.columns import Columns, allocate, over_tap_columns, used
 

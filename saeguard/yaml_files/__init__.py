@@ -1,1 +1,1 @@
-"""Files that people write: read strictly, and every mistake told with its line and column."""
+"""Files that people write: read strictly, with line and column of every mistake."""

@@ -1,4 +1,4 @@
-"""A finding: one mistake in a file, with its place, its code and what to do."""
+"""A finding: one mistake in a file, with its position, its code and what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = 60
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One mistake: what was found, where, what is allowed and what to do."""
+    """One mistake: its position, what was found, what was expected and what to do."""
 
     path: Path
     line: int
@@ -82,18 +82,18 @@ def render_all(findings: Sequence[Finding], style: Callable[[str], str] = str) -
 
 
 def printable(text: str) -> str:
-    """Return `text` at the same length, with nothing in it that could steer a terminal."""
+    """Return `text` at the same length, without characters that could steer a terminal."""
     return "".join(c if c.isprintable() else " " if c == "\t" else "\ufffd" for c in text)
 
 
 def show(value: object) -> str:
-    """Return `value` as a message quotes it: in quotes where it is text, and never long."""
+    """Return `value` as a message quotes it: in quotes if it is text, and never long."""
     text = str(value)
     text = printable(text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}...")
     return f'"{text}"' if isinstance(value, str) else text
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `did you mean "x"? ` where something known is near, else nothing."""
+    """Return `did you mean "x"? ` if a known word is near, else nothing."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {show(near[0])}? " if near else ""

@@ -1,4 +1,4 @@
-"""Read YAML into plain data, and record where every key and value stands.
+"""Read YAML into plain data, and record the position of every key and value.
 
 The reader works on PyYAML's events rather than on its nodes: it sees anchors, aliases and tags
 before anything is built, never expands anything, and applies the caps on depth and count while
@@ -7,7 +7,6 @@ reading. Mistakes that leave the rest readable are collected; the others end the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,19 +17,12 @@ import yaml
 from saeguard.errors import SaeguardError
 from saeguard.yaml_files.codes import Code
 from saeguard.yaml_files.findings import Finding, show
-from saeguard.yaml_files.scalars import AmbiguousError, Scalar, describe, plain
+from saeguard.yaml_files.scalars import CONTROL, AmbiguousError, Scalar, describe, plain
 
 Loc: TypeAlias = tuple[str | int, ...]
-"""Where in the data: keys and list indices from the root, as pydantic writes them too."""
+"""A path in the data: keys and list indices from the root, as pydantic writes them."""
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# C0 and C1 controls but tab and newline; line and paragraph separators, which count as line
-# breaks to YAML but not to editors; bidirectional controls, which reorder what a reviewer sees;
-# byte order marks, lone surrogates and non-characters.
-CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-    r"\ufeff\ud800-\udfff\ufffe\uffff]"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +43,7 @@ POLICY = FileKind("policy")
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Where a key or value starts and ends."""
+    """The position at which a key or value starts, and its extent."""
 
     line: int
     column: int
@@ -61,7 +53,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The content of one file, with marks, and what was wrong with it as YAML."""
+    """The content of one file with positions, and what is wrong with it as YAML."""
 
     path: Path
     text: str
@@ -97,10 +89,10 @@ class Document:
         return value
 
     def _inside(self, mark: Mark, value: Any, offset: int) -> int:
-        """Return where in the file character `offset` of a text value stands.
+        """Return the position in the file of character `offset` of a text value.
 
         Folding and quoting change only white space unless there are escapes, so counting the
-        other characters finds it; with escapes the start of the value has to do.
+        other characters finds it. With escapes the start of the value is returned.
         """
         start = mark.start
         if self.text[start] in "\"'":

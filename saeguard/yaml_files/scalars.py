@@ -14,6 +14,13 @@ from saeguard.errors import InputError
 
 Scalar: TypeAlias = str | int | float | bool | date | None
 
+# C0 and C1 controls but tab and newline; line and paragraph separators, which count as line
+# breaks to YAML but not to editors; bidirectional controls, which reorder what a reviewer sees;
+# byte order marks, lone surrogates and non-characters.
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+    r"\ufeff\ud800-\udfff\ufffe\uffff]"
+)
 _NULL = {"", "~", "null"}
 _BOOLEAN = {"true": True, "false": False}
 _BOOLEAN_TO_SOME = {"y", "n", "yes", "no", "on", "off"}
@@ -61,7 +68,7 @@ def plain(text: str, *, exponents: bool = False) -> Scalar:
         exponents: whether a number may be written as in 1.5e-05.
 
     Raises:
-        AmbiguousError: says what is unclear and how to write it.
+        AmbiguousError: the message says what is unclear and how to write it.
     """
     lower = text.lower()
     if lower in _NULL:

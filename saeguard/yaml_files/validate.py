@@ -44,9 +44,9 @@ def shape(model: type[M], document: Document) -> tuple[M | None, list[Finding]]:
 
 
 def merged(document: Document, found: Iterable[Finding]) -> list[Finding]:
-    """Return the mistakes in the YAML and those in what it says, in the order of the file.
+    """Return the mistakes in the YAML and in its content, in the order of the file.
 
-    A place that is wrong as YAML is reported once: what it seems to say is wrong as a consequence.
+    A value that is wrong as YAML is reported once; its content is wrong as a consequence.
     """
     wrong_already = {(error.line, error.column) for error in document.errors}
     follow = [error for error in found if (error.line, error.column) not in wrong_already]
@@ -108,7 +108,7 @@ def _form(pattern: str) -> str:
 
 
 def _quotes(value: object, mistake: str) -> str:
-    """Return the advice to add or remove quotes where that is all it takes."""
+    """Return the advice to add or remove quotes if that is all it takes."""
     if mistake == "string_type" and isinstance(value, int | float | date):
         return "; put it in quotes"
     if isinstance(value, str) and mistake in {"int_type", "float_type", "date_type"}:

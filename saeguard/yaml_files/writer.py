@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from saeguard.yaml_files.reader import CONTROL
-from saeguard.yaml_files.scalars import AmbiguousError, plain
+from saeguard.yaml_files.scalars import CONTROL, AmbiguousError, plain
 
 
 class _Dumper(yaml.SafeDumper):

@@ -41,7 +41,7 @@ def test_sign_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (said["revision"], said["policies"]) == (2, 1)
     models.write_policy(folder / "two.yaml", detect=detect, condition="a")
     assert run("policy", "verify", "--key", public, *where) == 1
-    assert "two.yaml: is there, was not signed" in capsys.readouterr().err
+    assert "two.yaml: found, but not signed" in capsys.readouterr().err
     assert run("policy", "verify", "--key", key, *where) == 2
     assert run("policy", "sign", "--key", public, *where) == 2
     (folder / "two.yaml").write_text("schema: [")

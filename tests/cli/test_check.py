@@ -89,7 +89,7 @@ def test_warnings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_note_fails_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """A policy that acts on the user's turns is told how it is evaded, and passes `--strict`."""
+    """A policy that acts on the user's messages alone gets a note, and passes `--strict`."""
     spoil(("mode: shadow", "mode: enforce"), ("scope: output", "scope: user"))
 
     assert run("check", "--strict") == 0
@@ -97,7 +97,7 @@ def test_a_note_fails_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         "1 policy read: 0 errors, 0 warnings, 1 note (--notes shows them)\n"
     )
     assert run("check", "--strict", "--notes") == 0
-    assert "policies/p.yaml:9:8: note[forgeable-turn]: a turn can" in capsys.readouterr().out
+    assert "policies/p.yaml:9:8: note[forgeable-turn]: the caller of" in capsys.readouterr().out
 
 
 def test_broken_feature_set(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +202,6 @@ def test_model_that_is_none(
 def test_require_tests(capsys: pytest.CaptureFixture[str]) -> None:
     """A missing test file is a finding where tests are asked for."""
     assert run("check", "--require-tests") == 1
-    assert "policies/p.yaml: error[test-missing]: there are no tests for this policy; write " in (
+    assert "policies/p.yaml: error[test-missing]: the policy has no tests; write " in (
         capsys.readouterr().out
     )

@@ -42,7 +42,7 @@ def test_pass(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("first_token: 4", "first_token: 3", "first_token 4, not 3"),
+        ("first_token: 4", "first_token: 3", "first_token: found 4, expected 3"),
         ("matched_tokens: 2", "matched_tokens: 1", "matched_tokens 2, not 1"),
         ("0.9x3 0\n", "0.9x2 0x2\n", "verdict no_match, not match; first_token None, not 4"),
         ("prompt_tokens: 2", "prompt_tokens: 6", "verdict not_evaluated, not match"),
@@ -81,8 +81,7 @@ def test_missing_tests(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("test") == 0
     assert run("test", "--require-tests") == 1
     assert (
-        "policies/p.yaml: error[test-missing]: there are no tests for this policy; "
-        "write p.test.yaml beside it"
+        "policies/p.yaml: error[test-missing]: the policy has no tests; write p.test.yaml beside it"
     ) in capsys.readouterr().out
 
 

@@ -75,7 +75,7 @@ def test_to_do(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run("test") == 0
     out = capsys.readouterr().out
-    assert "p.test.yaml:7:1: note[test-passes]: the calm one: this passes now" in out
+    assert "p.test.yaml:7:1: note[test-passes]: the calm one: the case passes now" in out
     assert out.endswith("2 passed, 0 failed, 1 to do, 1 to do, but passing\n")
 
 

@@ -83,12 +83,12 @@ def test_a_log_of_something_else(here: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "found nothing, a mapping"),
-        (b"- 1\n", "found a list, a mapping"),
+        (b"", "error[empty-file]: the file is empty; write a feature set"),
+        (b"- 1\n", "error[wrong-type]: found a list, expected a mapping"),
         (b"id: \xff\n", "not UTF-8; save the file as UTF-8"),
-        (b"made: 2027-99-99\n", "month must be in 1..12"),
-        (b"schema: saeguard.policy/v1\nid: a\n", "schema: found 'saeguard.policy/v1', 'saeg"),
-        (b"id: \x00\n", "special characters are not allowed"),
+        (b"made: 2027-99-99\n", "error[ambiguous-value]: found 2027-99-99"),
+        (b"schema: saeguard.policy/v1\nid: a\n", 'found "saeguard.policy/v1", expected saeg'),
+        (b"id: \x00\n", "error[control-character]: the invisible character U+0000"),
     ],
 )
 def test_no_feature_set(tmp_path: Path, content: bytes, said: str) -> None:
@@ -99,5 +99,5 @@ def test_no_feature_set(tmp_path: Path, content: bytes, said: str) -> None:
     with pytest.raises(FeatureSetError) as error:
         read_feature_file(path)
 
-    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).startswith(f"{path}:1:")
     assert said in str(error.value)

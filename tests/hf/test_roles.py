@@ -192,8 +192,8 @@ def test_an_old_recording_is_refused(
     make_old(setup.path)
     policy = setup.leave_only(scope)
     says = (
-        f"{policy}: scope: {scope}, but {setup.path} does not say whose turn a token of a prompt "
-        f"is in: {OLD}; allowed here: prompt, output, both"
+        f"{policy}: scope: {scope}, but {setup.path} does not hold the roles of a prompt's "
+        f"tokens: {OLD}; allowed here: prompt, output, both"
     )
     capsys.readouterr()
     assert setup.run("policy", "explain", policy, setup.path) == 2
@@ -238,6 +238,6 @@ def test_a_template_that_cannot_be_told(setup: Setup, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert setup.run("policy", "explain", policy, setup.path) == 2
     assert capsys.readouterr().err == (
-        f"{policy}: scope: user, but {setup.path} does not say whose turn a token of a prompt is "
-        f"in: {why}; allowed here: prompt, output, both\n"
+        f"{policy}: scope: user, but {setup.path} does not hold the roles of a prompt's "
+        f"tokens: {why}; allowed here: prompt, output, both\n"
     )

@@ -179,8 +179,8 @@ SCENES: dict[str, Scene] = {
     ),
     "a feature set of another model": other_model,
     "an expired exception": lambda f: check(f, GOOD.replace("2027-03-31", "2026-03-31")),
-    "a review that is due": lambda f: check(f, GOOD.replace("2027-02-01", "2026-02-01")),
-    "an enforced policy on the user's turns": lambda f: check(
+    "a day of review that has passed": lambda f: check(f, GOOD.replace("2027-02-01", "2026-02-01")),
+    "an enforced policy on the user's messages": lambda f: check(
         f, BOTH.replace("shadow", "enforce").replace("scope: output", "scope: user")
     ),
     "what `new` left to do": lambda f: check(f, GOOD.replace("title: ", "title: TODO ")),

@@ -102,7 +102,7 @@ def test_dates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["shadow", "enforce"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_forgeable_turns(scope: str, mode: str, tmp_path: Path) -> None:
-    """Only where the policy acts, and looks at the user's turns alone."""
+    """Only where the policy acts, and looks at the user's messages alone."""
     changes = ("mode: shadow", f"mode: {mode}"), ("scope: output", f"scope: {scope}")
     found = resolve([policy(tmp_path, *changes)], SETS, today=EARLY)
 

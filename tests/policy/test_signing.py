@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from saeguard.policy import signing
+from saeguard.policy import signing, signing_keys
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import load_policies
 from saeguard.policy.signing import BUNDLE, BundleError, Manifest
 from tests.models import write_policy
 
-PRIVATE, PUBLIC = signing.keygen()
-OTHER, _ = signing.keygen()
+PRIVATE, PUBLIC = signing_keys.keygen()
+OTHER, _ = signing_keys.keygen()
 SETS = {"tiny": "a" * 64}
 
 
@@ -91,13 +91,13 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "swapped": (_swap, "one.yaml: sha256 is"),
     "extra": (
         lambda f: (f / "three.yaml").write_text((f / "one.yaml").read_text()),
-        "three.yaml: is there, was not signed",
+        "three.yaml: found, but not signed",
     ),
     "extra folder": (
         lambda f: write_policy(f / "more" / "x.yaml", detect={}, condition="a"),
-        "more/x.yaml: is there, was not signed",
+        "more/x.yaml: found, but not signed",
     ),
-    "removed": (lambda f: (f / "two.yaml").unlink(), "two.yaml: was signed, is not there"),
+    "removed": (lambda f: (f / "two.yaml").unlink(), "two.yaml: signed, but missing"),
     "truncated": (lambda f: (f / "two.yaml").write_text(""), "two.yaml: sha256 is"),
     "link": (_link, "one.yaml: sha256 is"),
 }
@@ -167,4 +167,4 @@ def test_an_old_bundle_is_not_taken_back(tmp_path: Path) -> None:
 def test_what_is_no_public_key(pem: bytes) -> None:
     """A server must not start with a key that verifies nothing."""
     with pytest.raises(BundleError, match="public key"):
-        signing.load_public_key(pem)
+        signing_keys.load_public_key(pem)

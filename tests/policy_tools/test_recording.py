@@ -55,13 +55,13 @@ def test_written_and_read(tmp_path: Path, pieces: tuple[str, ...] | None) -> Non
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"lengths": np.array([2, 2])}, r"evaluable has the shape \[5\], \[4\] is due"),
+        ({"lengths": np.array([2, 2])}, r"evaluable: found shape \[5\], expected \[4\]"),
         ({"lengths": np.array([0, 5])}, "a text is empty"),
         ({"prompt_tokens": np.array([3, 0])}, "its prompt is longer than the text"),
         ({"ids": ("a", "a")}, "two texts have one id"),
-        ({"values": MADE.values[:, :1]}, r"values has the shape \[5, 1\], \[5, 2\] is due"),
-        ({"pieces": ("a",)}, "pieces has the shape"),
-        ({"roles": np.zeros(4, np.uint8)}, r"roles has the shape \[4\], \[5\] is due"),
+        ({"values": MADE.values[:, :1]}, r"values: found shape \[5, 1\], expected \[5, 2\]"),
+        ({"pieces": ("a",)}, "pieces: found shape"),
+        ({"roles": np.zeros(4, np.uint8)}, r"roles: found shape \[4\], expected \[5\]"),
         ({"roles": np.full(5, 6, np.uint8)}, "a token's role is 6, 5 is the last"),
     ],
 )

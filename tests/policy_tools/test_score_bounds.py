@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from saeguard.guard.judge import judge
 from saeguard.guard.verdict import Fired, Verdict
 from saeguard.policy.types import And, Name, Not, Or, Over, Policy, Selection, Window
-from saeguard.policy_tools.score_bounds import Seen, foretell, same_verdict, verdict_of
+from saeguard.policy_tools.score_bounds import Recorded, foretell, same_verdict, verdict_of
 from tests.policy.example import policy
 from tests.policy.test_condition import EXPRESSIONS, NAMES
 
@@ -41,10 +41,10 @@ def policies(draw: st.DrawFn) -> Policy:
     )
 
 
-def seen(verdict: Verdict) -> Seen:
+def seen(verdict: Verdict) -> Recorded:
     """Return what the event of a verdict keeps, in the digits it keeps."""
     rounded = {x: Fired(f.count, round(f.max, 6), f.at) for x, f in verdict.features.items()}
-    return Seen(verdict.score, rounded)
+    return Recorded(verdict.score, rounded)
 
 
 TRACES = st.integers(1, 12).flatmap(
@@ -100,8 +100,8 @@ def two(condition: And | Or) -> Policy:
 
 
 A, B = Name("a"), Name("b")
-EVENT = Seen(1.8, {"a": Fired(2, 0.9, 4), "b": Fired(1, 0.8, 4)})
-APART = Seen(1.8, {"a": Fired(2, 0.9, 4), "b": Fired(1, 0.8, 7)})
+EVENT = Recorded(1.8, {"a": Fired(2, 0.9, 4), "b": Fired(1, 0.8, 4)})
+APART = Recorded(1.8, {"a": Fired(2, 0.9, 4), "b": Fired(1, 0.8, 7)})
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,11 @@ APART = Seen(1.8, {"a": Fired(2, 0.9, 4), "b": Fired(1, 0.8, 7)})
         (APART, two(And((A, B))), "unknown"),
         (APART, two(Or((A, B))), "match"),
         (EVENT, two(And((A, Not(B)))), "unknown"),
-        (Seen(0.2, {"a": Fired(0, 0.4, 4)}), two(And((A, B))), "no_match"),
+        (Recorded(0.2, {"a": Fired(0, 0.4, 4)}), two(And((A, B))), "no_match"),
         (EVENT, replace(one(0.89), feature_set="another"), "unknown"),
     ],
 )
-def test_answers(event: Seen, new: Policy, verdict: str) -> None:
+def test_answers(event: Recorded, new: Policy, verdict: str) -> None:
     """It does answer: not everything is unknown."""
     assert verdict_of(foretell(event, one(0.5), new)) == verdict
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from saeguard.policy_tools.test_cases import (
     Case,
+    PlainText,
     Recorded,
-    Said,
     Trace,
     cases_path,
     policy_path,
@@ -102,13 +102,13 @@ def test_read(tmp_path: Path) -> None:
             "expect: no_match",
             "expect: match",
             "3:1 test-cases",
-            "there is no case with expect: no_match that has to pass; add one",
+            "expected a case with expect: no_match that must pass, found none; add one",
         ),
         (
             "expect: match\n    first_token: 4\n    matched_tokens: 2",
             "expect: no_match",
             "3:1 test-cases",
-            "there is no case with expect: match that has to pass; add one",
+            "expected a case with expect: match that must pass, found none; add one",
         ),
         (
             "name: stays quiet",
@@ -168,7 +168,7 @@ def test_read(tmp_path: Path) -> None:
             "    expect: no_match",
             "    expect: no_match\n    todo: true",
             "3:1 test-cases",
-            "there is no case with expect: no_match that has to pass; add one",
+            "expected a case with expect: no_match that must pass, found none; add one",
         ),
         (
             "    prompt_tokens: 2\n    shares: {shell_exec: 0.1 0.2x5}\n",
@@ -245,8 +245,8 @@ def test_three_tiers(tmp_path: Path) -> None:
     assert [error.render() for error in errors] == []
     assert [case.given for case in cases[2:]] == [
         Recorded(tmp_path / "p.safetensors", "t"),
-        Said((("user", "hi"),), "rm"),
-        Said("hi", ""),
+        PlainText((("user", "hi"),), "rm"),
+        PlainText("hi", ""),
     ]
     assert [case.todo for case in cases] == [False, False, True, False, False]
 

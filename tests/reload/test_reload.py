@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saeguard.guard.install_taps import install_taps
-from saeguard.policy import signing
+from saeguard.policy import signing, signing_keys
 from saeguard.policy.load import load_policies
 from saeguard.reload import state_dir
 from saeguard.reload.reloader import ReloadContext, Reloader, Report
@@ -23,7 +23,7 @@ from saeguard.vllm.worker.guard import WorkerGuard
 from tests import models
 
 LATENTS = tuple(range(12))
-PRIVATE, PUBLIC = signing.keygen()
+PRIVATE, PUBLIC = signing_keys.keygen()
 SLOTS = 2
 
 

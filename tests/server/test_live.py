@@ -19,7 +19,7 @@ import openai
 import pytest
 
 from saeguard.features.load import load_feature_set
-from saeguard.policy import signing
+from saeguard.policy import signing, signing_keys
 from saeguard.policy.load import load_policies
 from tests import models
 from tests.engine import engines
@@ -27,7 +27,7 @@ from tests.server.serving import Server, environment, serving
 
 pytestmark = [pytest.mark.server, pytest.mark.engine]
 
-PRIVATE, PUBLIC = signing.keygen()
+PRIVATE, PUBLIC = signing_keys.keygen()
 ALWAYS = {"detect": {"a": {"feature": "f0", "above": 0.01}}, "condition": "a"}
 EXCEPTION = {
     "id": "drill", "reason": "a drill", "owner": "rt@example.com", "expires": date(2099, 1, 1),
