@@ -84,7 +84,17 @@ def _texts(rows: Sequence[Record]) -> Iterable[Sequence[Any]]:
 
 
 def _steps(rows: Sequence[Record]) -> Iterable[Sequence[Any]]:
-    yield "engine", "batch", "step", "to plain", "device", "graphs", "to plain", "guard's host"
+    yield (
+        "engine",
+        "batch",
+        "step",
+        "to plain",
+        "device",
+        "graphs",
+        "to plain",
+        "replays",
+        "guard's host",
+    )
     blocks: dict[tuple[str, int, str], list[Record]] = {}
     for r in rows:
         if "step_us" in r and r["round"] > 0:
@@ -103,6 +113,7 @@ def _steps(rows: Sequence[Record]) -> Iterable[Sequence[Any]]:
             device,
             graph,
             _more(graph, _median(plain, "graph_us")),
+            _median(some, "replays_a_step"),
             statistics.median(parts),
         )
 
