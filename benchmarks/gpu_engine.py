@@ -106,10 +106,10 @@ class Engine:
         self.parts: dict[str, int] = {}
         self.held = ExitStack()
         if "additional_config" in spec["engine"]:
-            from benchmarks import overhead  # noqa: PLC0415 - sets the environment
+            from benchmarks import overhead_engine  # noqa: PLC0415 - sets the environment
 
-            self.parts = overhead.SPENT
-            self.held.enter_context(overhead.timed_parts())
+            self.parts = overhead_engine.SPENT
+            self.held.enter_context(overhead_engine.timed_parts())
         from vllm import LLM  # noqa: PLC0415 - after the environment is set
 
         began = time.monotonic()
