@@ -22,7 +22,8 @@ from rich.console import Console
 from benchmarks.reload import policy
 from saeguard.guard.forward_pass import ForwardPass
 from saeguard.vllm.engine_core.guard import EngineGuard
-from saeguard.vllm.settings import parse_settings, start
+from saeguard.vllm.settings import parse_settings
+from saeguard.vllm.startup import start
 from tests import models
 
 TOKENS, ENDS = 64, 40
@@ -44,7 +45,7 @@ def ends(root: Path, policies: int) -> tuple[float, float]:
             request_id=f"r{n}", num_prompt_tokens=8, num_tokens=TOKENS + 1,
             num_computed_tokens=TOKENS, block_hashes=[], sampling_params=None, lora_request=None,
         )  # fmt: skip
-        guard.admit(request)
+        guard.admit(request, None)
         f = rng.normal(size=(TOKENS, started.watchlist.columns)).astype(np.float32).clip(0)
         forward_pass = ForwardPass(
             [request.request_id], np.array([0, TOKENS]), np.arange(TOKENS), np.ones(TOKENS, bool),
@@ -56,7 +57,7 @@ def ends(root: Path, policies: int) -> tuple[float, float]:
         took.append(1e3 * (time.thread_time() - began))
         assert said is not None
         assert said["policies"] == policies
-        sink, before = guard.sink, time.process_time()
+        sink, before = guard.telemetry.sink, time.process_time()
         assert sink is not None
         while sink.written + sink.dropped < sink.produced:
             time.sleep(0.002)

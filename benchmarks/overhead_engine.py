@@ -24,9 +24,11 @@ from saeguard.guard.install_taps import install_taps
 from saeguard.guard.tap import TAPS, Tap
 from saeguard.guard.watchlist import clamps_digest
 from saeguard.reload.worker_updates import Admitted
+from saeguard.vllm.attributes import ENGINE_GUARD, WORKER_GUARD
 from saeguard.vllm.engine_core.guard import EngineGuard
-from saeguard.vllm.engine_core.hooks import memory_of
-from saeguard.vllm.settings import start
+from saeguard.vllm.engine_core.pending_passes import PendingPasses
+from saeguard.vllm.engine_core.prefix_cache import prefix_store_of
+from saeguard.vllm.startup import start
 from saeguard.vllm.worker.guard import WorkerGuard
 
 MAX_LENGTH = 544
@@ -83,8 +85,8 @@ class Bench:
         guards = self.guards[state]
         TAPS.clear()
         TAPS.update(guards.taps)
-        self.runner.saeguard = guards.worker
-        self.core.scheduler.saeguard = guards.engine
+        setattr(self.runner, WORKER_GUARD.name, guards.worker)  # None where it is idle
+        setattr(self.core.scheduler, ENGINE_GUARD.name, guards.engine)
         if guards.engine is not None:
             versions = guards.engine.ledger
             for name, request in self.core.scheduler.requests.items():
@@ -111,7 +113,7 @@ class Bench:
         for guards in self.guards.values():
             for name, request in requests.items():
                 if guards.engine is not None and guards.worker is not None:
-                    guards.engine.admit(request)
+                    guards.engine.admit(request, None)
                     settled = guards.engine.admitted[name]
                     admitted = Admitted(settled.clamps, settled.enforced)
                     guards.worker.announced[name] = (request.num_prompt_tokens, admitted)
@@ -166,11 +168,11 @@ def timed_parts() -> Iterator[None]:
         return wrapper
 
     methods: list[tuple[type, str, str]] = [
-        (WorkerGuard, "before", "worker.before"),
-        (WorkerGuard, "after", "worker.after"),
+        (WorkerGuard, "begin_pass", "worker.before"),
+        (WorkerGuard, "end_pass", "worker.after"),
         (WorkerGuard, "collect", "collect"),
-        (EngineGuard, "before_update", "engine.rules"),
-        (EngineGuard, "after_update", "engine.rules"),
+        (PendingPasses, "push", "engine.rules"),
+        (PendingPasses, "roll_back", "engine.rules"),
         (EngineGuard, "finish", "engine.finish"),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in methods]
@@ -205,7 +207,8 @@ def build(root: Path, size: Size) -> tuple[Bench, dict[str, Any]]:
         additional_config={"saeguard": settings["clamping"].model_dump(exclude_none=True)},
     )
     bench = Bench(llm, {})
-    first: WorkerGuard = bench.runner.saeguard
+    first = WORKER_GUARD.get(bench.runner)
+    assert first is not None
     slots = len(first.free) + len(first.slots)
     guards = {IDLE: Guards({}), "idle again": Guards({})}
     for state, wanted in settings.items():
@@ -224,7 +227,7 @@ def build(root: Path, size: Size) -> tuple[Bench, dict[str, Any]]:
             clamp_lists={clamps_digest(watchlist): watchlist},
             tested=True,
         )
-        prefix_store = memory_of(bench.core.scheduler, watchlist, wanted)
+        prefix_store = prefix_store_of(bench.core.scheduler, watchlist, wanted)
         guards[state] = Guards(
             dict(TAPS), worker, EngineGuard(started, wanted, "bench", prefix_store=prefix_store)
         )

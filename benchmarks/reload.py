@@ -99,7 +99,7 @@ def measure(folder: Path, engine: dict[str, Any], swaps: int, pause: float) -> d
 
     llm = LLM(**engine)
     core = llm.llm_engine.engine_core.engine_core
-    guard = core.scheduler.saeguard
+    guard = core.scheduler.saeguard_engine
     reports: list[tuple[float, Any]] = []
     where = guard.reloader._where  # noqa: SLF001 - the moment matters, which no event tells
 

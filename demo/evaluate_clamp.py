@@ -38,7 +38,8 @@ from saeguard.hf.residuals import record
 from saeguard.hf.texts import Text, read_texts
 from saeguard.policy.types import Policy
 from saeguard.sae import inspect
-from saeguard.vllm.settings import load_watchlist, parse_settings
+from saeguard.vllm.settings import parse_settings
+from saeguard.vllm.startup import load_watchlist
 
 SEED = 20260
 LENGTH = 512

@@ -284,7 +284,8 @@ def _account(
     from demo import account as told  # noqa: PLC0415
     from demo.judge import judge  # noqa: PLC0415
     from saeguard.hf.model import load_model  # noqa: PLC0415
-    from saeguard.vllm.settings import load_watchlist, parse_settings  # noqa: PLC0415
+    from saeguard.vllm.settings import parse_settings  # noqa: PLC0415
+    from saeguard.vllm.startup import load_watchlist  # noqa: PLC0415
 
     watchlist = load_watchlist(
         parse_settings(

@@ -57,43 +57,42 @@ MUTANTS = (
         "KV made under a clamp is kept apart",
         "the cache is not salted, and clamped requests read it",
         "import saeguard.vllm.engine_core.hooks as s\n"
-        "s.preprocess_add_request = lambda wrapped, core, args, kwargs: wrapped(*args, **kwargs)\n",
+        "s.preprocess_add_request = lambda original, core, request: original()\n",
         "tests/engine/test_clamp.py::test_clamped_texts_equal_the_reference",
     ),
     Mutant(
         "the same, alone",
         "the cache is not salted; clamped requests still read nothing",
-        "import saeguard.vllm.engine_core.guard as e, saeguard.vllm.engine_core.hooks as s\n"
+        "import saeguard.vllm.engine_core.hooks as s\n"
         "whole = s.preprocess_add_request\n"
-        "def unsalted(wrapped, core, args, kwargs):\n"
-        "    request = args[0] if args else kwargs['request']\n"
-        "    def forget(*a, **k):\n"
+        "def unsalted(original, core, request):\n"
+        "    def forget():\n"
         "        request.cache_salt = None\n"
-        "        return wrapped(*a, **k)\n"
-        "    return whole(forget, core, args, kwargs)\n"
+        "        return original()\n"
+        "    return whole(forget, core, request)\n"
         "s.preprocess_add_request = unsalted\n",
         "tests/engine/test_clamp.py::test_clamped_texts_equal_the_reference",
     ),
     Mutant(
         "rejected drafts never count",
         "every row of a pass counts",
-        "import numpy as np, saeguard.vllm.engine_core.guard as e\n"
-        "e.EngineGuard._valid_rows = lambda self, forward_pass, scheduled, output: "
+        "import numpy as np, saeguard.vllm.engine_core.step as e\n"
+        "e.valid_rows = lambda guard, forward_pass, scheduled, output: "
         "np.diff(forward_pass.query_start)\n",
         "tests/engine/test_storm.py::test_speculative_decoding",
     ),
     Mutant(
         "accepted drafts after a request's end do not count",
         "the rows of the pass stay counted",
-        "import saeguard.vllm.engine_core.guard as e\n"
-        "e.EngineGuard.after_update = lambda self, forward_pass: self._saved.clear()\n",
+        "import saeguard.vllm.engine_core.pending_passes as e\n"
+        "e.PendingPasses.roll_back = lambda self, forward_pass: self._saved.clear()\n",
         "tests/engine/test_drafts.py",
     ),
     Mutant(
         "a policy stops its request before the next token is sent",
         "the scheduler does not end the request",
-        "import saeguard.vllm.engine_core.hooks as s\n"
-        "s.update_request = lambda wrapped, scheduler, args, kwargs: wrapped(*args, **kwargs)\n",
+        "import saeguard.vllm.engine_core.step as s\n"
+        "s.update_request = lambda original, scheduler, request, new_token_ids: original()\n",
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(
@@ -129,9 +128,10 @@ MUTANTS = (
     Mutant(
         "tensor parallel: every rank is asked after the self-test",
         "only the rank that vLLM listens to is asked",
-        "import torch, saeguard.vllm.worker.hooks as r\n"
-        "tested = r.tested\n"
-        "r.tested = lambda w: tested(w) if torch.distributed.get_rank() == 0 else None\n",
+        "import torch, saeguard.vllm.engine_core.selftest as r\n"
+        "failure = r.self_test_failure\n"
+        "r.self_test_failure = lambda w: "
+        "failure(w) if torch.distributed.get_rank() == 0 else None\n",
         "tests/engine/test_parallel.py::test_a_blind_rank_ends_the_start[ranks0-1]",
     ),
     Mutant(
@@ -160,9 +160,9 @@ MUTANTS = (
         "data parallel: totals of all engine cores reach /metrics",
         "only those of the first core do",
         "import multiprocessing, saeguard.vllm.engine_core.guard as e\n"
-        "counted = e.EngineGuard.counted\n"
-        "e.EngineGuard.counted = lambda self: [] if 'DP1' in "
-        "multiprocessing.current_process().name else counted(self)\n",
+        "changed = e.EngineGuard.changed_totals\n"
+        "e.EngineGuard.changed_totals = lambda self: [] if 'DP1' in "
+        "multiprocessing.current_process().name else changed(self)\n",
         "tests/server/test_data_parallel.py::test_one_account_of_all_requests",
     ),
     Mutant(
@@ -174,20 +174,20 @@ MUTANTS = (
     Mutant(
         "a graph without the tap, loaded from a stale cache, is not served",
         "the self-test is left out",
-        "import saeguard.vllm.selftest as s\ns.run = lambda core: None\n",
+        "import saeguard.vllm.engine_core.selftest as s\ns.run = lambda core, guard: None\n",
         "tests/engine/test_compile_cache.py::test_a_stale_artefact_is_caught",
     ),
     Mutant(
         "reload: clamps that come back between two requests edit again",
         "dropped clamps are removed after new ones are added",
         "import saeguard.vllm.worker.guard as w\n"
-        "carry_out = w.WorkerGuard.carry_out\n"
+        "apply = w.WorkerGuard.apply_update\n"
         "def last(self, update):\n"
-        "    carry_out(self, update._replace(dropped=()))\n"
+        "    apply(self, update._replace(dropped=()))\n"
         "    for digest in update.dropped:\n"
         "        self.clamp_lists.pop(digest, None)\n"
         "        [tap.clamps.pop(digest, None) for tap in self.taps]\n"
-        "w.WorkerGuard.carry_out = last\n",
+        "w.WorkerGuard.apply_update = last\n",
         "tests/engine/test_reload.py::test_a_set_that_comes_back_between_two_requests",
     ),
     Mutant(

@@ -132,7 +132,8 @@ def startup_report(settings: dict[str, Any], options: Sequence[str] = ()) -> lis
         SaeguardError: policies, feature sets, checkpoints or options are wrong.
     """
     from saeguard.reload.columns import allocate
-    from saeguard.vllm.settings import load_watchlist, parse_settings
+    from saeguard.vllm.settings import parse_settings
+    from saeguard.vllm.startup import load_watchlist
 
     parsed = parse_settings(settings)
     watchlist = load_watchlist(parsed)

@@ -1,22 +1,25 @@
-"""What can be wrong with an environment before vLLM starts, tried rather than assumed."""
+"""Checks of an environment before vLLM starts; each tries what it checks."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 SAFE_ISA = "AVX512_CORE_BF16"
 SUPPORTED = ("0.28", "0.30", "0.32")
-"""vLLM minors that `make compat` drives; docs/compatibility.md holds what came out."""
+"""vLLM minors that `make compat` has run on; docs/compatibility.md holds the results."""
+CHECKED_FROM_SOURCE = ("0.26.0", "0.27.1", "0.33.0")
+"""vLLM versions with every internal of the contract in their source, and not run here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     ok: bool
@@ -74,14 +77,17 @@ def check_vllm() -> Finding:
         "vLLM",
         minor in SUPPORTED,
         version,
-        f"versions tested: {', '.join(SUPPORTED)}; see saeguard/vllm/CONTRACT.md",
+        f"tests have run on {', '.join(SUPPORTED)}; only the source was checked of "
+        f"{', '.join(CHECKED_FROM_SOURCE)}; see docs/compatibility.md",
     )
 
 
 def check_contract() -> Finding:
-    """Check that every internal of vLLM that the guard relies on is there."""
-    tried = _child("from saeguard.vllm import contract; contract.check(); print('ok')")
-    found = "all there" if tried.returncode == 0 else tried.stderr.strip()[-800:]
+    """Check that vLLM has every internal that the guard relies on."""
+    tried = _child(
+        "from saeguard.vllm import contract, plugin\nplugin.load_patches()\ncontract.check()"
+    )
+    found = "complete" if tried.returncode == 0 else tried.stderr.strip()[-800:]
     return Finding(
         "vLLM's internals", tried.returncode == 0, found, "install a version that is supported"
     )
@@ -138,10 +144,24 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
 )
 
 
-def findings() -> Iterator[Finding]:
-    """Yield one finding per check, in the order in which faults hide one another."""
-    for check in CHECKS:
-        yield check()
+def check_source(path: Path) -> Finding:
+    """Check the source of a vLLM that is not installed; nothing of it is imported.
+
+    Raises:
+        SourceError: the path holds no vLLM.
+    """
+    from saeguard.vllm.contract_source import missing_from, open_source, version_of
+    from saeguard.vllm.plugin import load_patches
+
+    load_patches()
+    source = open_source(path)
+    missing = missing_from(source)
+    return Finding(
+        f"vLLM {version_of(source)} ({path})",
+        not missing,
+        "\n  ".join(["missing:", *missing]) if missing else "every internal is in the source",
+        "this version is not supported",
+    )
 
 
 def _last_line(text: str) -> str:

@@ -15,7 +15,8 @@ from saeguard.cli.check import read_feature_sets
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import load_policies
 from saeguard.reload.policy_source import SourceError
-from saeguard.vllm.settings import Settings, load_watchlist
+from saeguard.vllm.settings import Settings
+from saeguard.vllm.startup import load_watchlist
 from tests.cli.project import BOTH, lay_out, plain, run
 
 ROOT = Path.cwd()

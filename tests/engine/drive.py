@@ -21,30 +21,30 @@ from tests.engine import child
 
 def record_activations() -> dict[str, dict[int, np.ndarray]]:
     """Keep a copy of every row that the rules are given, by request and position."""
-    from saeguard.vllm.engine_core.guard import EngineGuard
+    from saeguard.vllm.engine_core import step
 
     rows: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
-    before_update = EngineGuard.before_update
+    valid_rows = step.valid_rows
 
-    def recording(self: Any, forward_pass: Any, *args: Any) -> None:
-        now = self.ledger.current  # the taps have room for more than the list reads
-        read = [c.first + i for c in self.columns for i in sorted(now.reads[c.layer])]
+    def recording(guard: Any, forward_pass: Any, *args: Any) -> Any:
+        now = guard.ledger.current  # the taps have room for more than the list reads
+        read = [c.first + i for c in guard.columns for i in sorted(now.reads[c.layer])]
         for i, request_id in enumerate(forward_pass.request_ids):
             for row in range(forward_pass.query_start[i], forward_pass.query_start[i + 1]):
                 rows[request_id.split("-")[0]][int(forward_pass.positions[row])] = forward_pass.f[
                     row, read
                 ]
-        before_update(self, forward_pass, *args)
+        return valid_rows(guard, forward_pass, *args)
 
-    EngineGuard.before_update = recording  # type: ignore[method-assign]
+    step.valid_rows = recording
     return rows
 
 
 def record_block() -> list[str]:
     """Keep the form of what tapped blocks return, as the self-test's uncompiled pass shows it."""
-    from saeguard.vllm import selftest
+    from saeguard.vllm.worker import selftest
 
-    observe, forms = selftest._observe, []
+    observe, forms = selftest.observe_layers, []
 
     def note(_module: Any, _args: Any, output: Any) -> None:
         first = output if hasattr(output, "dim") else output[0]
@@ -55,7 +55,7 @@ def record_block() -> list[str]:
         noting = [layers[tap.layer].register_forward_hook(note) for tap in taps]
         return [*observe(model, layers, taps, seen), *noting]
 
-    selftest._observe = observing
+    selftest.observe_layers = observing
     return forms
 
 
@@ -85,7 +85,7 @@ def main(job_path: Path, out_path: Path) -> None:
                 for choice in out.outputs
             ]
     core = llm.llm_engine.engine_core.engine_core
-    guard = getattr(core.scheduler, "saeguard", None)
+    guard = getattr(core.scheduler, "saeguard_engine", None)
     leftover = 0 if guard is None else len(guard.ledger)
     core.scheduler.shutdown()
     out_path.with_suffix(".json").write_text(

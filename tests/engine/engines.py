@@ -18,7 +18,8 @@ import torch
 from saeguard.guard.judge import judge_text
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import WatchList
-from saeguard.vllm.settings import load_watchlist, parse_settings
+from saeguard.vllm.settings import parse_settings
+from saeguard.vllm.startup import load_watchlist
 from tests import engine_starts
 
 ROOT = Path(__file__).parents[2]

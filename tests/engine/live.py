@@ -140,7 +140,7 @@ BETWEEN: dict[str, Callable[[Any], Any]] = {
     "reset": lambda llm: llm.reset_prefix_cache(reset_running_requests=True),
     "sleep": sleep,
     "forget": lambda llm: (
-        llm.llm_engine.engine_core.engine_core.scheduler.saeguard.prefix_store.clear()
+        llm.llm_engine.engine_core.engine_core.scheduler.saeguard_engine.prefix_store.clear()
     ),
     "fail": fail,
 }
@@ -162,7 +162,7 @@ def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) ->
     from saeguard.guard.tap import TAPS
 
     core = llm.llm_engine.engine_core.engine_core
-    guard = core.scheduler.saeguard
+    guard = core.scheduler.saeguard_engine
     ended.clear()
     said, cached = None, 0
     if asked["what"] == "beams":
@@ -176,7 +176,8 @@ def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) ->
     remembered = len(guard.prefix_store)
     for _ in range(1 + 2 * core.batch_queue_size):  # the worker learns what has finished
         core.step_fn()
-    while guard.sink.written + guard.sink.dropped < guard.sink.produced:
+    sink = guard.telemetry.sink
+    while sink.written + sink.dropped < sink.produced:
         time.sleep(0.001)
     return {
         "said": said,
@@ -185,7 +186,7 @@ def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) ->
         "left": len(guard.ledger),
         "lists": len(guard.ledger.live),
         "clamps": max((len(tap.clamps) for tap in TAPS.values()), default=None),
-        "dropped": guard.sink.dropped,
+        "dropped": sink.dropped,
         "memory": remembered,
         "scheduler": type(core.scheduler).__name__,
     }

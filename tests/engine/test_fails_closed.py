@@ -134,7 +134,7 @@ class TestFailsClosed:
     def test_tap_not_in_the_graph(self, sound: models.Guarded, tmp_path: Path) -> None:
         """A graph without the tap, as a stale compile cache would give: the self-test says so."""
         prelude = (
-            "import saeguard.vllm.worker.guard as w\n"
+            "import saeguard.vllm.worker.attach as w\n"
             "w.hook_layer = lambda layers, index: None  # the hook gets lost\n"
         )
         refused(start(tmp_path, sound, prelude=prelude), "self-test", "ran 0 times")
@@ -142,7 +142,7 @@ class TestFailsClosed:
     def test_tap_reads_half_the_residual(self, sound: models.Guarded, tmp_path: Path) -> None:
         """A tap that forgets the residual half, as four others shipped it: the self-test knows."""
         prelude = (
-            "import torch, saeguard.vllm.worker.attach as layers\n"
+            "import torch, saeguard.vllm.worker.layers as layers\n"
             "import saeguard.guard.tap\n"
             "def half(output, layer):\n"
             "    torch.ops.saeguard.tap(output[0], None, layer)\n"
@@ -168,9 +168,8 @@ class TestFailsClosed:
         import vllm
 
         prelude = (
-            "import saeguard.vllm.contract as c\n"
-            "c.CLAUSES = (*c.CLAUSES, c.Clause('vllm.v1.request', 'Request.no_such_thing'))\n"
-            "c.check.__defaults__ = (c.CLAUSES,)\n"
+            "from saeguard.vllm.patches import reads\n"
+            "reads('vllm.v1.request:Request.no_such_thing', why='a test')\n"
         )
         done = start(tmp_path, sound, prelude=prelude)
         refused(done, f"does not fit vLLM {vllm.__version__}", "Request.no_such_thing")

@@ -132,7 +132,7 @@ def test_hook_points_on_two_stages(tmp_path: Path) -> None:
 def test_a_blind_rank_ends_the_start(ranks: dict[str, Any], blind: int, tmp_path: Path) -> None:
     """A tap that is missing on the rank that vLLM does not listen to is found all the same."""
     prelude = (
-        "import torch, saeguard.vllm.worker.guard as w\n"
+        "import torch, saeguard.vllm.worker.attach as w\n"
         "hook = w.hook_layer\n"
         f"w.hook_layer = lambda *a: torch.distributed.get_rank() == {blind} or hook(*a)\n"
     )

@@ -12,8 +12,9 @@ from torch import nn
 from saeguard.guard.install_taps import install_taps
 from saeguard.guard.tap import TAPS
 from saeguard.policy.types import Name, Selection
-from saeguard.vllm.selftest import Observation, SelfTestError, _observe
-from saeguard.vllm.worker.attach import hook_layer
+from saeguard.vllm.messages import SelfTestError
+from saeguard.vllm.worker.layers import hook_layer
+from saeguard.vllm.worker.selftest import Observation, observe_layers
 from tests.guard.watchlists import FEATURES, make_hook, make_policy, make_watchlist
 
 ROWS = 6
@@ -148,12 +149,12 @@ def self_test(block: type[nn.Module], layer: int, shape: tuple[int, ...]) -> Non
     taps = install_taps(watchlist, max_tokens=64, slots=1, device=torch.device("cpu"))
     hook_layer(model.layers, layer)
     observation = Observation()
-    hooks = _observe(model, model.layers, taps, observation)
+    hooks = observe_layers(model, model.layers, taps, observation)
     halves = 2 if issubclass(block, Halves) and block is not PreNorm else 1
     state = torch.randn(halves, *shape)
     with torch.no_grad():
         model(*state)
-        observation.settle(taps)
+        observation.choose_halves(taps)
         for hook in hooks:
             hook.remove()
         taps[0].ticks.zero_()
@@ -185,7 +186,11 @@ def test_a_left_over_before_the_final_norm_is_refused() -> None:
     ("block", "shape", "message"),
     [
         (Untold, (ROWS, FEATURES), "nothing could be observed"),
-        (PreNorm, (4, ROWS, FEATURES), r"shape \[4, 6, 5\], expected \[tokens, 5\]"),
+        (
+            PreNorm,
+            (4, ROWS, FEATURES),
+            r"shape \[4, 6, 5\] behind layer \d, expected \[tokens, 5\]",
+        ),
     ],
 )
 def test_refuses(block: type[nn.Module], shape: tuple[int, ...], message: str, layer: int) -> None:

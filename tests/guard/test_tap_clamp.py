@@ -384,7 +384,7 @@ def test_the_self_test_is_not_clamped(*, tested: bool) -> None:
     )  # fmt: skip
     guard.tested, guard.computed = tested, {"r": 0}
     hidden = torch.full((2, FEATURES), 2.0)
-    guard.before(["r"], np.array([0, 2]), torch.tensor([3, 4]), torch.arange(2))
+    guard.begin_pass(["r"], np.array([0, 2]), torch.tensor([3, 4]), torch.arange(2))
     torch.ops.saeguard.tap(hidden, None, 0)
 
     assert clamp_of(tap).acted[:2, 0].tolist() == [tested] * 2

@@ -18,7 +18,8 @@ from saeguard.reload import state_dir
 from saeguard.reload.reloader import ReloadContext, Reloader, Report
 from saeguard.reload.versions import Pin, Versions, make_version
 from saeguard.reload.worker_updates import Admitted, UpdateQueue
-from saeguard.vllm.settings import Settings, check_manifest, load, parse_settings, source_of, start
+from saeguard.vllm.settings import Settings, parse_settings
+from saeguard.vllm.startup import check_manifest, load, source_of, start
 from saeguard.vllm.worker.guard import WorkerGuard
 from tests import models
 
@@ -269,20 +270,20 @@ def test_clamps_come_back_between_two_passes(
     """A list that is taken back while no request is under way edits as it did."""
     folder = Path(settings.policies)
     first = turn(server, folder, 2, -6.0)
-    worker.carry_out(server.updates.take({}))
+    worker.apply_update(server.updates.take({}))
     assert list(worker.taps[0].clamps) == [first]
     assert turn(server, folder, 3, -5.0) != first
     assert turn(server, folder, 2, -6.0) == first
-    worker.carry_out(server.updates.take({}))
+    worker.apply_update(server.updates.take({}))
     assert list(worker.taps[0].clamps) == list(worker.clamp_lists) == [first]
     # Those of the list between, which the workers never had, are no news to them.
     update = server.updates.take({"r": Admitted(first, frozenset())})
     assert (update.dropped, update.swap) == ((), None)
-    worker.carry_out(update)
+    worker.apply_update(update)
     with pytest.raises(RuntimeError, match=r"carried out swap 3 .* believes 7"):
-        worker.carry_out(update._replace(after=7))
+        worker.apply_update(update._replace(after=7))
     with pytest.raises(RuntimeError, match=r"clamps \['other'\], which this rank does not have"):
-        worker.carry_out(server.updates.take({"r": Admitted("other", frozenset())}))
+        worker.apply_update(server.updates.take({"r": Admitted("other", frozenset())}))
 
 
 def test_what_waits_does_not_grow(settings: Settings, server: Server) -> None:

@@ -192,7 +192,7 @@ def test_an_aborted_stream_is_accounted_for(server: Server) -> None:
 def test_a_blind_server_ends(server: Server, tmp_path: Path) -> None:
     """Where the tap is not in the graph, the whole server ends, and its log says why."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import saeguard.vllm.worker.guard as w\nw.hook_layer = lambda layers, index: None\n"
+        "import saeguard.vllm.worker.attach as w\nw.hook_layer = lambda layers, index: None\n"
     )
     env = environment()
     env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"

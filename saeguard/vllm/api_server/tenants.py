@@ -1,13 +1,13 @@
-"""In the API server: whose request it is, and what it may ask for.
+"""In the API server: which tenant a request belongs to, and what it may ask for.
 
 The API key of an HTTP request is kept, as a digest, for as long as the request is handled. Every
-way into the engine leads through `AsyncLLM.add_request`; there the tenant is written into the
-request's extra arguments, over whatever a client has put there on whichever route.
+route into the engine goes through `AsyncLLM.add_request`. There the tenant is written into the
+request's extra arguments, over anything that a client sent under that name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,31 +17,42 @@ from saeguard.events.metrics import show
 from saeguard.events.records import refusal_event
 from saeguard.events.sink import Sink
 from saeguard.policy.access import Access, key_digest, matches
-from saeguard.vllm.engine_core.admission import ENFORCE, TENANT
+from saeguard.vllm.messages import ENFORCE, TENANT
+from saeguard.vllm.messages import KEY as PREFIX
+from saeguard.vllm.patches import Original, assumes, patch, reads
 from saeguard.vllm.settings import Settings, access_of, name_of, settings_of
 from saeguard.yaml_files.findings import did_you_mean
 from saeguard.yaml_files.findings import show as quoted
 
-PREFIX = "saeguard"
 HEADERS = (b"authorization", b"x-api-key")
 """Where OpenAI's and Anthropic's clients put the key."""
 
 KEY: ContextVar[bytes | None] = ContextVar("saeguard_key", default=None)
-"""Digest of the API key of the HTTP request that is handled."""
+"""Digest of the API key of the HTTP request that is being handled."""
+
+reads("vllm.v1.engine.async_llm:AsyncLLM", "vllm_config", why="the operator's settings")
+reads("vllm.sampling_params:SamplingParams", "extra_args", why="what a request asks for")
+reads("vllm.lora.request:LoRARequest", "lora_name", why="the model that a request names")
+reads("vllm.config:ModelConfig", "model", "served_model_name", why="the model that is served")
+assumes(
+    "every route to the engine goes through `AsyncLLM.add_request`, in the context in which "
+    "Starlette handles the HTTP request",
+    why="the tenant of a request is that of its HTTP request's API key",
+)
 
 
-async def call(wrapped: Callable[..., Any], _app: Any, args: Any, kwargs: Any) -> Any:
-    """Around `Starlette.__call__`, through which every HTTP request comes: note its key."""
-    scope = args[0] if args else kwargs["scope"]
+@patch("starlette.applications:Starlette.__call__", why="the API key of an HTTP request")
+async def call(original: Original, _app: Any, scope: Any) -> Any:
+    """Keep the key's digest while the HTTP request is handled."""
     token = KEY.set(key_of(scope.get("headers", ())))
     try:
-        return await wrapped(*args, **kwargs)
+        return await original()
     finally:
         KEY.reset(token)
 
 
 def key_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    """Return the digest of the key in a request's headers, None where there is none."""
+    """Return the digest of the API key in a request's headers, None if they hold no key."""
     for name, value in headers:
         if name.lower() in HEADERS:
             scheme, _, key = value.decode("latin-1").partition(" ")
@@ -52,41 +63,44 @@ def key_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     return None
 
 
-async def add_request(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
-    """Around `AsyncLLM.add_request`: say whose the request is, refuse what it may not have.
+@patch(
+    "vllm.v1.engine.async_llm:AsyncLLM.add_request",
+    why="the tenant is written over anything that a client sent",
+)
+async def add_request(
+    original: Original, engine: Any, prompt: Any, params: Any, lora_request: Any
+) -> Any:
+    """Name the request's tenant, and refuse what the request may not ask for.
 
     Raises:
-        ValueError: it asks for what it may not have, on a route that `create` is not around; vLLM
-            answers with a 400.
+        ValueError: it asks for too much, on a route that `hooks.create` does not wrap; vLLM answers
+            with a 400.
     """
     config = engine.vllm_config
     settings = settings_of(config)
     if settings is None:
-        return await wrapped(*args, **kwargs)
-    lora = kwargs.get("lora_request")
-    prompt = args[1] if len(args) > 1 else kwargs["prompt"]
-    params = args[2] if len(args) > 2 else kwargs["params"]  # noqa: PLR2004
+        return await original()
     for own in (params, getattr(prompt, "sampling_params", None)):
         if own is None or not hasattr(own, "extra_args"):
             continue
         extra = {k: v for k, v in (own.extra_args or {}).items() if k != TENANT}
-        refusal = refuse(extra, config, None if lora is None else lora.lora_name)
+        refusal = refuse(extra, config, None if lora_request is None else lora_request.lora_name)
         if refusal is not None:
             raise ValueError(refusal)
         tenant = _access(settings).tenant(KEY.get())
         if tenant is not None:
             extra[TENANT] = tenant
         own.extra_args = extra or None
-    return await wrapped(*args, **kwargs)
+    return await original()
 
 
 def refuse(xargs: Mapping[str, Any] | None, config: Any, model: str | None) -> str | None:
-    """Return why a request's extra arguments are not allowed, None where they are.
+    """Return why a request's extra arguments are not allowed, None if they are.
 
     Args:
         xargs: as the client sent them.
         config: vLLM's.
-        model: as the request names it; None for the model itself.
+        model: as the request names it; None for the base model.
     """
     asked = {k: v for k, v in (xargs or {}).items() if k.startswith(PREFIX)}
     settings = settings_of(config)
@@ -113,15 +127,15 @@ def _refusal(
             f"allowed: {ENFORCE}. A request can become stricter, never less strict"
         )
     names = config.model_config.served_model_name
-    ours = {*(names if isinstance(names, list) else [names]), None}
-    served = name_of(config.model_config) if model in ours else str(model)
+    base = {*(names if isinstance(names, list) else [names]), None}
+    served = name_of(config.model_config) if model in base else str(model)
     wanted = str(asked[ENFORCE]).split(",")
     allowed = set(settings.request_may_enforce)
     allowed |= _access(settings).may_ask(tenant, served)
     refused = [name for name in wanted if not matches(name, allowed)]
     if not refused:
         return None
-    listed = ", ".join(sorted(allowed)) or "none"
+    listed = ", ".join(sorted(allowed)) or "no policy"
     return (
         f"vllm_xargs.{ENFORCE}: {quoted(refused[0])} is not a policy that these requests may have "
         f"enforced on this server; allowed: {listed}"
@@ -130,7 +144,10 @@ def _refusal(
 
 @lru_cache(maxsize=4)
 def _access(settings: Settings) -> Access:
-    """Return the access file as it was when it was needed first; the engine core's is as old."""
+    """Return the access file as it was when first needed.
+
+    The engine core reads it at start, too: a change needs a restart.
+    """
     return access_of(settings)
 
 
@@ -140,5 +157,5 @@ def _open(events: str, queue: int) -> Sink:
 
 
 def _sink(settings: Settings) -> Sink | None:
-    """Return this process' own way into the event log, opened when there is something to say."""
+    """Return this process' own sink to the event log, opened at the first event."""
     return None if settings.events is None else _open(settings.events, settings.event_queue)

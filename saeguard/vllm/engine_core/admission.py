@@ -1,4 +1,4 @@
-"""Which policies judge a request, settled before it enters the scheduler."""
+"""Which policies judge a request, decided before the request enters the scheduler."""
 
 from __future__ import annotations
 
@@ -8,36 +8,31 @@ from datetime import date
 from saeguard.policy.access import Access, Decision, decide
 from saeguard.reload.versions import Pin
 
-ATTRIBUTE = "saeguard"
-"""Where a request keeps its `Admission`."""
-ENFORCE = "saeguard_enforce"
-"""In a request's extra arguments: shadow policies that it asks to have enforced."""
-TENANT = "saeguard_tenant"
-"""There, too: whose it is. Set by the API server, whatever the client sent."""
 KINDS = 1024
-"""Kinds of requests whose decision is remembered; clients can ask in many ways."""
+"""Kinds of requests whose decision is kept; clients can vary what they ask for without limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What was settled of one request."""
+    """What was decided about one request."""
 
     pin: Pin
+    """Holds the version that judges the request."""
     tenant: str | None
     decision: Decision
     enforced: frozenset[tuple[str, str]]
-    """Id and mode of each policy that clamps it where it matches."""
+    """Id and mode of each policy that clamps the request if it matches."""
     recomputes: bool
-    """Whether cached tokens that its list has not seen are computed again."""
+    """Whether cached tokens that its version has not seen are computed again."""
 
     @property
     def clamps(self) -> str:
-        """Return the digest of what may edit it."""
+        """Return the digest of the clamps of its version."""
         return self.pin.version.clamps
 
     @property
     def edits(self) -> str:
-        """Return what the key of its KV must tell; empty where nothing edits it."""
+        """Return what must go into the key of its KV cache; empty if no policy may edit it."""
         if not self.enforced:
             return ""
         return "\n".join([self.clamps, *(f"{name} {mode}" for name, mode in sorted(self.enforced))])
@@ -53,10 +48,10 @@ def admission_of(
     may_enforce: frozenset[str],
     today: date,
 ) -> Admission:
-    """Return what is settled of a request; see `saeguard.policy.access.decide`."""
+    """Return the decision about a request; the arguments are those of `policy.access.decide`."""
     policies, known = pin.version.watchlist.policies, pin.version.decided
     key = tenant, model, asked, today
-    settled = known.get(key)  # once: another thread may clear it
+    settled = known.get(key)  # read once: another thread may clear the table
     if settled is None:
         if len(known) >= KINDS:
             known.clear()

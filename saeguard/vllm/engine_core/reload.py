@@ -1,12 +1,10 @@
-"""Reloading inside vLLM: when it begins, what this engine accepts, and who may ask for it."""
+"""Reloading inside an engine core: when it begins, what it accepts, and the signal that asks."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,40 +14,53 @@ from saeguard.guard.watchlist import WatchList
 from saeguard.reload.reloader import ReloadContext, Reloader
 from saeguard.vllm.engine_core.guard import EngineGuard
 from saeguard.vllm.model_fit import check_models
-from saeguard.vllm.settings import check_manifest, settings_of, source_of
+from saeguard.vllm.patches import reads
+from saeguard.vllm.startup import check_manifest, source_of
 
-ENGINE = "EngineCore"
-"""What vLLM's names of engine core processes begin with."""
+reads(
+    "vllm.config:VllmConfig",
+    "model_config",
+    "parallel_config",
+    "compilation_config",
+    why="what a reload may change",
+)
+reads(
+    "vllm.config:ParallelConfig",
+    "data_parallel_index",
+    why="the name of this engine core's status file",
+)
+reads("vllm.config:CompilationConfig", "cudagraph_mode", why="captured graphs hold their clamps")
+reads("vllm.config:CUDAGraphMode.NONE", why="captured graphs hold their clamps")
 
 
 def listen(guard: EngineGuard) -> None:
-    """Let SIGHUP ask for a reload, in an engine core that has a process of its own.
+    """Make SIGHUP ask for a reload, in an engine core that has a process of its own.
 
-    It is set before the server answers anybody, so that a signal never ends the process; one that
-    comes too early is answered by the first reading, which is still to come.
+    The handler is set before the server answers any request, so that a signal never ends the
+    process. A signal that comes before the first reading of the files is answered by that reading.
     """
     own = multiprocessing.parent_process() is not None
     if own and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGHUP, partial(_asked, guard))
+        signal.signal(signal.SIGHUP, partial(_ask, guard))
 
 
-def _asked(guard: EngineGuard, _signal: int, _frame: Any) -> None:
+def _ask(guard: EngineGuard, _signal: int, _frame: Any) -> None:
     if guard.reloader is not None:
         guard.reloader.ask("signal")
 
 
 def begin(core: Any, guard: EngineGuard) -> None:
-    """Watch the policy files from now on, if the operator lets us; the self-test has passed."""
+    """Watch the policy files from now on, if the operator wants it; the self-test has passed."""
     settings = guard.settings
     if not settings.reload:
         return
     config = core.vllm_config
-    where = ReloadContext(
+    context = ReloadContext(
         source=source_of(settings),
         versions=guard.ledger,
         columns=guard.columns,
         updates=guard.updates,
-        report=guard.reloaded,
+        report=guard.telemetry.reloaded,
         accept=partial(_accept, config, guard),
         check_manifest=partial(check_manifest, settings),
         prefix_store=guard.prefix_store,
@@ -57,15 +68,15 @@ def begin(core: Any, guard: EngineGuard) -> None:
         state=None if settings.state is None else Path(settings.state),
         engine=int(config.parallel_config.data_parallel_index),
     )
-    guard.reloader = Reloader(where, guard.manifest)
+    guard.reloader = Reloader(context, guard.manifest)
 
 
 def _accept(config: Any, guard: EngineGuard, watchlist: WatchList) -> None:
-    """Refuse feature sets that were made for another model, and roles that cannot be told.
+    """Refuse feature sets made for another model, and scopes that the chat template cannot tell.
 
     Raises:
         ModelFitError: names both shapes.
-        RolesError: a policy's scope is a role.
+        RolesError: a policy's scope is a role, and the template does not delimit roles.
     """
     check_models(config.model_config, set(watchlist.models) - set(guard.watchlist.models))
     check_roles(watchlist, guard.marks)
@@ -76,25 +87,3 @@ def _graphs_are_captured(config: Any) -> bool:
 
     mode = config.compilation_config.cudagraph_mode
     return mode is not None and mode != CUDAGraphMode.NONE
-
-
-# --- the process that the operator knows --------------------------------------------------------
-
-
-def forward(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> None:
-    """Around `AsyncLLM.__init__`: SIGHUP to the server reaches its engine cores.
-
-    They are this process' children and listen by now. Where several API servers share them, they
-    are not, and `saeguard reload` signals them itself.
-    """
-    wrapped(*args, **kwargs)
-    if settings_of(engine.vllm_config) is None:
-        return
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGHUP, _forward)
-
-
-def _forward(number: int, _frame: Any) -> None:
-    for child in multiprocessing.active_children():
-        if child.name.startswith(ENGINE) and child.pid is not None:
-            os.kill(child.pid, number)

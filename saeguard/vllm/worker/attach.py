@@ -1,64 +1,153 @@
-"""Find the decoder layers of a vLLM model and put taps behind the hooked ones."""
+"""Put taps behind a vLLM model's decoder layers, once it is loaded."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from saeguard.errors import CannotRunError
-from saeguard.guard.tap import tap_output
+import structlog
+import torch
 
-if TYPE_CHECKING:
-    from torch import nn
+from saeguard.features.model_fit import ModelFitError, sae_misfit
+from saeguard.guard.forward_pass import allocate_rows
+from saeguard.guard.install_taps import install_taps
+from saeguard.guard.tap import TAPS, fingerprint
+from saeguard.guard.watchlist import WatchList, clamps_digest
+from saeguard.vllm.messages import KEY
+from saeguard.vllm.model_fit import check_models
+from saeguard.vllm.patches import calls, reads
+from saeguard.vllm.settings import Settings
+from saeguard.vllm.startup import start
+from saeguard.vllm.worker.guard import WorkerGuard
+from saeguard.vllm.worker.layers import ModelError, decoder_layers, hook_layer, is_here
+
+log = structlog.get_logger("saeguard")
+
+SPARE_SLOTS = 2
+"""Clamp slots for this many times the running requests: preempted ones keep theirs."""
+PADDING = 8
+"""Further rows of the buffers: vLLM pads what it captures."""
+
+reads(
+    "vllm.config:VllmConfig",
+    "additional_config",
+    "model_config",
+    "parallel_config",
+    "scheduler_config",
+    why="vLLM hashes `additional_config` into its compile key; `graph` in it names the hooked "
+    "layers and a digest of the tap, so that a compiled artefact without the tap has another key",
+)
+reads(
+    "vllm.config:ModelConfig",
+    "hf_text_config",
+    "get_vocab_size",
+    "runner_type",
+    why="whether the watch list fits the model; the size of the table of excluded tokens",
+)
+reads(
+    "vllm.config:SchedulerConfig",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    why="sizes of the row buffers and of the clamp state",
+)
+reads(
+    "vllm.config:ParallelConfig",
+    "world_size",
+    "distributed_executor_backend",
+    why="refusing executors under which each rank would judge every request",
+)
+calls(
+    "vllm.distributed.parallel_state:get_pp_group",
+    why="whether forward passes are handed to the engine core from this pipeline stage",
+)
+reads(
+    "vllm.distributed.parallel_state:GroupCoordinator",
+    "is_last_rank",
+    why="whether forward passes are handed to the engine core from this pipeline stage",
+)
 
 
-class ModelError(CannotRunError):
-    """The model does not fit the watch list, or has no layers we can find."""
-
-
-def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
-    """Return the model's blocks, in order; layers of other pipeline ranks are placeholders.
-
-    The blocks are the outermost list as long as the configuration says, which holds for every
-    family looked at: `model.layers`, `transformer.h`, `gpt_neox.layers`, `language_model...`.
+def prepare(vllm_config: Any, settings: Settings) -> WatchList:
+    """Compile the watch list before the model is built, so that a mistake costs seconds.
 
     Raises:
-        ModelError: there is none, or more than one.
+        ModelError: the model does not generate, or its executor is not supported.
     """
-    from torch import nn
-
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    }
-    outermost = {
-        name: module
-        for name, module in found.items()
-        if not any(name != other and name.startswith(f"{other}.") for other in found)
-    }
-    if len(outermost) > 1:  # vision and language towers of one depth
-        outermost = {n: m for n, m in outermost.items() if "vision" not in n and "visual" not in n}
-    if len(outermost) != 1:
-        names = ", ".join(outermost) or "none"
+    watchlist = start(settings).watchlist
+    parallel = vllm_config.parallel_config
+    if parallel.world_size > 1 and parallel.distributed_executor_backend == "external_launcher":
         raise ModelError(
-            f"{type(model).__name__}: expected one list of {num_layers} decoder layers, found "
-            f"{names}; this model is not supported"
+            "the external_launcher executor is not supported on several ranks: each of them would "
+            "judge every request and write its events; let vLLM start the ranks (mp or ray)"
         )
-    layers: nn.ModuleList = next(iter(outermost.values()))
-    return layers
+    if vllm_config.model_config.runner_type == "pooling":
+        raise ModelError(
+            "pooling and embedding models are not supported: nothing is generated, so the start-up "
+            "self-test cannot show that the guard sees the residual; remove `saeguard` from "
+            "--additional-config to serve this model unguarded"
+        )
+    _mark_graph(vllm_config, watchlist)
+    return watchlist
 
 
-def is_here(layer: nn.Module) -> bool:
-    """Return whether a block is on this pipeline stage, and no placeholder."""
-    from vllm.model_executor.models.utils import PPMissingLayer
+def _mark_graph(vllm_config: Any, watchlist: WatchList) -> None:
+    """Enter what the guard traces into the model's graph into vLLM's compile hash."""
+    layers = ",".join(str(hook.layer) for hook in watchlist.hooks)
+    vllm_config.additional_config[KEY] = {
+        **vllm_config.additional_config[KEY],
+        "graph": f"tap {fingerprint()} resid_post {layers}",
+    }
 
-    return not isinstance(layer, PPMissingLayer)
 
+def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.device) -> WorkerGuard:
+    """Check that the watch list fits the model, and tap its layers.
 
-def hook_layer(layers: nn.ModuleList, index: int) -> Any:
-    """Put the tap behind block `index`; torch.compile traces the hook into the graph."""
+    Raises:
+        ModelFitError: width, depth or weights do not fit; both values are in the message.
+        ModelError: the decoder layers are not found.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
 
-    def saeguard_tap(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return tap_output(output, index)
-
-    return layers[index].register_forward_hook(saeguard_tap)
+    shape = check_models(vllm_config.model_config, watchlist.models)
+    for hook in watchlist.hooks:
+        wrong = sae_misfit(hook.d_in, hook.layer, shape)
+        if wrong:
+            raise ModelFitError(wrong)
+    layers = decoder_layers(model, shape.num_layers)
+    scheduler = vllm_config.scheduler_config
+    slots = SPARE_SLOTS * scheduler.max_num_seqs
+    max_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + PADDING
+    here = tuple(hook for hook in watchlist.hooks if is_here(layers[hook.layer]))
+    taps = install_taps(
+        replace(watchlist, hooks=here), max_tokens=max_tokens, slots=slots, device=device
+    )
+    for tap in taps:
+        hook_layer(layers, tap.layer)
+    excluded = torch.zeros(vllm_config.model_config.get_vocab_size() + 1, dtype=torch.bool)
+    excluded[list(watchlist.exclude_tokens)] = True
+    guard = WorkerGuard(
+        watchlist=watchlist,
+        taps=taps,
+        rows=taps[0].rows if taps else allocate_rows(max_tokens, device),
+        excluded=excluded.to(device),
+        device=device,
+        last_stage=get_pp_group().is_last_rank,
+        free=list(range(1, slots + 1))[::-1],
+        clamp_lists={clamps_digest(watchlist): watchlist},
+    )
+    log.info("saeguard taps installed", layers=sorted(TAPS), rows=watchlist.columns)
+    for name, found in sorted(watchlist.approximations.items()):
+        log.warning(
+            "saeguard reads TopK latents by thresholds, not by rank",
+            feature_set=name,
+            how=found.told,
+        )
+    for tap in taps:
+        for ranked in tap.ranked:
+            log.info(
+                "saeguard ranks latents exactly, so it holds the encoder of all competitors",
+                layer=tap.layer,
+                latents=len(ranked.competitors.rows.b),
+                mib=round(ranked.competitors.nbytes() / 2**20, 1),
+            )
+    return guard

@@ -1,8 +1,7 @@
-"""What both model runners share: requests announced, passes tested, packets delivered."""
+"""The patches that both model runners share, and what a runner does around a forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,50 +9,113 @@ import structlog
 import torch
 
 from saeguard.vllm import contract
-from saeguard.vllm.selftest import EAGER, PREFIX, SERVED, Observation
+from saeguard.vllm.attributes import FORWARD_PASS, WORKER_GUARD, WORKER_UPDATE
+from saeguard.vllm.messages import EAGER, SELF_TEST, SERVED
+from saeguard.vllm.patches import Original, assumes, patch, reads
 from saeguard.vllm.settings import settings_of
-from saeguard.vllm.worker import guard as worker_guard
 from saeguard.vllm.worker import pipeline_parallel
+from saeguard.vllm.worker.attach import attach, prepare
+from saeguard.vllm.worker.cost import measure_cost
 from saeguard.vllm.worker.guard import WorkerGuard
+from saeguard.vllm.worker.selftest import Observation
 
 log = structlog.get_logger("saeguard")
 
-ATTRIBUTE = "saeguard"
-"""Where a runner keeps its `WorkerGuard`, and an output its `Packet`."""
+RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+RUNNER_V1_CPU = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
+RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+
+for runner_class in (RUNNER_V1, RUNNER_V2):
+    reads(
+        runner_class,
+        "vllm_config",
+        "model_config",
+        "scheduler_config",
+        "device",
+        "model",
+        why="attaching taps to the model that was just loaded",
+    )
+reads("vllm.config:ModelConfig", "dtype", "hf_text_config", why="the self-test's tolerance")
+reads(
+    "vllm.v1.core.sched.output:SchedulerOutput",
+    "scheduled_new_reqs",
+    "scheduled_cached_reqs",
+    "finished_req_ids",
+    "num_scheduled_tokens",
+    why="clamp slots, and which role each row of a prompt has",
+)
+reads(
+    "vllm.v1.core.sched.output:NewRequestData",
+    "req_id",
+    "prompt_token_ids",
+    "prompt_embeds",
+    "num_computed_tokens",
+    why="the prompt length of a request that starts",
+)
+reads(
+    "vllm.v1.core.sched.output:CachedRequestData",
+    "req_ids",
+    "num_computed_tokens",
+    why="which role each row of a prompt has",
+)
+reads(
+    "vllm.v1.outputs:AsyncModelRunnerOutput",
+    "get_output",
+    why="under asynchronous scheduling the forward pass is handed over with what this returns",
+)
+assumes(
+    "a `SchedulerOutput` takes a further attribute and reaches `execute_model` of every rank with "
+    "it, once and in the order of steps",
+    why="worker updates travel on it; a rank that misses one raises",
+)
+assumes(
+    "a `ModelRunnerOutput` takes a further attribute and reaches the engine core with it",
+    why="the forward pass travels on the output of its own step",
+)
 
 
-def guard_of(runner: Any) -> WorkerGuard | None:
-    """Return the runner's guard, None where the server is not configured for one."""
-    return getattr(runner, ATTRIBUTE, None)
-
-
-def load_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
-    """Around `load_model`: watch list before, taps after, nothing without configuration."""
+@patch(
+    f"{RUNNER_V1}.load_model",
+    f"{RUNNER_V1_CPU}.load_model",
+    f"{RUNNER_V2}.load_model",
+    why="forward hooks registered right after loading are traced into the compiled graph",
+)
+def load_model(original: Original, runner: Any) -> Any:
+    """Compile the watch list, load the model, and tap it; without configuration only load it."""
     settings = settings_of(runner.vllm_config)
     if settings is None:
-        return wrapped(*args, **kwargs)
+        return original()
     contract.check()
-    watchlist = worker_guard.prepare(runner.vllm_config, settings)
-    result = wrapped(*args, **kwargs)
+    watchlist = prepare(runner.vllm_config, settings)
+    result = original()
     if watchlist.hooks:
-        guard = worker_guard.attach(runner.model, runner.vllm_config, watchlist, runner.device)
-        setattr(runner, ATTRIBUTE, guard)
+        guard = attach(runner.model, runner.vllm_config, watchlist, runner.device)
+        WORKER_GUARD.set(runner, guard)
     return result
 
 
-def announce(guard: WorkerGuard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Take in the arguments of `execute_model`, and return its `SchedulerOutput`.
+@patch(
+    f"{RUNNER_V1}.sample_tokens",
+    f"{RUNNER_V2}.sample_tokens",
+    why="its output carries the forward pass to the engine core",
+)
+def sample_tokens(original: Original, runner: Any) -> Any:
+    """Hand the forward pass over with the sampled tokens."""
+    result = original()
+    guard = WORKER_GUARD.get(runner)
+    return result if guard is None else hand_over(guard, result)
 
-    What finished requests held is taken back, what the engine core tells is done, and what earlier
-    pipeline stages read is received.
-    """
-    scheduler_output = args[0] if args else kwargs["scheduler_output"]
-    intermediate = args[1] if len(args) > 1 else kwargs.get("intermediate_tensors")
-    guard.received = pipeline_parallel.take(intermediate)
+
+# --- around a forward pass ----------------------------------------------------------------------
+
+
+def receive(guard: WorkerGuard, scheduler_output: Any, intermediate_tensors: Any) -> None:
+    """Take in what came for a step, from the engine core and from the stages before this one."""
+    guard.received = pipeline_parallel.take(intermediate_tensors)
     guard.release(scheduler_output.finished_req_ids)
-    update = getattr(scheduler_output, ATTRIBUTE, None)
-    if update is not None:  # None with the passes that warm a model up
-        guard.carry_out(update)
+    update = WORKER_UPDATE.get(scheduler_output)
+    if update is not None:  # None in the passes that warm a model up
+        guard.apply_update(update)
     cached = scheduler_output.scheduled_cached_reqs
     guard.computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     for new in scheduler_output.scheduled_new_reqs:
@@ -61,7 +123,6 @@ def announce(guard: WorkerGuard, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
         admitted = None if update is None else update.admitted.get(new.req_id)
         guard.announced.setdefault(new.req_id, (len(tokens), admitted))
-    return scheduler_output
 
 
 def begin(
@@ -72,63 +133,47 @@ def begin(
     input_ids: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
-    """Prepare the taps for a pass over real requests."""
-    guard.before(request_ids, query_start, input_ids, positions)
-    if not guard.tested and request_ids[0].startswith(PREFIX):
+    """Prepare the taps for a forward pass over real requests; arguments as `begin_pass` has them.
+
+    The self-test's first request is also observed.
+    """
+    guard.begin_pass(request_ids, query_start, input_ids, positions)
+    if not guard.tested and request_ids[0].startswith(SELF_TEST):
         guard.observation = guard.observation or Observation()
         if request_ids[0] == EAGER:
             depth = int(runner.model_config.hf_text_config.num_hidden_layers)
-            guard.observation.watch(runner.model, depth, guard.taps)
+            guard.observation.start(runner.model, depth, guard.taps)
 
 
 def end(runner: Any, guard: WorkerGuard) -> None:
-    """Start copying what the pass saw; during the self-test, compare it first."""
-    if guard.opened is None:
+    """Start copying what the taps read; in the self-test, compare it first."""
+    if guard.current is None:
         return
-    request_ids, query_start, positions = guard.opened
-    testing = not guard.tested and request_ids[0].startswith(PREFIX)
-    prompt = testing and int(positions[0]) == 0  # a later pass can have several rows: drafts
-    if testing:
-        guard.observation.stop()
+    request_id = guard.current.request_ids[0]
+    if guard.tested or not request_id.startswith(SELF_TEST):
+        guard.end_pass()
+        return
+    assert guard.observation is not None
+    guard.observation.stop()
+    rows = int(guard.current.query_start[-1])
+    prompt = int(guard.current.positions[0]) == 0  # drafts give later passes several rows, too
     if prompt:
         try:
-            _test(runner, guard, request_ids[0], int(query_start[-1]))
+            if request_id == EAGER:
+                guard.observation.choose_halves(guard.taps)
+            else:
+                guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
         except Exception as error:  # noqa: BLE001 - a rank that raises leaves others waiting for it
             guard.failures.append(str(error))
-    guard.after()
-    if testing and not prompt and request_ids[0] == SERVED and not guard.failures:
+    guard.end_pass()
+    if not prompt and request_id == SERVED and not guard.failures:
         guard.tested, guard.observation = True, None
-        _report(runner, guard)
+        _log_ready(runner, guard)
 
 
-def _test(runner: Any, guard: WorkerGuard, request_id: str, rows: int) -> None:
-    """Learn from or compare one prompt pass of the self-test.
-
-    Raises:
-        SelfTestError: the taps do not see what they must.
-    """
-    if request_id == EAGER:
-        guard.observation.settle(guard.taps)
-    else:
-        guard.observation.compare(guard.taps, rows, runner.model_config.dtype)
-
-
-def tested(worker: Any) -> str | None:
-    """Return what is wrong on a worker after the self-test, None where nothing is.
-
-    The engine core asks this of every rank: vLLM listens to the errors of one rank only.
-    """
-    guard = guard_of(worker.model_runner)
-    if guard is None:
-        return "there is no guard in the model's process"
-    if not guard.tested:
-        return "; ".join(guard.failures) or "the test's passes did not come by"
-    return None
-
-
-def _report(runner: Any, guard: WorkerGuard) -> None:
+def _log_ready(runner: Any, guard: WorkerGuard) -> None:
     rows = runner.scheduler_config.max_num_seqs
-    held, microseconds = worker_guard.cost(guard, rows)
+    held, microseconds = measure_cost(guard, rows)
     log.info(
         "saeguard ready",
         policies=len(guard.watchlist.policies),
@@ -142,10 +187,10 @@ def _report(runner: Any, guard: WorkerGuard) -> None:
     )
 
 
-def deliver(guard: WorkerGuard, result: Any) -> Any:
-    """Attach the pending packet to a runner's output, now or when its copies have arrived.
+def hand_over(guard: WorkerGuard, result: Any) -> Any:
+    """Attach the pending forward pass to a runner's output, now or when its copies have arrived.
 
-    A pipeline stage that is not the last hands its readings on with its intermediate tensors.
+    A pipeline stage that is not the last sends its readings on with its intermediate tensors.
     """
     if guard.outgoing is not None:
         readings, guard.outgoing = guard.outgoing, None
@@ -156,20 +201,13 @@ def deliver(guard: WorkerGuard, result: Any) -> Any:
     if hasattr(result, "get_output"):
         get_output = result.get_output
 
-        def with_packet() -> Any:
+        def with_forward_pass() -> Any:
             output = get_output()
-            setattr(output, ATTRIBUTE, guard.collect(pending))
+            FORWARD_PASS.set(output, guard.collect(pending))
             return output
 
-        result.get_output = with_packet
+        result.get_output = with_forward_pass
     else:
-        setattr(result, ATTRIBUTE, guard.collect(pending))
+        FORWARD_PASS.set(result, guard.collect(pending))
     guard.pending = None
     return result
-
-
-def sample_tokens(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
-    """Around `sample_tokens`: its output carries the packet to the engine core."""
-    result = wrapped(*args, **kwargs)
-    guard = guard_of(runner)
-    return result if guard is None else deliver(guard, result)

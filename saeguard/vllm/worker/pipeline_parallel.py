@@ -1,8 +1,8 @@
 """Pipeline parallelism: what a stage's taps read travels to the last stage with the hidden states.
 
-vLLM sends one dictionary of tensors from stage to stage in each pass with rows, in the order of
-passes. The readings are further entries of it, so there is no message of the guard's own that
-could cross with another, be waited for in vain, or belong to another of the passes in flight.
+vLLM sends one dictionary of tensors from stage to stage in each forward pass with rows, in order.
+The readings are further entries of that dictionary. So the guard sends no message of its own,
+which could arrive late, never, or with another of the passes in flight.
 """
 
 from __future__ import annotations
@@ -12,22 +12,43 @@ from typing import Any, NamedTuple
 
 import torch
 
+from saeguard.vllm.patches import assumes, calls, reads
+
 PREFIX = "saeguard."
+"""Of the entries' keys, followed by the layer and by what the entry holds."""
 ACTED = "acted."
+"""Begins the rest of the key where the entry says which rows were edited."""
+
+reads(
+    "vllm.sequence:IntermediateTensors",
+    "tensors",
+    why="readings of earlier stages travel in it under keys `saeguard.*`, and are taken out before "
+    "the runner looks",
+)
+calls(
+    "vllm.sequence:IntermediateTensors",
+    "tensors",
+    why="readings are sent on in a new object with further entries",
+)
+assumes(
+    "a worker sends `IntermediateTensors.tensors` whole, once a forward pass with rows, and the "
+    "next runner reads the keys that it knows",
+    why="readings of earlier stages travel in it",
+)
 
 
 class Reading(NamedTuple):
-    """What one layer's tap read in a pass, on the device."""
+    """What one layer's tap read in a forward pass, on the device."""
 
     f: torch.Tensor
-    """[rows, watched] float32."""
+    """[rows, columns] float32 activations."""
     ticks: torch.Tensor
     """[1] int64: how often the tap ran."""
     acted: Mapping[str, torch.Tensor]
-    """[rows, rules] bool, by digest of the clamps; empty where nothing can clamp."""
+    """[rows, clamp policies] bool, whether a row was edited, by digest of the clamps."""
 
     def copy(self) -> Reading:
-        """Return what the next run of the tap will not change.
+        """Return a copy, which the next run of the tap does not change.
 
         vLLM waits for a send before the next pass over requests, but not before a dummy pass.
         """
@@ -36,7 +57,11 @@ class Reading(NamedTuple):
 
 
 def take(intermediate: Any) -> dict[int, Reading]:
-    """Take the earlier stages' readings, by layer, out of what they sent; None sends nothing."""
+    """Return the earlier stages' readings by layer, taken out of the tensors that they sent.
+
+    Args:
+        intermediate: an `IntermediateTensors`, or None on the first stage.
+    """
     if intermediate is None:
         return {}
     tensors = intermediate.tensors
@@ -56,7 +81,7 @@ def take(intermediate: Any) -> dict[int, Reading]:
 
 
 def put(intermediate: Any, readings: dict[int, Reading]) -> Any:
-    """Return intermediate tensors with readings among them."""
+    """Return a copy of intermediate tensors with readings, by layer, added."""
     entries: dict[str, torch.Tensor] = {}
     for layer, reading in readings.items():
         entries[f"{PREFIX}{layer}.f"] = reading.f

@@ -1,31 +1,59 @@
-"""Model Runner V1 (`vllm.v1.worker.gpu_model_runner`): where a pass begins and ends."""
+"""Model Runner V1 (`vllm.v1.worker.gpu_model_runner`): where a forward pass begins and ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from saeguard.vllm.worker import hooks as common
+from saeguard.vllm.attributes import WORKER_GUARD
+from saeguard.vllm.patches import Original, assumes, patch, reads
+from saeguard.vllm.worker.hooks import RUNNER_V1, begin, end, hand_over, receive
+
+reads(
+    RUNNER_V1,
+    "input_batch",
+    "query_start_loc",
+    "input_ids",
+    "positions",
+    why="which row of a forward pass belongs to which request",
+)
+reads(
+    "vllm.v1.worker.gpu_input_batch:InputBatch",
+    "num_reqs",
+    "req_ids",
+    why="the requests of a forward pass, in row order",
+)
+reads("vllm.v1.utils:CpuGpuBuffer", "np", "gpu", why="`query_start_loc` and `input_ids` are such")
+assumes(
+    "dummy runs do not go through `_model_forward`",
+    why="telling real forward passes from those that warm up or capture",
+)
 
 
-def execute_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
-    """Around `execute_model`; pooling models end here and deliver at once."""
-    guard = common.guard_of(runner)
+@patch(
+    f"{RUNNER_V1}.execute_model",
+    why="what the engine core sent with a step is applied before its forward pass",
+)
+def execute_model(
+    original: Original, runner: Any, scheduler_output: Any, intermediate_tensors: Any
+) -> Any:
+    """Apply what came with the step; a pipeline stage that samples nothing hands over here."""
+    guard = WORKER_GUARD.get(runner)
     if guard is None:
-        return wrapped(*args, **kwargs)
-    common.announce(guard, args, kwargs)
-    return common.deliver(guard, wrapped(*args, **kwargs))
+        return original()
+    receive(guard, scheduler_output, intermediate_tensors)
+    return hand_over(guard, original())
 
 
-def model_forward(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
-    """Around `_model_forward`, which real batches pass through and dummy runs do not."""
-    guard = common.guard_of(runner)
+@patch(f"{RUNNER_V1}._model_forward", why="one forward pass over real requests")
+def model_forward(original: Original, runner: Any) -> Any:
+    """Lay the forward pass out for the taps, and copy what they read."""
+    guard = WORKER_GUARD.get(runner)
     if guard is None:
-        return wrapped(*args, **kwargs)
+        return original()
     n = runner.input_batch.num_reqs
     query_start = runner.query_start_loc.np[: n + 1].copy()
     rows = int(query_start[-1])
-    common.begin(
+    begin(
         runner,
         guard,
         list(runner.input_batch.req_ids[:n]),
@@ -33,6 +61,6 @@ def model_forward(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: A
         runner.input_ids.gpu[:rows],
         runner.positions[:rows],
     )
-    result = wrapped(*args, **kwargs)
-    common.end(runner, guard)
+    result = original()
+    end(runner, guard)
     return result

@@ -1,28 +1,52 @@
-"""Model Runner V2 (`vllm.v1.worker.gpu.model_runner`): where a pass begins and ends."""
+"""Model Runner V2 (`vllm.v1.worker.gpu.model_runner`): where a forward pass begins and ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from saeguard.vllm.selftest import EAGER
-from saeguard.vllm.worker import hooks as common
+from saeguard.vllm.attributes import WORKER_GUARD
+from saeguard.vllm.messages import EAGER
+from saeguard.vllm.patches import Original, calls, patch, reads
+from saeguard.vllm.worker.hooks import RUNNER_V2, begin, end, hand_over, receive
+
+reads(
+    "vllm.v1.worker.gpu.input_batch:InputBatch",
+    "num_reqs",
+    "req_ids",
+    "query_start_loc_np",
+    "input_ids",
+    "positions",
+    why="which row of a forward pass belongs to which request",
+)
+calls(
+    "vllm.v1.worker.gpu.model_runner:dispatch_cg_and_sync_dp",
+    named=("need_eager",),
+    why="the self-test's first prompt must not replay a captured graph",
+    differs="returns other things beside the descriptor from 0.29; passed through",
+)
 
 
-def execute_model(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
-    """Around `execute_model`, real or dummy; only real passes go through `prepare_inputs`."""
-    guard = common.guard_of(runner)
+@patch(
+    f"{RUNNER_V2}.execute_model",
+    why="what the engine core sent with a step is applied before its forward pass",
+)
+def execute_model(
+    original: Original, runner: Any, scheduler_output: Any, intermediate_tensors: Any
+) -> Any:
+    """Apply what came with the step, and copy what the taps read; dummy runs come by here, too."""
+    guard = WORKER_GUARD.get(runner)
     if guard is None:
-        return wrapped(*args, **kwargs)
-    scheduled = common.announce(guard, args, kwargs)
-    if not guard.tested and EAGER in scheduled.num_scheduled_tokens:
+        return original()
+    receive(guard, scheduler_output, intermediate_tensors)
+    if not guard.tested and EAGER in scheduler_output.num_scheduled_tokens:
         with _eager():
-            result = wrapped(*args, **kwargs)
+            result = original()
     else:
-        result = wrapped(*args, **kwargs)
-    common.end(runner, guard)
-    return common.deliver(guard, result)
+        result = original()
+    end(runner, guard)
+    return hand_over(guard, result)
 
 
 @contextmanager
@@ -42,15 +66,21 @@ def _eager() -> Iterator[None]:
         model_runner.dispatch_cg_and_sync_dp = dispatch
 
 
-def prepare_inputs(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
-    """Around `prepare_inputs`: its batch says which row is whose."""
-    batch = wrapped(*args, **kwargs)
-    guard = common.guard_of(runner)
+@patch(
+    f"{RUNNER_V2}.prepare_inputs",
+    why="its batch says which row belongs to which request; only real passes go through it",
+    differs="takes `num_active_loras`, too, from 0.31, and `batch_req_state` from 0.33; "
+    "passed through",
+)
+def prepare_inputs(original: Original, runner: Any) -> Any:
+    """Lay the forward pass out for the taps."""
+    batch = original()
+    guard = WORKER_GUARD.get(runner)
     if guard is not None:
         n = batch.num_reqs
         query_start = batch.query_start_loc_np[: n + 1].copy()
         rows = int(query_start[-1])
-        common.begin(
+        begin(
             runner,
             guard,
             list(batch.req_ids[:n]),

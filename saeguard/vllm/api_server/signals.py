@@ -1,0 +1,44 @@
+"""SIGHUP to the server reaches its engine cores: `saeguard reload` may signal either."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from typing import Any
+
+from saeguard.vllm.patches import Original, assumes, patch
+from saeguard.vllm.settings import settings_of
+
+ENGINE = "EngineCore"
+"""Prefix of the names that vLLM gives engine core processes."""
+
+assumes(
+    "engine cores are children of the process that builds `AsyncLLM`, and their names begin with "
+    "`EngineCore`",
+    why="SIGHUP is passed on to them",
+)
+
+
+@patch(
+    "vllm.v1.engine.async_llm:AsyncLLM.__init__",
+    why="the operator knows this process, and its engine cores have started by then",
+)
+def forward_signals(original: Original, _engine: Any, vllm_config: Any) -> None:
+    """Build the engine's client, then pass SIGHUP on to the engine cores.
+
+    Several API servers that share engine cores are not their parents; `saeguard reload` signals
+    the engine cores itself then.
+    """
+    original()
+    if settings_of(vllm_config) is None:
+        return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, _forward)
+
+
+def _forward(number: int, _frame: Any) -> None:
+    for child in multiprocessing.active_children():
+        if child.name.startswith(ENGINE) and child.pid is not None:
+            os.kill(child.pid, number)

@@ -1,0 +1,54 @@
+"""The attributes that the guard hangs on vLLM's objects, one name and one type for each kind.
+
+vLLM carries its own objects between the scheduler, the workers and the API server; what the guard
+has to say about one travels with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from saeguard.guard.forward_pass import ForwardPass
+    from saeguard.reload.worker_updates import WorkerUpdate
+    from saeguard.vllm.engine_core.admission import Admission
+    from saeguard.vllm.engine_core.guard import EngineGuard
+    from saeguard.vllm.worker.guard import WorkerGuard
+
+T = TypeVar("T")
+
+
+class Attribute(Generic[T]):
+    """One attribute of one kind of vLLM object."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        """Name the attribute."""
+        self.name = name
+
+    def get(self, owner: Any) -> T | None:
+        """Return the value that was set on an object, None if none was."""
+        value: T | None = getattr(owner, self.name, None)
+        return value
+
+    def set(self, owner: Any, value: T) -> None:
+        """Set the value on an object."""
+        setattr(owner, self.name, value)
+
+
+WORKER_GUARD: Attribute[WorkerGuard] = Attribute("saeguard_worker")
+"""Of a model runner."""
+ENGINE_GUARD: Attribute[EngineGuard] = Attribute("saeguard_engine")
+"""Of the `Scheduler` and its `KVCacheManager`."""
+ADMISSION: Attribute[Admission] = Attribute("saeguard_admission")
+"""Of a scheduler's `Request`: which policies judge it."""
+WORKER_UPDATE: Attribute[WorkerUpdate] = Attribute("saeguard_update")
+"""Of a `SchedulerOutput`, from the engine core to every rank."""
+FORWARD_PASS: Attribute[ForwardPass] = Attribute("saeguard_pass")
+"""Of a `ModelRunnerOutput`, from the last rank to the engine core."""
+REQUEST_VERDICTS: Attribute[Mapping[str, Any]] = Attribute("saeguard_verdicts")
+"""Of a `RequestState` of the API server: the response's object, until its choice is built."""
+CHOICE_VERDICTS: Attribute[Mapping[str, Any]] = Attribute("saeguard")
+"""Of a `CompletionOutput`: the response's object. Public: `output.outputs[0].saeguard`."""

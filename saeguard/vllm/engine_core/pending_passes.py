@@ -1,0 +1,152 @@
+"""The forward passes of one engine core that wait to be judged, and the requests that must stop."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saeguard.guard.forward_pass import ForwardPass
+from saeguard.guard.hits import Hit
+from saeguard.guard.state import State
+from saeguard.reload.versions import Versions
+from saeguard.vllm.messages import SELF_TEST
+
+PASSES = 16
+"""Forward passes judged together, unless a request ends before."""
+
+
+class ForwardPassError(RuntimeError):
+    """The model's process runs another watch list than the engine core."""
+
+
+class Stop(NamedTuple):
+    """Why a request ends, and how much of it stays."""
+
+    policy: str
+    tokens: int
+    """Tokens that stay: up to the one that fired, which the client has already."""
+    error: bool
+
+
+class PendingPasses:
+    """Brings forward passes to the rules, in order, and notes which requests must stop."""
+
+    def __init__(self, ledger: Versions, requests: Mapping[str, Any], first: str) -> None:
+        """Start with no forward pass.
+
+        Args:
+            ledger: of the requests in flight.
+            requests: vLLM's own, in flight, by id; the engine guard keeps them.
+            first: digest of the watch list that the workers were started with.
+        """
+        self.ledger = ledger
+        self.requests = requests
+        self.first = first
+        self.stopping: dict[str, Stop] = {}
+        """Requests that must stop, until the scheduler has stopped them."""
+        self.lost = 0
+        """Forward passes that should have come with their step, and did not."""
+        self._waiting: list[tuple[ForwardPass, np.ndarray, frozenset[str]]] = []
+        """Forward passes not judged yet, with the rows that count and the requests that enter."""
+        self._saved: list[tuple[int, State]] = []
+        """Of requests with drafts in this step: their state before it."""
+        self._at_once = False
+        """Whether this step's forward pass must be judged before the scheduler reads its output."""
+
+    def push(
+        self,
+        forward_pass: ForwardPass,
+        valid: np.ndarray,
+        entering: frozenset[str],
+        drafted: Collection[str],
+    ) -> None:
+        """Take in a step's forward pass; judge it now if a policy may stop its request.
+
+        Args:
+            forward_pass: what the taps read.
+            valid: [requests] leading rows that count.
+            entering: requests that start or resume in this step.
+            drafted: requests with draft tokens in this step, which may end within them.
+
+        Raises:
+            ForwardPassError: worker and engine core were started with other watch lists.
+        """
+        if forward_pass.watchlist != self.first:
+            raise ForwardPassError(
+                f"saeguard: the worker watches {forward_pass.watchlist[:12]}, the engine core "
+                f"{self.first[:12]}: policy files changed during start-up; start again"
+            )
+        self._waiting.append((forward_pass, valid, entering))
+        self._at_once = any(version.can_stop for version in self.ledger.live)
+        if self._at_once:
+            ids = forward_pass.request_ids
+            self._saved = [
+                (i, self.ledger.save(ids[i]))
+                for i in (np.flatnonzero(valid > 1) if drafted else ())
+                if ids[i] in drafted
+            ]
+            self.catch_up()
+
+    def roll_back(self, forward_pass: ForwardPass) -> None:
+        """Drop the rows behind the end of each request that ended within its drafts.
+
+        Without a policy that stops, no action needs a verdict in the step that made it, because
+        clamps decide on the device. So several forward passes wait and are judged together, while
+        the rules' code and state are in the processor's caches. That costs a fraction of returning
+        to them after every step.
+        """
+        firsts = forward_pass.positions[forward_pass.query_start[:-1]]
+        if self._at_once:
+            for i, state in self._saved:
+                request_id = forward_pass.request_ids[i]
+                request = self.requests.get(request_id)  # None: its client left during the step
+                if request is not None and self.ledger.seen(request_id) > request.num_tokens:
+                    self.ledger.restore(request_id, state)
+                    again = np.zeros(len(firsts), np.int64)
+                    again[i] = request.num_tokens - int(firsts[i])
+                    self.ledger.ingest(forward_pass, again, ())
+            self._saved = []
+            return
+        if not self._waiting:  # a request ended in error during vLLM's update and was judged
+            return
+        valid = self._waiting[-1][1]
+        for i in np.flatnonzero(valid > 1):
+            request = self.requests.get(forward_pass.request_ids[i])
+            if request is not None:
+                valid[i] = min(valid[i], max(0, request.num_tokens - int(firsts[i])))
+        if len(self._waiting) >= PASSES:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Judge the forward passes that wait."""
+        waiting, self._waiting = self._waiting, []
+        for hit in self.ledger.ingest_all(waiting):
+            self._consider(hit)
+
+    def lose(self, request_ids: Iterable[str]) -> None:
+        """Count a forward pass that did not come; `on_error: stop` ends its requests."""
+        self.lost += 1
+        for request_id in request_ids:
+            if request_id in self.requests:
+                policies = self.ledger.of(request_id).watchlist.policies
+                for i, policy in enumerate(policies):
+                    if policy.on_error == "stop":
+                        seen = self.requests[request_id].num_tokens
+                        self._consider(Hit(request_id, i, seen - 1, error=True))
+
+    def _consider(self, hit: Hit) -> None:
+        """Mark a request as stopping, if the policy that hit stops and is enforced for it."""
+        if hit.request_id not in self.requests:
+            return
+        policy = self.ledger.of(hit.request_id).watchlist.policies[hit.policy]
+        if (
+            (hit.error or policy.action == "stop")
+            and not hit.request_id.startswith(SELF_TEST)
+            and self.ledger.enforces(hit.request_id, hit.policy)
+        ):
+            stop = Stop(policy.id, hit.position + 1, hit.error)
+            earlier = self.stopping.get(hit.request_id)
+            if earlier is None or stop.tokens < earlier.tokens:
+                self.stopping[hit.request_id] = stop

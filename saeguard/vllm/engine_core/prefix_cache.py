@@ -1,0 +1,107 @@
+"""vLLM's prefix cache: a prefix store under the cache's own keys, and requests that skip it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+from saeguard.guard.prefix.store import PrefixStore
+from saeguard.guard.watchlist import WatchList
+from saeguard.vllm.attributes import ENGINE_GUARD
+from saeguard.vllm.patches import Original, calls, patch, reads
+from saeguard.vllm.settings import Settings
+
+log = structlog.get_logger("saeguard")
+
+MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
+
+reads(
+    "vllm.v1.core.sched.scheduler:Scheduler",
+    "kv_cache_manager",
+    "block_size",
+    "hash_block_size",
+    why="the size of the prefix store and of its blocks",
+)
+reads(
+    MANAGER,
+    "enable_caching",
+    "block_pool",
+    "num_kv_cache_groups",
+    "empty_kv_cache_blocks",
+    why="whether prefixes are cached, how many, and the result of a look-up that finds none",
+)
+reads(
+    "vllm.v1.core.block_pool:BlockPool",
+    "cached_block_hash_to_block",
+    "num_gpu_blocks",
+    why="whether a block is still in the cache",
+)
+calls(
+    "vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block",
+    "key",
+    why="whether a block is still in the cache",
+)
+calls(
+    "vllm.v1.core.kv_cache_utils:make_block_hash_with_group_id",
+    why="the cache's key of a block",
+)
+
+
+def prefix_store_of(scheduler: Any, watchlist: WatchList, settings: Settings) -> PrefixStore | None:
+    """Return a store as large as the prefix cache, None if nothing is cached or watched."""
+    manager = scheduler.kv_cache_manager
+    if not manager.enable_caching or not watchlist.hooks:
+        return None
+    from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+    block = scheduler.hash_block_size
+    groups = range(manager.num_kv_cache_groups)
+    tokens = manager.block_pool.num_gpu_blocks * scheduler.block_size
+
+    def in_cache(key: bytes) -> bool:
+        cached = manager.block_pool.cached_block_hash_to_block  # a new one after each reset
+        return any(
+            cached.get_one_block(make_block_hash_with_group_id(key, group)) is not None
+            for group in groups
+        )
+
+    store = PrefixStore(
+        block,
+        watchlist.columns,
+        blocks=tokens // block,
+        limit_bytes=settings.memory_mib * 2**20,
+        in_cache=in_cache,
+    )
+    most = min(store.worst_bytes, store.limit_bytes) / 2**20
+    log.info(
+        "saeguard records cached prefixes",
+        kv_cache_tokens=tokens,
+        at_most_mib=round(most, 1),
+        bytes_per_fired_latent=8,
+    )
+    return store
+
+
+@patch(f"{MANAGER}.get_computed_blocks", why="`uncached: recompute`: prefixes that no rule saw")
+def computed_blocks(original: Original, manager: Any, request: Any) -> Any:
+    """Find a request's cached prefix, or none if a policy needs tokens that the taps never read.
+
+    The whole prompt is then computed again, so that it passes the taps.
+    """
+    found = original()
+    guard = ENGINE_GUARD.get(manager)
+    if guard is None or not found[1] or not guard.recomputes(request, found[1]):
+        return found
+    return (manager.empty_kv_cache_blocks, *(0 for _ in found[1:]))
+
+
+@patch(f"{MANAGER}.reset_prefix_cache", why="dropping what was recorded of blocks that are gone")
+def reset_prefix_cache(original: Original, manager: Any) -> Any:
+    """Empty the prefix store with the cache: after a change of weights its records are wrong."""
+    done = original()
+    guard = ENGINE_GUARD.get(manager)
+    if guard is not None and guard.prefix_store is not None and done:
+        guard.passes.catch_up()
+        guard.prefix_store.clear()
+    return done

@@ -1,0 +1,74 @@
+"""What the client is told of a request's verdicts, and how it reaches the API server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from saeguard.guard.request_verdicts import Verdicts
+from saeguard.guard.verdict import as_dict
+from saeguard.policy.types import strongest_action
+from saeguard.vllm.messages import COUNTS, KEY, MESSAGE
+from saeguard.vllm.patches import assumes, reads
+
+VISIBLE = frozenset({"flag", "clamp", "stop"})
+"""Actions that the application sees; `log` and shadow verdicts are the operator's."""
+
+reads(
+    "vllm.v1.engine:EngineCoreOutput",
+    "kv_transfer_params",
+    why="carries the verdicts with the request's own output, so that they reach the API server "
+    "that serves the request, whatever the topology",
+)
+assumes(
+    "`kv_transfer_params` of a request's output reach `OutputProcessor` and `RequestState` "
+    "unchanged",
+    why="verdicts travel in it, and are taken out before anything else reads it",
+)
+
+
+def attach_response(output: Any, response: Mapping[str, Any], counts: list[list[Any]]) -> None:
+    """Put a response, and changes of the running totals, into a request's `EngineCoreOutput`."""
+    output.kv_transfer_params = {
+        **(output.kv_transfer_params or {}),
+        KEY: {**response, COUNTS: counts},
+    }
+
+
+def response(verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str) -> Mapping[str, Any]:
+    """Return the `saeguard` object of a response: the acting verdicts that the client may see.
+
+    Args:
+        verdicts: of one request.
+        coverage: of the request, as a dictionary.
+        watchlist: digest of the watch list that judged it.
+    """
+    shown = [v for v in verdicts.acting() if v.acted in VISIBLE]
+    stops = sorted((v.first_token or 0, v.message) for v in shown if v.message is not None)
+    return {
+        **({MESSAGE: stops[0][1]} if stops else {}),
+        "flagged": bool(shown),
+        "action": strongest_action(v.acted for v in shown),
+        "verdicts": [
+            {
+                "policy": v.policy,
+                "severity": v.severity,
+                "action": v.acted,
+                "score": v.score,
+                "threshold": 1.0,
+                "first_token": v.first_token,
+                "matched_tokens": v.matched_tokens,
+                **({"approximate": True} if v.approximate else {}),
+                "features": {
+                    name: {"count": f.count, "max": round(f.max, 4), "at": f.at}
+                    for name, f in v.features.items()
+                },
+                "coverage": as_dict(v.coverage),
+            }
+            for v in shown
+        ],
+        "coverage": coverage,
+        "policies": len(verdicts),
+        "errors": verdicts.errors(),
+        "watchlist": watchlist[:12],
+    }

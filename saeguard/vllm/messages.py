@@ -1,0 +1,33 @@
+"""What vLLM's processes share of the guard: the names under which they exchange messages.
+
+The worker, the engine core and the API server import nothing of one another.
+"""
+
+from __future__ import annotations
+
+from saeguard.errors import CannotRunError
+
+KEY = "saeguard"
+"""Names the guard in `--additional-config`, in an output's `kv_transfer_params` (where the engine
+core puts a request's verdicts for the API server) and in response bodies."""
+COUNTS = "counts"
+"""In that object: changes of the running totals, which the API server takes out again."""
+MESSAGE = "message"
+"""In that object: the text that the client gets in place of a stopped request's."""
+
+ENFORCE = "saeguard_enforce"
+"""In a request's extra arguments: shadow policies that it asks to have enforced."""
+TENANT = "saeguard_tenant"
+"""In a request's extra arguments: the tenant. The API server overwrites what a client sent."""
+
+SELF_TEST = "saeguard-self-test-"
+"""Prefix of the self-test's request ids; honoured only until the test has passed."""
+EAGER, SERVED = f"{SELF_TEST}eager", f"{SELF_TEST}served"
+STALE_GRAPH = (
+    "the graph was built without the guard, perhaps taken from a stale compile cache: remove "
+    "vLLM's cache directory (VLLM_CACHE_ROOT) and start again."
+)
+
+
+class SelfTestError(CannotRunError):
+    """The taps do not read the residual stream, so serving would be unguarded."""

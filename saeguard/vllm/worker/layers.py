@@ -1,0 +1,74 @@
+"""Find the decoder layers of a vLLM model, and hook the tap behind one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from saeguard.errors import CannotRunError
+from saeguard.guard.tap import tap_output
+from saeguard.vllm.patches import assumes, reads
+
+if TYPE_CHECKING:
+    from torch import nn
+
+reads(
+    "vllm.model_executor.models.utils:PPMissingLayer",
+    why="which layers are on this pipeline stage: the others are of this class",
+)
+assumes(
+    "the decoder layers are one `nn.ModuleList` of `num_hidden_layers` modules",
+    why="finding the layers to tap",
+)
+
+
+class ModelError(CannotRunError):
+    """The guard cannot serve this kind of model, or does not find its layers."""
+
+
+def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
+    """Return the model's decoder layers, in order; those of other pipeline ranks are placeholders.
+
+    They are the outermost list as long as the configuration says, which holds for every family
+    looked at: `model.layers`, `transformer.h`, `gpt_neox.layers`, `language_model...`.
+
+    Raises:
+        ModelError: the model has no such list, or more than one.
+    """
+    from torch import nn
+
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    }
+    outermost = {
+        name: module
+        for name, module in found.items()
+        if not any(name != other and name.startswith(f"{other}.") for other in found)
+    }
+    if len(outermost) > 1:  # vision and language towers of one depth
+        outermost = {n: m for n, m in outermost.items() if "vision" not in n and "visual" not in n}
+    if len(outermost) != 1:
+        names = ", ".join(outermost) or "no such list"
+        raise ModelError(
+            f"{type(model).__name__}: expected one list of {num_layers} decoder layers, found "
+            f"{names}; this model is not supported"
+        )
+    layers: nn.ModuleList = next(iter(outermost.values()))
+    return layers
+
+
+def is_here(layer: nn.Module) -> bool:
+    """Return whether a decoder layer is on this pipeline stage."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return not isinstance(layer, PPMissingLayer)
+
+
+def hook_layer(layers: nn.ModuleList, index: int) -> Any:
+    """Put the tap behind layer `index`; torch.compile traces the hook into the graph."""
+
+    def saeguard_tap(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return tap_output(output, index)
+
+    return layers[index].register_forward_hook(saeguard_tap)
