@@ -15,7 +15,7 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo demo-model smollm2 demo-features demo-clamp test test-all nightly storm mutants parity compat soak reload-storm fuzz lsp check format bench bench-encode build docs doctor clean
+.PHONY: setup demo demo-model smollm2 demo-features demo-clamp test test-all nightly storm mutants parity compat contract soak reload-storm fuzz lsp check format bench bench-encode build docs doctor clean
 
 setup: $(READY)
 
@@ -78,6 +78,10 @@ parity: setup
 # ARGS="0.28.0 --only server" for a part of it.
 compat:
 	$(PYTHON) -m tests.compat $(ARGS)
+
+# Write CONTRACT.md from what each module declares of vLLM.
+contract: setup
+	$(BIN)/python -m saeguard.vllm.contract_page
 
 # Break each mechanism on purpose, and see its test fail. ARGS="parallel storm" for some of them.
 mutants: setup

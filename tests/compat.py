@@ -38,8 +38,13 @@ RUN, PASS, FAIL = "run", "pass", "**fail**"
 HEAD = """\
 # Compatibility
 
-One code base on several versions of vLLM's CPU build. `make compat` installs each into an
-environment of its own, runs the tests below there, and writes this table. Not run on a GPU.
+One code base on several versions of vLLM. There are two kinds of evidence: tests that ran, and
+source text that was read.
+
+## Versions run
+
+CPU builds. `make compat` installs each into an environment of its own, runs the tests below there,
+and writes this table.
 
 - *contract*: every internal in [`CONTRACT.md`](../saeguard/vllm/CONTRACT.md) is there.
 - *V1 parity*, *V2 parity*: activations and verdicts are those of Transformers and SAELens, on Model
@@ -47,9 +52,12 @@ environment of its own, runs the tests below there, and writes this table. Not r
 - *clamps*: clamped texts are those of Transformers under a hook, on both runners.
 - *drafts*: rejected n-gram drafts never count.
 - *storm*: hundreds of requests in random mixes, each verdict and count the reference's (V1).
-- *server*: a real server behind the OpenAI client, and one that is blind and ends.
+- *server*: a real server behind the OpenAI client, and one whose self-test fails and that ends.
 
 """
+
+SOURCE = "\n## Versions checked from source\n"
+"""What follows this heading is written by hand, from what `saeguard doctor --vllm-source` finds."""
 
 
 def machine() -> str:
@@ -93,7 +101,7 @@ def check(version: str, only: Sequence[str]) -> dict[str, str]:
 
 def read() -> dict[str, dict[str, str]]:
     """Return the cells of the table as it is, by version."""
-    lines = TABLE.read_text().splitlines() if TABLE.exists() else []
+    lines = TABLE.read_text().split(SOURCE)[0].splitlines() if TABLE.exists() else []
     written = (line.strip("|") for line in lines if line[2:3].isdigit() and line.startswith("|"))
     rows = [[cell.strip() for cell in line.split("|")] for line in written]
     return {version: dict(zip((*CHECKS, RUN), cells, strict=True)) for version, *cells in rows}
@@ -107,7 +115,9 @@ def write(table: Mapping[str, Mapping[str, str]]) -> None:
         for version in sorted(table, key=lambda v: tuple(map(int, v.split("."))))
     ]
     lines = [["vLLM", *columns], ["---"] * (1 + len(columns)), *rows]
-    TABLE.write_text(HEAD + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    page = TABLE.read_text() if TABLE.exists() else ""
+    by_hand = "".join(page.partition(SOURCE)[1:])
+    TABLE.write_text(HEAD + "".join(f"| {' | '.join(line)} |\n" for line in lines) + by_hand)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

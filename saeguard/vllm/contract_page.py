@@ -26,10 +26,10 @@ that a class declares, computes or assigns what is read from its instances. `sae
 engine can show, the start-up self-test shows. A *patched* method is called through, never replaced,
 with every argument that the guard does not know passed on.
 
-Run on the CPU builds of {run}, on Model Runner V1 and V2: [results](../../docs/compatibility.md),
-made by `make compat`. Checked from source only, on the CUDA builds: {checked}. One code base serves
-them all without asking for the version; where the last column is empty, those versions do not
-differ in what is relied on.
+Run on the CPU builds of {run}, on Model Runner V1 and V2:
+[results](../../docs/compatibility.md), made by `make compat`. Checked from source only, on the CUDA
+builds: {checked}. One code base serves them all without asking for the version. Where
+the last column is empty, those versions do not differ in what is relied on.
 """
 
 TAIL = """

@@ -8,6 +8,14 @@ from typing import Any
 
 from saeguard.features.model_fit import ModelShape, check_fit
 from saeguard.features.types import ModelRef
+from saeguard.vllm.patches import reads
+
+reads(
+    "vllm.config:ModelConfig",
+    "model",
+    "hf_text_config",
+    why="the width and depth of the model served, and its folder",
+)
 
 
 def check_models(config: Any, models: Iterable[ModelRef]) -> ModelShape:

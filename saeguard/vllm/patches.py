@@ -224,24 +224,20 @@ def _places(target: Any, wrapper: Callable[..., Any]) -> tuple[_Place, ...] | No
 def _around(wrapper: Callable[..., Any], places: tuple[_Place, ...]) -> Callable[..., Any]:
     """Return the wrapper as wrapt calls it."""
     positions = {place.name: place.position for place in places}
+    # vLLM calls some methods for every request in every step, mostly with just these arguments.
+    leads = list(positions.values()) == list(range(len(places)))
 
     def call(
         wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        given = len(args)
-
         def original(**changed: Any) -> Any:
-            if not changed:
-                return wrapped(*args, **kwargs)
-            by_position, by_name = list(args), dict(kwargs)
-            for name, value in changed.items():
-                position = positions[name]
-                if position < given:
-                    by_position[position] = value
-                else:
-                    by_name[name] = value
-            return wrapped(*by_position, **by_name)
+            if changed:
+                return _call_changed(wrapped, args, kwargs, changed, positions)
+            return wrapped(*args, **kwargs)
 
+        given = len(args)
+        if leads and given == len(places):
+            return wrapper(original, instance, *args)
         values = [
             args[position] if position < given else kwargs.get(name, default)
             for name, position, default in places
@@ -249,3 +245,21 @@ def _around(wrapper: Callable[..., Any], places: tuple[_Place, ...]) -> Callable
         return wrapper(original, instance, *values)
 
     return call
+
+
+def _call_changed(
+    wrapped: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    changed: dict[str, Any],
+    positions: dict[str, int],
+) -> Any:
+    """Call vLLM's method with some arguments replaced, each passed as vLLM passed it."""
+    by_position, by_name = list(args), dict(kwargs)
+    for name, value in changed.items():
+        position = positions[name]
+        if position < len(args):
+            by_position[position] = value
+        else:
+            by_name[name] = value
+    return wrapped(*by_position, **by_name)

@@ -52,6 +52,7 @@ assumes("response models allow extra fields", why="the `saeguard` object of resp
 @patch(
     f"{OUTPUTS}:OutputProcessor.process_outputs",
     why="running totals reach `/metrics`, also if no client waits for the output any more",
+    differs="takes `weight_version`, too, from 0.32; passed through",
 )
 def process_outputs(original: Original, _processor: Any, engine_core_outputs: Any) -> Any:
     """Take changes of the running totals out of a step's outputs, and add them to the metrics."""

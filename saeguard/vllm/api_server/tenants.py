@@ -66,6 +66,7 @@ def key_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
 @patch(
     "vllm.v1.engine.async_llm:AsyncLLM.add_request",
     why="the tenant is written over anything that a client sent",
+    differs="takes `session_id`, too, from 0.28, and `kv_hints` from 0.32; passed through",
 )
 async def add_request(
     original: Original, engine: Any, prompt: Any, params: Any, lora_request: Any

@@ -28,10 +28,8 @@ CORE = "vllm.v1.engine.core:EngineCore"
 
 reads(
     SCHEDULER,
-    "vllm_config",
-    "requests",
     "kv_cache_manager",
-    why="the operator's settings; the engine core's guard hangs on both",
+    why="the engine core's guard hangs on both",
 )
 reads("vllm.config:VllmConfig", "additional_config", "model_config", why="the operator's settings")
 reads(

@@ -31,7 +31,7 @@ class Stop(NamedTuple):
 
 
 class PendingPasses:
-    """Brings forward passes to the rules, in order, and notes which requests must stop."""
+    """Brings forward passes to the rules, in order, and marks the requests that must stop."""
 
     def __init__(self, ledger: Versions, requests: Mapping[str, Any], first: str) -> None:
         """Start with no forward pass.

@@ -83,7 +83,11 @@ def prefix_store_of(scheduler: Any, watchlist: WatchList, settings: Settings) ->
     return store
 
 
-@patch(f"{MANAGER}.get_computed_blocks", why="`uncached: recompute`: prefixes that no rule saw")
+@patch(
+    f"{MANAGER}.get_computed_blocks",
+    why="`uncached: recompute`: a cached prefix that the taps never read is computed again",
+    differs="takes `max_cache_hit_length`, too, from 0.33; passed through",
+)
 def computed_blocks(original: Original, manager: Any, request: Any) -> Any:
     """Find a request's cached prefix, or none if a policy needs tokens that the taps never read.
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from saeguard.events.records import verdict_record
 from saeguard.guard.request_verdicts import Verdicts
-from saeguard.guard.verdict import as_dict
 from saeguard.policy.types import strongest_action
 from saeguard.vllm.messages import COUNTS, KEY, MESSAGE
 from saeguard.vllm.patches import assumes, reads
 
 VISIBLE = frozenset({"flag", "clamp", "stop"})
 """Actions that the application sees; `log` and shadow verdicts are the operator's."""
+SHOWN_TO_CLIENTS = frozenset(
+    {
+        "policy",
+        "severity",
+        "score",
+        "threshold",
+        "first_token",
+        "matched_tokens",
+        "approximate",
+        "features",
+        "coverage",
+    }
+)
+"""Keys of a verdict's record that a response holds, besides `action`: the action taken."""
 
 reads(
     "vllm.v1.engine:EngineCoreOutput",
@@ -50,21 +64,8 @@ def response(verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str) ->
         "flagged": bool(shown),
         "action": strongest_action(v.acted for v in shown),
         "verdicts": [
-            {
-                "policy": v.policy,
-                "severity": v.severity,
-                "action": v.acted,
-                "score": v.score,
-                "threshold": 1.0,
-                "first_token": v.first_token,
-                "matched_tokens": v.matched_tokens,
-                **({"approximate": True} if v.approximate else {}),
-                "features": {
-                    name: {"count": f.count, "max": round(f.max, 4), "at": f.at}
-                    for name, f in v.features.items()
-                },
-                "coverage": as_dict(v.coverage),
-            }
+            {key: value for key, value in verdict_record(v).items() if key in SHOWN_TO_CLIENTS}
+            | {"action": v.acted}
             for v in shown
         ],
         "coverage": coverage,

@@ -153,6 +153,7 @@ def _stand_in(stopping: Iterable[str], output: Any) -> None:
 @patch(
     f"{SCHEDULER}._update_request_with_output",
     why="`action: stop` ends a request through vLLM's own update of it, before its output is made",
+    differs="takes `is_stale`, too, from 0.27; passed through",
 )
 def update_request(
     original: Original, scheduler: Any, request: Any, new_token_ids: list[int]

@@ -12,10 +12,15 @@ from typing import Any
 import structlog
 
 from saeguard.events.metrics import Counts
-from saeguard.events.records import mismatch_event, reload_event, verdict_events
+from saeguard.events.records import (
+    coverage_record,
+    mismatch_event,
+    reload_event,
+    verdict_events,
+)
 from saeguard.events.sink import Sink
 from saeguard.guard.request_verdicts import Verdicts
-from saeguard.guard.verdict import Coverage, as_dict, balanced
+from saeguard.guard.verdict import Coverage, balanced
 from saeguard.reload.reloader import ReloadStatus, Report
 from saeguard.vllm.settings import Settings
 
@@ -53,9 +58,12 @@ class Telemetry:
         self.counts.request(verdicts, coverage)
         if not (balanced(coverage) and verdicts.balanced()):
             self.counts.add("ledger_mismatches")
-            counted = as_dict(coverage)
-            log.error("saeguard ledger does not balance", request_id=about["request_id"], **counted)
-            self._put(partial(mismatch_event, counted, **about, finished=reason))
+            log.error(
+                "saeguard ledger does not balance",
+                request_id=about["request_id"],
+                **coverage_record(coverage),
+            )
+            self._put(partial(mismatch_event, coverage, **about, finished=reason))
         if self.sink is not None:
             events = partial(verdict_events, verdicts, **about, finished=reason)
             self.sink.put_all(events, len(verdicts))
@@ -92,7 +100,7 @@ class Telemetry:
             for state in ("produced", "written", "dropped"):
                 self.counts.total("events", state, n=getattr(self.sink, state))
         if dropped is not None:
-            self.counts.total("memory_dropped", n=dropped)
+            self.counts.total("prefix_store_dropped", n=dropped)
         self.counts.total("unread_passes", n=unread_passes)
         if reloads is not None:
             for outcome, n in list(reloads.outcomes.items()):

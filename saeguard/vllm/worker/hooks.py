@@ -79,6 +79,7 @@ assumes(
     f"{RUNNER_V1_CPU}.load_model",
     f"{RUNNER_V2}.load_model",
     why="forward hooks registered right after loading are traced into the compiled graph",
+    differs="takes `model`, too, from 0.32; passed through",
 )
 def load_model(original: Original, runner: Any) -> Any:
     """Compile the watch list, load the model, and tap it; without configuration only load it."""

@@ -24,7 +24,8 @@ calls(
     "vllm.v1.worker.gpu.model_runner:dispatch_cg_and_sync_dp",
     named=("need_eager",),
     why="the self-test's first prompt must not replay a captured graph",
-    differs="returns other things beside the descriptor from 0.29; passed through",
+    differs="takes more from 0.28 and 0.30, returns other things beside the descriptor from "
+    "0.29; passed through",
 )
 
 
@@ -69,7 +70,7 @@ def _eager() -> Iterator[None]:
 @patch(
     f"{RUNNER_V2}.prepare_inputs",
     why="its batch says which row belongs to which request; only real passes go through it",
-    differs="takes `num_active_loras`, too, from 0.31, and `batch_req_state` from 0.33; "
+    differs="takes `batch_req_state`, too, from 0.28, and `num_active_loras` from 0.31; "
     "passed through",
 )
 def prepare_inputs(original: Original, runner: Any) -> Any:
