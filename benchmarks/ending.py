@@ -51,7 +51,7 @@ def ends(root: Path, policies: int) -> tuple[float, float]:
             [request.request_id], np.array([0, TOKENS]), np.arange(TOKENS), np.ones(TOKENS, bool),
             f, None, True, started.watchlist.digest,
         )  # fmt: skip
-        guard.ledger.ingest(forward_pass, np.array([TOKENS]))
+        guard.versions.ingest(forward_pass, np.array([TOKENS]))
         began = time.thread_time()
         said = guard.finish(request.request_id, "length")
         took.append(1e3 * (time.thread_time() - began))

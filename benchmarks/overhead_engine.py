@@ -88,12 +88,12 @@ class Bench:
         setattr(self.runner, WORKER_GUARD.name, guards.worker)  # None where it is idle
         setattr(self.core.scheduler, ENGINE_GUARD.name, guards.engine)
         if guards.engine is not None:
-            versions = guards.engine.ledger
+            versions = guards.engine.versions
             for name, request in self.core.scheduler.requests.items():
                 # Steps under other guards are no gaps: the guard would be in place all along.
-                state = versions.save(name)
+                state = versions[name].ledger.save(name)
                 state.next[:] = request.num_computed_tokens
-                versions.restore(name, state)
+                versions[name].ledger.restore(name, state)
 
     def start(self, batch: int, tokens: int) -> list[str]:
         """Admit a batch of requests, run their prompts, and announce them to every guard."""
@@ -136,7 +136,7 @@ class Bench:
             said[state] = defaultdict(int)
             for name in names:
                 requests = self.core.scheduler.requests
-                verdicts = guards.engine.ledger.finish(
+                verdicts = guards.engine.versions[name].ledger.finish(
                     name, requests[name].num_tokens, forget=False
                 )
                 for verdict in verdicts:

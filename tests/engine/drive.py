@@ -27,7 +27,7 @@ def record_activations() -> dict[str, dict[int, np.ndarray]]:
     valid_rows = step.valid_rows
 
     def recording(guard: Any, forward_pass: Any, *args: Any) -> Any:
-        now = guard.ledger.current  # the taps have room for more than the list reads
+        now = guard.versions.current  # the taps have room for more than the list reads
         read = [c.first + i for c in guard.columns for i in sorted(now.reads[c.layer])]
         for i, request_id in enumerate(forward_pass.request_ids):
             for row in range(forward_pass.query_start[i], forward_pass.query_start[i + 1]):
@@ -86,7 +86,7 @@ def main(job_path: Path, out_path: Path) -> None:
             ]
     core = llm.llm_engine.engine_core.engine_core
     guard = getattr(core.scheduler, "saeguard_engine", None)
-    leftover = 0 if guard is None else len(guard.ledger)
+    leftover = 0 if guard is None else sum(len(v.ledger) for v in guard.versions.live)
     core.scheduler.shutdown()
     out_path.with_suffix(".json").write_text(
         json.dumps(

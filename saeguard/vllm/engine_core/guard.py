@@ -84,7 +84,7 @@ class EngineGuard:
         self.manifest = started.manifest
         self.may_enforce = frozenset(settings.request_may_enforce)
         ever = self.access.ever_enforced(p.id for p in started.watchlist.policies)
-        self.ledger = Versions(
+        self.versions = Versions(
             make_version(
                 0,
                 started.watchlist,
@@ -97,7 +97,7 @@ class EngineGuard:
         self.reloader: Reloader | None = None
         self.telemetry = Telemetry(settings, model)
         self.requests: dict[str, Any] = {}
-        self.passes = PendingPasses(self.ledger, self.requests, started.watchlist.digest)
+        self.passes = PendingPasses(self.versions, self.requests, started.watchlist.digest)
         self.admitted: dict[str, Admission] = {}
         self.departed: dict[str, Any] = {}
         """Requests that ended before their forward passes were judged: others may read their KV."""
@@ -109,13 +109,13 @@ class EngineGuard:
     @property
     def watchlist(self) -> WatchList:
         """Return the current watch list; requests in flight may be judged by an earlier one."""
-        return self.ledger.current.watchlist
+        return self.versions.current.watchlist
 
     # --- a request comes ------------------------------------------------------------------------
 
     def admission(self, sampling_params: Any, lora_request: Any) -> Admission:
         """Decide which policies judge a request on its way in; called by any thread."""
-        pin = self.ledger.pin()
+        pin = self.versions.pin()
         extra = getattr(sampling_params, "extra_args", None) or {}
         tenant = extra.get(TENANT)
         asked = extra.get(ENFORCE)
@@ -141,11 +141,10 @@ class EngineGuard:
         roles = self._roles_of(request, admission.pin.version.watchlist)
         if roles is not None and admission.enforced:
             self._roles[request_id] = roles
-        self.ledger.admit(
+        admission.pin.version.ledger.admit(
             request_id,
             request.num_prompt_tokens,
-            request.block_hashes,
-            pin=admission.pin,
+            keys=request.block_hashes,
             enforced=admission.decision.enforced,
             roles=roles,
         )
@@ -180,7 +179,7 @@ class EngineGuard:
         if self.prefix_store is None or admission is None or not admission.recomputes:
             return False
         self.passes.catch_up()
-        store = self.ledger.of(request.request_id).ledger.prefix_store
+        store = self.versions[request.request_id].ledger.prefix_store
         assert store is not None
         return not store.holds(request.block_hashes[: cached_tokens // store.block])
 
@@ -195,9 +194,10 @@ class EngineGuard:
         self.passes.stopping.pop(request_id, None)
         admission = self.admitted.pop(request_id)
         self._roles.pop(request_id, None)
-        coverage = self.ledger.coverage(request_id, request.num_tokens)
+        ledger = admission.pin.version.ledger
+        coverage = ledger.coverage(request_id, request.num_tokens)
         # Rows that are scheduled and not judged yet: others may read the KV that they leave.
-        more = reason in EARLY or self.ledger.seen(request_id) < request.num_computed_tokens
+        more = reason in EARLY or ledger.next_position(request_id) < request.num_computed_tokens
         verdicts = self._verdicts(request, admission, forget=not more)
         if more:
             self.departed[request_id] = request
@@ -217,11 +217,12 @@ class EngineGuard:
         self.passes.catch_up()
         admission = self.admitted[request_id]
         verdicts = self._verdicts(request, admission, forget=False)
-        coverage = self.ledger.coverage(request_id, request.num_tokens)
+        coverage = admission.pin.version.ledger.coverage(request_id, request.num_tokens)
         return response(verdicts, coverage_record(coverage), admission.pin.version.watchlist.digest)
 
     def _verdicts(self, request: Any, admission: Admission, *, forget: bool) -> Verdicts:
-        found = self.ledger.finish(request.request_id, request.num_tokens, forget=forget)
+        ledger = admission.pin.version.ledger
+        found = ledger.finish(request.request_id, request.num_tokens, forget=forget)
         return found.decided(admission.decision.applies, admission.decision.waived)
 
     def release(self, request_ids: Iterable[str]) -> None:
@@ -231,13 +232,13 @@ class EngineGuard:
             self.passes.catch_up()
         for request_id in gone:
             del self.departed[request_id]
-            self.ledger.forget(request_id)
+            self.versions[request_id].ledger.forget(request_id)
 
     def changed_totals(self) -> list[list[Any]]:
         """Return how the running totals changed, for the API server's metrics."""
         return self.telemetry.changed_totals(
             busy=bool(self.requests),
-            unread_passes=self.passes.lost + self.ledger.unwatched_passes,
+            unread_passes=self.passes.lost + self.versions.unwatched_passes,
             dropped=None if self.prefix_store is None else self.prefix_store.dropped,
             reloads=None if self.reloader is None else self.reloader.status,
         )

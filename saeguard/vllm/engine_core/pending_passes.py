@@ -33,15 +33,15 @@ class Stop(NamedTuple):
 class PendingPasses:
     """Brings forward passes to the rules, in order, and marks the requests that must stop."""
 
-    def __init__(self, ledger: Versions, requests: Mapping[str, Any], first: str) -> None:
+    def __init__(self, versions: Versions, requests: Mapping[str, Any], first: str) -> None:
         """Start with no forward pass.
 
         Args:
-            ledger: of the requests in flight.
+            versions: with the ledgers of the requests in flight.
             requests: vLLM's own, in flight, by id; the engine guard keeps them.
             first: digest of the watch list that the workers were started with.
         """
-        self.ledger = ledger
+        self.versions = versions
         self.requests = requests
         self.first = first
         self.stopping: dict[str, Stop] = {}
@@ -79,11 +79,11 @@ class PendingPasses:
                 f"{self.first[:12]}: policy files changed during start-up; start again"
             )
         self._waiting.append((forward_pass, valid, entering))
-        self._at_once = any(version.can_stop for version in self.ledger.live)
+        self._at_once = any(version.can_stop for version in self.versions.live)
         if self._at_once:
             ids = forward_pass.request_ids
             self._saved = [
-                (i, self.ledger.save(ids[i]))
+                (i, self.versions[ids[i]].ledger.save(ids[i]))
                 for i in (np.flatnonzero(valid > 1) if drafted else ())
                 if ids[i] in drafted
             ]
@@ -102,11 +102,14 @@ class PendingPasses:
             for i, state in self._saved:
                 request_id = forward_pass.request_ids[i]
                 request = self.requests.get(request_id)  # None: its client left during the step
-                if request is not None and self.ledger.seen(request_id) > request.num_tokens:
-                    self.ledger.restore(request_id, state)
+                if request is None:
+                    continue
+                ledger = self.versions[request_id].ledger
+                if ledger.next_position(request_id) > request.num_tokens:
+                    ledger.restore(request_id, state)
                     again = np.zeros(len(firsts), np.int64)
                     again[i] = request.num_tokens - int(firsts[i])
-                    self.ledger.ingest(forward_pass, again, ())
+                    self.versions.ingest(forward_pass, again, ())
             self._saved = []
             return
         if not self._waiting:  # a request ended in error during vLLM's update and was judged
@@ -122,7 +125,7 @@ class PendingPasses:
     def catch_up(self) -> None:
         """Judge the forward passes that wait."""
         waiting, self._waiting = self._waiting, []
-        for hit in self.ledger.ingest_all(waiting):
+        for hit in self.versions.ingest_all(waiting):
             self._consider(hit)
 
     def lose(self, request_ids: Iterable[str]) -> None:
@@ -130,7 +133,7 @@ class PendingPasses:
         self.lost += 1
         for request_id in request_ids:
             if request_id in self.requests:
-                policies = self.ledger.of(request_id).watchlist.policies
+                policies = self.versions[request_id].watchlist.policies
                 for i, policy in enumerate(policies):
                     if policy.on_error == "stop":
                         seen = self.requests[request_id].num_tokens
@@ -140,11 +143,12 @@ class PendingPasses:
         """Mark a request as stopping, if the policy that hit stops and is enforced for it."""
         if hit.request_id not in self.requests:
             return
-        policy = self.ledger.of(hit.request_id).watchlist.policies[hit.policy]
+        version = self.versions[hit.request_id]
+        policy = version.watchlist.policies[hit.policy]
         if (
             (hit.error or policy.action == "stop")
             and not hit.request_id.startswith(SELF_TEST)
-            and self.ledger.enforces(hit.request_id, hit.policy)
+            and version.ledger.enforces(hit.request_id, hit.policy)
         ):
             stop = Stop(policy.id, hit.position + 1, hit.error)
             earlier = self.stopping.get(hit.request_id)

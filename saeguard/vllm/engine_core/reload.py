@@ -57,7 +57,7 @@ def begin(core: Any, guard: EngineGuard) -> None:
     config = core.vllm_config
     context = ReloadContext(
         source=source_of(settings),
-        versions=guard.ledger,
+        versions=guard.versions,
         columns=guard.columns,
         updates=guard.updates,
         report=guard.telemetry.reloaded,
