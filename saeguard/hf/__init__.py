@@ -1,1 +1,1 @@
-"""The guard on a Hugging Face model: for scanning and calibration, and as the reference."""
+"""The guard on a Hugging Face model: for scanning, calibration, and as a reference in tests."""

@@ -1,4 +1,4 @@
-"""Record labelled texts for search and calibration."""
+"""Run a model over labelled texts, for search and calibration."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def read_corpus(
 ) -> Corpus:
     """Read the JSON lines in `path` and record `resid_post` of `layer` for every token.
 
-    Texts without any output token are left out: no output policy could say anything of them.
+    Texts without any output token are left out: policies on the output would not look at them.
     All residuals are held in memory, 4 bytes times tokens times width.
 
     Raises:
-        TextError: a line is malformed, or there is none.
+        TextError: a line is wrong, or no text has output tokens.
     """
     return make_corpus(lm, read_outputs(path, lm.tokenizer), layer, exclude_tokens, str(path))
 
@@ -34,7 +34,7 @@ def read_outputs(path: str | Path, tokenizer: Any) -> list[Text]:
     """Return the texts of `path` that have output tokens.
 
     Raises:
-        TextError: a line is malformed, or there is none.
+        TextError: a line is wrong, or no text has output tokens.
     """
     texts = [t for t in read_texts(path, tokenizer) if len(t.tokens) > t.prompt_tokens]
     if not texts:

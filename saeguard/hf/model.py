@@ -30,7 +30,7 @@ LAYER_PATHS = (
 
 
 class ModelError(InputError):
-    """A model cannot be loaded or read; says what to do."""
+    """A model cannot be loaded or read; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class LanguageModel:
 
     @property
     def name(self) -> str:
-        """The folder's name: what feature sets call the model."""
+        """The folder's name, by which feature sets call the model."""
         return self.path.name
 
     @property
@@ -82,15 +82,15 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Load the tokenizer of the model in folder `path`: to read texts before the weights are.
+    """Load the tokenizer in folder `path`, to check texts before the weights are loaded.
 
     Raises:
-        ModelError: the folder holds no model, or none with a tokenizer.
+        ModelError: the folder does not hold a model with a tokenizer.
     """
-    # Seconds to import, and the commands that need no model shall not wait.
+    # It takes seconds to import, and commands without a model must not wait.
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    with _told(path) as folder:
+    with _reported(path) as folder:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -99,14 +99,14 @@ def load_model(path: str | Path, tokenizer: Any = None) -> LanguageModel:
 
     Args:
         path: of the model.
-        tokenizer: its tokenizer, where that has been loaded already.
+        tokenizer: its tokenizer, if it has been loaded already.
 
     Raises:
-        ModelError: the folder holds no causal language model with safetensors weights.
+        ModelError: the folder does not hold a causal language model with safetensors weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - as above
 
-    with _told(path) as folder:
+    with _reported(path) as folder:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         # Transformers' default attention leaves out Gemma 2's soft cap; vLLM does not.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -123,8 +123,8 @@ def load_model(path: str | Path, tokenizer: Any = None) -> LanguageModel:
 
 
 @contextmanager
-def _told(path: str | Path) -> Iterator[Path]:
-    """Give the folder of a model, and say what keeps Transformers from loading what is in it."""
+def _reported(path: str | Path) -> Iterator[Path]:
+    """Yield the folder of a model, and turn errors of Transformers into a `ModelError`."""
     folder = Path(path).resolve()
     if not (folder / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; give the folder of a Hugging Face model")
@@ -135,7 +135,7 @@ def _told(path: str | Path) -> Iterator[Path]:
 
 
 def check_model(lm: LanguageModel, features: FeatureSet) -> None:
-    """Refuse a model of another shape than the feature set's.
+    """Check that a model has the shape that a feature set was made for.
 
     Raises:
         ModelFitError: names both shapes.

@@ -1,4 +1,4 @@
-"""Record the residual stream behind decoder layers, for many texts."""
+"""Record the residual stream after decoder layers, for many texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH_TOKENS = 4096
 def on_output(
     lm: LanguageModel, layer: int, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[None]:
-    """Replace the residual behind block `layer`, [batch, tokens, d], by what `change` returns.
+    """Replace the residual after block `layer`, [batch, tokens, d], by the result of `change`.
 
     Layers return a tensor or a tuple that starts with it, by family and version. The last entry
     of `output_hidden_states` would be read behind the final norm; a hook never is.
@@ -51,8 +51,8 @@ def record(
 ) -> Iterator[tuple[int, Mapping[int, torch.Tensor]]]:
     """Yield `(index of the text, {layer: resid_post [tokens, d] float32})`, shortest text first.
 
-    Texts of like length share a batch and are padded on the right, where causal attention cannot
-    see the padding: the values are those of each text alone.
+    Texts of similar length share a batch and are padded on the right. Causal attention does not see
+    that padding, so the values are those of each text alone.
 
     Args:
         lm: the model.

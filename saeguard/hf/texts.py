@@ -1,4 +1,4 @@
-"""Read texts from JSON lines and tokenise them as the server would.
+"""Read texts from JSON lines, and tokenise them as the server would.
 
 A line has an `id` and either `text`, or `prompt` (a string, or a list of chat messages) with an
 optional `completion`. Chat messages go through the model's chat template with its generation
@@ -22,19 +22,19 @@ _UNION_MEMBERS = ("str", "list[_Message]")
 
 
 class TextError(InputError):
-    """A line of an input file is not understood; names file, line and field."""
+    """A line of an input file is wrong; the message names file, line and field."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One tokenised text, with what is known about it."""
+    """One tokenised text with its labels."""
 
     id: str
     tokens: tuple[int, ...]
     prompt_tokens: int
-    """How many of the tokens are the prompt."""
+    """Number of prompt tokens, which come first."""
     label: int = 0
-    """1 where the text shows the behaviour."""
+    """1 if the text shows the behaviour, else 0."""
     kind: str = ""
     template: str = ""
     """Texts of one template are near copies, and are resampled together."""
@@ -68,7 +68,7 @@ class _Line(BaseModel):
 
 
 def read_texts(path: str | Path, tokenizer: Any) -> list[Text]:
-    """Read and tokenise every line of `path`; blank lines are passed over.
+    """Read and tokenise every line of `path`; blank lines are skipped.
 
     Raises:
         TextError: a line is malformed, an id occurs twice, or a text is longer than the model's
@@ -113,7 +113,7 @@ def make_text(
         id_: its name.
         tokenizer: the model's.
         prompt: a text, or the role and content of each message of a chat.
-        completion: what follows.
+        completion: the answer.
 
     Raises:
         TextError: the chat template refuses the messages, or there is no token.
@@ -132,7 +132,7 @@ def make_text(
 
 
 def make_turn(id_: str, tokenizer: Any, prompt: str, completion: str) -> Text:
-    """Tokenise a prompt as the user's turn of a chat, where the model has chats, and what follows.
+    """Tokenise a prompt and its completion; if the model has a chat template, as a user message.
 
     Raises:
         TextError: as `make_text`.
@@ -166,7 +166,7 @@ def _lines(path: Path) -> Iterator[tuple[int, _Line]]:
     except OSError as error:
         raise TextError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8; JSON lines are due, one text a line") from error
+        raise TextError(f"{path}: not UTF-8; expected JSON lines, one text a line") from error
     for number, raw in enumerate(content.split("\n"), 1):
         if not raw.strip():
             continue

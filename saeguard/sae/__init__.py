@@ -1,4 +1,4 @@
-"""Sparse autoencoders: read checkpoints by slices, encode watched or all latents."""
+"""Sparse autoencoders: read checkpoints in slices, and encode some latents or all."""
 
 from saeguard.sae.checkpoint import inspect
 from saeguard.sae.checkpoint_info import SaeInfo, Stated

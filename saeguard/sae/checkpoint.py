@@ -22,7 +22,7 @@ def inspect(path: str | Path, stated: Stated | None = None) -> SaeInfo:
 
     Args:
         path: the folder that holds the files of one SAE, named as they were published.
-        stated: what the user says where the files do not.
+        stated: what the user states, for what the files leave open.
 
     Raises:
         SaeError: the folder holds no checkpoint of a recognised form, or one that cannot be read
@@ -52,7 +52,7 @@ def inspect(path: str | Path, stated: Stated | None = None) -> SaeInfo:
 
 
 def as_stated(info: SaeInfo, stated: Stated) -> SaeInfo:
-    """Return `info`, where what is stated of the checkpoint went into it.
+    """Return `info` after checking that every stated field went into it.
 
     Raises:
         SaeError: it says otherwise, or has no use for it: whoever states it takes the SAE for
@@ -68,7 +68,7 @@ def as_stated(info: SaeInfo, stated: Stated) -> SaeInfo:
 
 
 def _otherwise(info: SaeInfo, stated: Stated) -> Iterator[tuple[str, str]]:
-    """Yield each field of `stated` that did not go into `info`, and what is so instead."""
+    """Yield each field of `stated` that did not go into `info`, with the value in use."""
     if stated.k not in {None, info.k}:
         ranks = f"its files say {info.k}"
         yield "k", ranks if info.k else f"this SAE does not rank its latents ({info.activation})"
@@ -78,7 +78,7 @@ def _otherwise(info: SaeInfo, stated: Stated) -> Iterator[tuple[str, str]]:
             "norm_factor",
             f"its files leave no factor open: the input is multiplied by {factor:g}",
         )
-    read = [told for told in info.folded if told.startswith(f"convention {stated.convention!r}")]
+    read = [fold for fold in info.folded if fold.startswith(f"convention {stated.convention!r}")]
     if stated.convention is not None and not read:
         other = f"this is {info.format}; only Llama Scope is read in more than one way"
         converted = info.format == "llama_scope"

@@ -1,4 +1,4 @@
-"""What one checkpoint is, in the terms that hold for all of them.
+"""Describe a checkpoint of any family in the same terms.
 
 Every SAE becomes, for the latents that are asked for,
 
@@ -35,7 +35,7 @@ Convention: TypeAlias = Literal["openmoss", "saelens"]
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What the user says of a checkpoint where its files do not; never overrides a file."""
+    """What the user states of a checkpoint if its files do not; never overrides a file."""
 
     layer: int | None = None
     """`resid_post` of this block."""
@@ -64,8 +64,8 @@ class Layout:
 
         W      = W_enc * W_enc_factor * n
         b      = (b_enc * b_enc_factor - W_enc @ p) * n
-        theta  = threshold * threshold_factor     (of exp(threshold) where `log_threshold`),
-                 times n where the norm comes after the threshold
+        theta  = threshold * threshold_factor     (of exp(threshold) if `log_threshold`),
+                 times n if the norm comes after the threshold
         W_dec' = W_dec / n * W_dec_factor
         b_dec' = b_dec * b_dec_factor
     """
@@ -73,7 +73,7 @@ class Layout:
     W_enc: Part
     W_dec: Part
     b_enc: str | None = None
-    """[N] added to the product; the gate's bias where the SAE is gated. None: zero."""
+    """[N] added to the product; the gate's bias of a gated SAE. None: zero."""
     subtract: str | None = None
     """[d_in] subtracted from the normalised input."""
     b_dec: str | None = None
@@ -96,14 +96,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class SaeInfo:
-    """What the headers of one checkpoint say."""
+    """What the headers and the configuration of one checkpoint state."""
 
     path: Path
     """Folder of the checkpoint, absolute."""
     weights: Path
     """The weight file in it."""
     config: Path | None
-    """The configuration beside it, where the format has one."""
+    """The configuration beside it, if the format has one."""
     format: str
     """The family, a key of `formats.FAMILIES`, such as `saelens` or `gemma_scope`."""
     architecture: str
@@ -117,20 +117,20 @@ class SaeInfo:
     activation: Activation
     k: int | None
     """topk: latents that stay, of all; groupmax: groups of `d_sae / k` neighbours, of each of
-    which the largest stays. None where latents do not depend on each other."""
+    which the largest stays. None if latents do not compete."""
     relu_after_topk: bool
-    """Whether a kept latent below zero becomes zero. False only where a format keeps it."""
+    """Whether a kept latent below zero becomes zero. False only if the format keeps it."""
     norm: Norm
     """layer_norm: (x - mean) / (std + eps), std with d_in - 1; constant_norm_rescale:
     x * sqrt(d_in) / |x|. Both over one token's residual."""
     eps: float
     """Of layer_norm."""
     transcoder: bool
-    """The decoder writes elsewhere than it reads: latents can be watched, not clamped."""
+    """A transcoder does not write where it reads: its latents can be watched, not clamped."""
     model: str | None
     """The model the checkpoint names, for people."""
     folded: tuple[str, ...]
-    """What is folded into the rows, in words."""
+    """What is folded into the encoder rows, in words."""
     layout: Layout
     stand_ins: tuple[tuple[int, float], ...] = ()
     """By latent, a measured threshold that stands for its rank (`thresholds_for_ranks`): an
@@ -143,12 +143,12 @@ class SaeInfo:
 
     @property
     def config_sha256(self) -> str | None:
-        """Digest of the configuration, where there is one."""
+        """Digest of the configuration, if there is one."""
         return None if self.config is None else file_sha256(self.config)
 
 
 def thresholds_for_ranks(info: SaeInfo, k: int, stand_ins: Mapping[int, float]) -> SaeInfo:
-    """Return a TopK or groupmax SAE of which some latents fire by a threshold, not by rank.
+    """Return a TopK or groupmax SAE in which some latents fire by a threshold, not by rank.
 
     What is returned is an approximation: `f = z * (z > threshold)`, for these latents only.
 
@@ -191,8 +191,8 @@ def _digest(file: Path, key: str, large: bool) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saeguard/digests"
     note = cache / hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
     if large and note.is_file():
-        told, _, digest = note.read_text().rpartition(" ")
-        if told == key:
+        found, _, digest = note.read_text().rpartition(" ")
+        if found == key:
             return digest
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Write a checkpoint as rows that are read at once, with a record of where it came from.
+"""Convert a checkpoint to safetensors with one row per latent, and record its origin.
 
 The only way by which a pickle's tensors get in: a child process takes them out
 (`saeguard.sae.unpickle`), this one only reads the safetensors file it leaves.
@@ -35,9 +35,9 @@ from saeguard.sae.unpickle import TENSORS, VALUES
 from saeguard.sae.weights import read_headers
 
 BLOCK_BYTES = 64 << 20
-"""Of a matrix, held at once."""
+"""Bytes of a matrix that are held at once."""
 SECONDS = 3600
-"""Until a child that reads a pickle is ended."""
+"""After so many seconds the child that reads a pickle is ended."""
 
 
 def convert(
@@ -52,9 +52,9 @@ def convert(
 
     Args:
         source: a pickle (`.pt`, `.pth`, `.bin`), or a folder that `inspect` reads.
-        folder: must not exist; it is there as a whole or not at all.
-        stated: what the user says where the files do not.
-        config: of a pickle; `config.json` beside it where there is one.
+        folder: must not exist; it appears complete or not at all.
+        stated: what the user states, for what the files leave open.
+        config: configuration of a pickle; by default `config.json` beside it, if there is one.
         revision: of the repository that the source is from, for the record.
 
     Raises:
@@ -121,9 +121,9 @@ def _unpickled(
     except subprocess.TimeoutExpired as error:
         raise SaeError(f"{source}: not read within {SECONDS} seconds") from error
     if child.returncode:
-        told = child.stderr.strip().splitlines() or [f"it was ended by signal {-child.returncode}"]
+        lines = child.stderr.strip().splitlines() or [f"it was ended by signal {-child.returncode}"]
         raise SaeError(
-            f"{source}: cannot be converted: {told[-1][:500]}. Only dictionaries of dense tensors "
+            f"{source}: cannot be converted: {lines[-1][:500]}. Only dictionaries of dense tensors "
             "are read; get the file from its publisher again, or save its state_dict"
         )
     found = Source(
@@ -139,7 +139,7 @@ def _unpickled(
 
 
 def _write(info: SaeInfo, file: Path, scratch: Path) -> None:
-    """Write the tensors that the layout names, matrices with one row a latent."""
+    """Write the tensors that the layout names; matrices get one row per latent."""
     layout = info.layout
     matrices = [layout.W_enc] if info.transcoder else [layout.W_enc, layout.W_dec]
     vectors = [
@@ -184,7 +184,7 @@ def _write_rows(out: IO[bytes], matrix: TensorFile, part: Part, info: SaeInfo) -
 
 @contextmanager
 def _plain(source: TensorFile, name: str, scratch: Path) -> Iterator[TensorFile]:
-    """Inflate a compressed member once, for every block would pass over all of it again."""
+    """Inflate a compressed member once, since every block would inflate all of it again."""
     stored = source.tensors[name]
     if stored.member is None:
         yield source

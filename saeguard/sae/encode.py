@@ -21,16 +21,17 @@ import torch
 
 from saeguard.sae.checkpoint_info import Norm, SaeInfo
 from saeguard.sae.encoder import FEW, Encoder, open_encoder, product, token_scale, worth_a_copy
+from saeguard.sae.errors import SaeError
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, above, concatenate
-from saeguard.sae.topk_all import Contest, GroupContest, largest
+from saeguard.sae.topk_all import GroupMaxSearch, TopKSearch, largest
 
 ROWS = 512
 """Tokens per block."""
 ELEMENTS = 1 << 21
 """Pre-activations per block: 8 MiB."""
 FILE_BLOCK = 8192
-"""Most latents that are read from a file at once."""
+"""Highest number of latents that are read from a file at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Block:
 
 
 def activate(rows: EncoderRows, x: torch.Tensor, norm: Norm = "none") -> torch.Tensor:
-    """Return activations [tokens, latents] float32 of `x` [tokens, d_in], whatever their rank."""
+    """Return activations [tokens, latents] float32 of `x` [tokens, d_in], without TopK."""
     x = x.float()
     pre = product(rows, x, token_scale(norm, x))
     return pre * (pre > rows.theta)
@@ -108,18 +109,18 @@ def encode_blocks(
 def encode_full(
     source: SaeInfo | Encoder, x: torch.Tensor, *, block: int | None = None, rows: int = ROWS
 ) -> Sparse:
-    """Return every active latent of `x` [tokens, d_in]; memory goes with what fires.
+    """Return every active latent of `x` [tokens, d_in]; memory grows with the entries.
 
     Raises:
         SaeError: the weights are damaged.
-        ValueError: a token is not finite: what fires on it cannot be told.
+        SaeError: a token is not finite, so its activations mean nothing.
     """
     encoder = open_encoder(source)
     # A sum is one pass, and finite unless a token is not, or unless it overflows itself.
     if not math.isfinite(x.sum()):
         bad = ~torch.isfinite(x).all(1)
         if bad.any():
-            raise ValueError(f"token {int(bad.nonzero()[0])} is not finite (NaN or infinite)")
+            raise SaeError(f"token {int(bad.nonzero()[0])} is not finite (NaN or infinite)")
     if x.is_cuda and not encoder.groups and importlib.util.find_spec("triton") is not None:
         wide = importlib.import_module("saeguard.sae.encode_triton")
         on_gpu: Sparse = wide.encode_on_gpu(encoder, x)
@@ -130,10 +131,10 @@ def encode_full(
             found = largest(encoder, x, part.z, part.rows)
             if found is not None:
                 return found
-        contest = GroupContest(encoder, x) if encoder.groups else Contest(encoder, x)
+        search = GroupMaxSearch(encoder, x) if encoder.groups else TopKSearch(encoder, x)
         for part in products(encoder, x, block=block, rows=rows):
-            contest.enter(part.token, part.latent, part.z, part.rows)
-        return contest.decide()
+            search.enter(part.token, part.latent, part.z, part.rows)
+        return search.decide()
     parts = products(encoder, x, block=block, rows=rows)
     fired = [above(part.z, part.rows.theta, part.token, part.latent) for part in parts]
     return concatenate(fired, x.device)

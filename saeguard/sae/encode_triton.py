@@ -17,7 +17,7 @@ import triton.language as tl
 from saeguard.sae.encoder import Encoder, product, token_scale
 from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, concatenate
-from saeguard.sae.topk_all import Contest
+from saeguard.sae.topk_all import TopKSearch
 
 TILE = 64
 BLOCK = 1 << 16
@@ -102,28 +102,28 @@ def encode_on_gpu(encoder: Encoder, x: torch.Tensor, *, block: int = BLOCK) -> S
     decided as on a CPU.
     """
     scale = token_scale(encoder.norm, x.float())
-    contest = None if encoder.k is None else Contest(encoder, x)
+    search = None if encoder.k is None else TopKSearch(encoder, x)
     found: list[Sparse] = []
     room = FIRED * len(x)
     for start in range(0, encoder.d_sae, block):
         rows = encoder.block(start, min(start + block, encoder.d_sae)).to(x.device)
         floor = None
-        if contest is not None:
+        if search is not None:
             if start == 0:
-                contest.reach.widen(rows)
+                search.reach.widen(rows)
                 first = EncoderRows(*(t[:OPENING] for t in (rows.W, rows.b, rows.theta)))
                 for at in range(0, len(x), TILE):
                     part = slice(at, at + TILE)
                     z = product(first, x[part].float(), None if scale is None else scale[part])
-                    contest.open(at, z)
-            floor = contest.screen(0, len(x), rows)
+                    search.open(at, z)
+            floor = search.screen(0, len(x), rows)
         part_, room = _entries(x, rows, scale, floor, room)
         fired = Sparse(part_.token, part_.latent + start, part_.value)
-        if contest is None:
+        if search is None:
             found.append(fired)
         else:
-            contest.add(0, len(x), fired)
-    return concatenate(found, x.device) if contest is None else contest.decide()
+            search.add(0, len(x), fired)
+    return concatenate(found, x.device) if search is None else search.decide()
 
 
 def _entries(

@@ -1,4 +1,4 @@
-"""One encoder, wherever it lies: a checkpoint that is read by blocks, or tensors in memory.
+"""One encoder: a checkpoint that is read by blocks, or tensors in memory.
 
 Every public SAE folds into one formula, which costs the same for all of them and keeps NaN:
 
@@ -50,7 +50,7 @@ class Encoder:
     in_memory: bool = False
     """Whether a block costs nothing to get."""
     longest: tuple[float, float] | None = None
-    """`extent` of all rows, where latents compete and it is known."""
+    """`extent` of all encoder rows, if latents compete and it is known."""
 
     @property
     def group(self) -> int:
@@ -59,7 +59,7 @@ class Encoder:
 
 
 def open_encoder(source: SaeInfo | Encoder) -> Encoder:
-    """Return the encoder of a checkpoint; an encoder stays what it is."""
+    """Return the encoder of a checkpoint; an encoder is returned as it is."""
     if isinstance(source, Encoder):
         return source
     info = source
@@ -81,7 +81,7 @@ def open_encoder(source: SaeInfo | Encoder) -> Encoder:
 def encoder_in_memory(
     rows: EncoderRows, *, k: int | None = None, groups: bool = False, norm: Norm = "none"
 ) -> Encoder:
-    """Return an encoder over rows that are in memory.
+    """Return an encoder over encoder rows in memory.
 
     Args:
         rows: of all latents, in order; for `layer_norm` rows of mean 0 (`centred`). `W` is
@@ -142,7 +142,7 @@ def column_scales(norm: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | 
     """Return what each product of `x` [tokens, d_in] is multiplied by, [tokens, columns].
 
     Args:
-        norm: [columns] int64, indices into `NORMS`; None, and so the answer, where none is needed.
+        norm: [columns] int64, indices into `NORMS`; None if no scale is needed, which gives None.
         x: float32.
     """
     if norm is None:

@@ -44,7 +44,7 @@ def regular(folder: Path, name: str) -> Path:
 
 
 def found_in(folder: Path) -> str:
-    """Say what is in a folder, for messages."""
+    """Return what is in a folder, for messages."""
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""  # noqa: PLR2004 - enough to tell
     return f"found {', '.join(names[:8]) or 'nothing'}{more}"
@@ -54,7 +54,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object, without repeated keys and numbers that JSON does not have.
 
     Raises:
-        SaeError: it is none, or larger than `MAX_JSON_BYTES`.
+        SaeError: the file is not a JSON object, or larger than `MAX_JSON_BYTES`.
     """
     size = file.stat().st_size
     if size > MAX_JSON_BYTES:
@@ -113,7 +113,7 @@ def read_safetensors(file: Path) -> TensorFile:
 
 
 def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int, end: int) -> Stored:
-    """Check one entry of a header; the tensor must begin where the last one ended."""
+    """Check one entry of a header; each tensor must begin at the end of the one before."""
     dtype, shape = entry.get("dtype"), entry.get("shape")
     begin, stop = entry["data_offsets"]
     if not isinstance(dtype, str) or not isinstance(shape, list) or not all(map(_size, shape)):

@@ -1,4 +1,4 @@
-"""SAEs by the names people use: a release and an id, or a repository of the Hugging Face hub.
+"""Find and download SAEs by name: a release and an id, or a repository of the Hugging Face hub.
 
 Downloads go through `huggingface_hub`: resumed, kept in its cache, and with `HF_HUB_OFFLINE=1`
 taken from there alone. What is served is compared with the digest in the feature set, so neither
@@ -26,7 +26,7 @@ _PLACES = {
     "times": "[0-9]+",
     "l0": "[A-Za-z0-9_]+",  # `medium_seed_1` among them
 }
-"""What placeholders of the table may stand for."""
+"""Values that placeholders of the table may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class HubRef:
     files: tuple[str, ...]
     """Within the folder, the weights first."""
     revision: str
-    """Commit, or a branch where nothing is pinned yet."""
+    """Commit, or a branch if nothing is pinned yet."""
 
     @property
     def pickled(self) -> bool:
@@ -56,7 +56,7 @@ class HubRef:
 
 
 def named(release: str, id_: str, revision: str | None) -> HubRef:
-    """Return where the SAE `id_` of a release lies.
+    """Return the repository and files of the SAE `id_` of a release.
 
     Raises:
         SaeError: the release or the id is not known; says which are.
@@ -89,7 +89,7 @@ def fetch(ref: HubRef) -> Path:
     Of a pickled SAE it is the folder that `saeguard sae fetch` made; nothing is downloaded then.
 
     Raises:
-        SaeError: they cannot be had; says what to do.
+        SaeError: the files cannot be downloaded; says what to do.
     """
     if ref.pickled:
         if ref.converted.is_dir():
@@ -105,7 +105,7 @@ def download(ref: HubRef) -> Path:
     """Download the files of `ref` and return the path of the weights.
 
     Raises:
-        DownloadError: they cannot be had; says what to do.
+        DownloadError: the files cannot be downloaded; says what to do.
     """
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - a second, and rarely needed
     from huggingface_hub.errors import (  # noqa: PLC0415
@@ -125,16 +125,16 @@ def download(ref: HubRef) -> Path:
                 "reached (or HF_HUB_OFFLINE is set); run `saeguard sae fetch` where it can"
             ) from error
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            told = str(error).strip().splitlines()
+            lines = str(error).strip().splitlines()
             raise DownloadError(
-                f"{ref.repo}: {file} at {ref.revision}: {told[-1] if told else error!r}; are the "
+                f"{ref.repo}: {file} at {ref.revision}: {lines[-1] if lines else error!r}; are the "
                 "names right, and may this account read the repository (`hf auth login`)?"
             ) from error
     return Path(paths[0])
 
 
 def commit_of(folder: Path) -> str | None:
-    """Return the commit that a folder of the hub's cache holds, None elsewhere."""
+    """Return the commit that a folder of the hub's cache holds; None for another folder."""
     return next((part for part in reversed(folder.parts) if _COMMIT.fullmatch(part)), None)
 
 
@@ -148,7 +148,7 @@ def _releases() -> list[dict[str, Any]]:
 def _match(
     pattern: str, text: str, known: Mapping[str, str] | None = None
 ) -> dict[str, str] | None:
-    """Return what the placeholders of `pattern` stand for in `text`; None where it does not fit."""
+    """Return the values of the placeholders of `pattern` in `text`; None if it does not fit."""
     known = dict(known or {})
     expression = ""
     for part in re.split(r"(\{\w+\})", pattern):

@@ -1,4 +1,4 @@
-"""Latents that fire on a token, measured against published: the quickest test of a whole reading.
+"""Compare how many latents fire on a token with the published number, which tests the reading.
 
 A wrong layer, scale, bias or threshold moves it by factors; so does a model the SAE is not of.
 """
@@ -29,11 +29,11 @@ class L0:
     tokens: int
     published: float | None
     k: int | None = None
-    """Latents that the SAE keeps on any token, where it ranks them."""
+    """Number of latents that a TopK SAE keeps on any token."""
 
     @property
     def verdict(self) -> str:
-        """What the comparison says, in one sentence."""
+        """The result of the comparison, in one sentence."""
         if self.published is None and self.k is not None:
             return by_construction(self.k)
         if self.published is None:
@@ -53,7 +53,7 @@ class L0:
 
 
 def measure_l0(info: SaeInfo, x: torch.Tensor, published: float | None = None) -> L0:
-    """Count what fires on `x` [tokens, d_in], special tokens left out.
+    """Count the latents that fire on `x` [tokens, d_in], which holds no special tokens.
 
     Raises:
         SaeError: the SAE cannot be computed.
@@ -65,7 +65,7 @@ def measure_l0(info: SaeInfo, x: torch.Tensor, published: float | None = None) -
 
 
 def by_construction(k: int) -> str:
-    """Say what the L0 of an SAE that ranks its latents can tell."""
+    """Return a sentence on what the L0 of a TopK SAE can show."""
     return (
         f"at most k = {k} on any token, whatever the model: it cannot tell whether this is the SAE "
         "you think it is; look at what fires on texts you know (`saeguard features fired`)"

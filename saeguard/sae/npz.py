@@ -46,7 +46,7 @@ def read_npz(file: Path) -> TensorFile:
             for member in members:
                 name = member.filename.removesuffix(".npy")
                 if name == member.filename or not name.isidentifier():
-                    raise refused(file, f"member {member.filename[:80]!r} is no `name.npy`")
+                    raise refused(file, f"member {member.filename[:80]!r} is not a `name.npy`")
                 tensors[name] = _stored(file, archive, member)
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
         raise refused(file, str(error)) from error
@@ -71,7 +71,7 @@ def _check_end(file: Path) -> None:
 
 
 def _stored(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored:
-    """Find out where and how one array lies in the file."""
+    """Return offset, shape and layout of one array in the file."""
     name = member.filename
     if member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
         raise refused(file, f"{name}: compression method {member.compress_type}")

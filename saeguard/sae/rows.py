@@ -1,6 +1,6 @@
 """Read single latents of a checkpoint: a 16-million-latent SAE then costs megabytes.
 
-The formula that all SAEs share, and what is folded into it, is told in `sae.checkpoint_info`. Folds
+The formula that all SAEs share, and what is folded into it, stands in `sae.checkpoint_info`. Folds
 are computed in float64 and rounded to float32 once.
 """
 
@@ -33,7 +33,7 @@ class EncoderRows:
     in units of the magnitude, for gated SAEs."""
 
     def to(self, device: torch.device | None) -> EncoderRows:
-        """Return the same on a device, themselves where they are there."""
+        """Return the same rows on a device; themselves if they are there already."""
         return EncoderRows(self.W.to(device), self.b.to(device), self.theta.to(device))
 
 
@@ -58,7 +58,7 @@ def read_decoder_rows(info: SaeInfo, latents: Sequence[int]) -> torch.Tensor:
     Of an SAE that normalises per token it is what a unit adds to `norm(x)`.
 
     Raises:
-        SaeError: as `read_rows`, or the SAE is a transcoder, whose decoder writes elsewhere.
+        SaeError: as `read_rows`, or the SAE is a transcoder, whose decoder writes to another place.
     """
     if info.transcoder:
         raise SaeError(

@@ -1,4 +1,4 @@
-"""What fired, as a list: one entry per token and active latent."""
+"""Active latents as a list: one entry per token and active latent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """What fired: one entry per token and active latent, in no order that is promised."""
+    """Active latents: one entry per token and active latent, in no particular order."""
 
     token: torch.Tensor
     """[entries] int64."""
@@ -61,7 +61,7 @@ def above(z: torch.Tensor, floor: torch.Tensor, token: int, latent: int) -> Spar
 
 
 def _indices(mask: np.ndarray) -> np.ndarray:
-    """Return where `mask` holds: of many, eight at a time, since it does for few."""
+    """Return the indices at which `mask` holds; large masks are read eight entries at a time."""
     if len(mask) < SMALL:
         return np.flatnonzero(mask)
     eights = np.packbits(mask)

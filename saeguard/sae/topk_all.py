@@ -1,10 +1,10 @@
-"""TopK and groupmax: which latents stay, decided as exact arithmetic would, block by block.
+"""TopK and groupmax over all latents, decided as exact arithmetic would, block by block.
 
-A latent stays where fewer than `k` others lie above it. Two float32 products of the same numbers
-differ in their last bits with the shape of the matrices, so "above" is only taken from float32
-where the gap exceeds what rounding can do; what lies closer is computed again in float64. Equal
-latents: the lower index stays. So the decision does not depend on the block size, on how many
-tokens are encoded together, or on whether all latents are wanted or one.
+A latent is kept if fewer than `k` others are larger. Two float32 products of the same numbers
+differ in their last bits with the shape of the matrices. So float32 decides only if the gap exceeds
+the rounding error; closer latents are computed again in float64. Of equal latents the lower index
+is kept. So the result does not depend on the block size, on the number of tokens that are encoded
+together, or on whether one latent is wanted or all.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from saeguard.sae.rows import EncoderRows
 from saeguard.sae.sparse import Sparse, above, concatenate
 
 EXACT_ENTRIES = 2048
-"""Pre-activations whose weights are taken at once to compute them in float64."""
+"""Pre-activations whose weights are gathered at once for float64."""
 EXACT_AT_ONCE = 256
-"""Of them, those whose numbers in float64 exist at once, so that these stay in cache."""
+"""Pre-activations computed in float64 at once, so that their numbers stay in the CPU's cache."""
 
 CLOSE = 32
-"""Latents beyond the k largest that are looked at at once, since they may be as large."""
+"""Latents beyond the k largest that are examined, since they may be as large."""
 
 
-class Contest:
-    """TopK over all latents: a lower bound of the k-th largest screens block after block."""
+class TopKSearch:
+    """Find the k largest latents of each token; a bound on the k-th screens block after block."""
 
     def __init__(self, encoder: Encoder, x: torch.Tensor) -> None:
         """Begin for the tokens `x` [tokens, d_in]."""
@@ -34,12 +34,12 @@ class Contest:
         self.encoder, self.x, self.k = encoder, x, encoder.k
         self.reach = Reach(encoder, x)
         self.floor = np.full(len(x), -np.inf, np.float32)
-        """[tokens] what the k-th largest is at least."""
+        """[tokens] a lower bound of the k-th largest."""
         self.found: dict[int, list[Sparse]] = {}
-        """What may stay, by the first of the tokens."""
+        """Entries that may be kept, by the index of their block's first token."""
 
     def enter(self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows) -> None:
-        """Take in the pre-activations `z` of the tokens and latents that begin here."""
+        """Add a block of pre-activations `z`, whose first token and first latent are given."""
         if token == 0:
             self.reach.widen(rows)
         if latent == 0:
@@ -48,19 +48,19 @@ class Contest:
         self.add(token, len(z), above(z, floor[:, None], token, latent))
 
     def open(self, token: int, z: torch.Tensor) -> None:
-        """Take the first latents of the tokens that begin here for a first bound."""
+        """Take a first bound from the first latents of a block of tokens."""
         self.floor[token : token + len(z)] = _opening(z, self.k)
 
     def screen(self, token: int, tokens: int, rows: EncoderRows) -> torch.Tensor:
-        """Return above what an entry of each token may stay, [tokens] float32."""
+        """Return the value above which an entry of each token may be kept, [tokens] float32."""
         at = slice(token, token + tokens)
         margin = self.reach.margin[at].cpu().numpy()
-        # TopK has one threshold for all latents: 0, or none where it keeps what is below.
+        # TopK has one threshold for all latents: 0, or -inf if it keeps negative latents.
         floor = np.maximum(self.floor[at] - margin, float(rows.theta[0]))
         return torch.from_numpy(floor).to(self.x.device)
 
     def add(self, token: int, tokens: int, part: Sparse) -> None:
-        """Take in what is above the screen of the tokens that begin here."""
+        """Add the entries of a block of tokens that passed the screen."""
         parts = self.found.setdefault(token, [])
         parts.append(part)
         if sum(map(len, parts)) > 4 * self.k * tokens:
@@ -73,7 +73,7 @@ class Contest:
             parts[:] = [found.pick(np.flatnonzero(value >= (self.floor[at] - margin)[row]))]
 
     def decide(self) -> Sparse:
-        """Return what stays."""
+        """Return the entries that are kept."""
         entries = concatenate(
             [part for parts in self.found.values() for part in parts], self.x.device
         )
@@ -81,15 +81,15 @@ class Contest:
 
 
 def largest(encoder: Encoder, x: torch.Tensor, z: torch.Tensor, rows: EncoderRows) -> Sparse | None:
-    """Return what TopK keeps by sorting; None where more are close to the last than are looked at.
+    """Return the entries that TopK keeps, by sorting; None if too many are close to the k-th.
 
-    Of a few tokens this is fewer steps than a contest, each of which costs more than its work.
+    For a few tokens this takes fewer steps than `TopKSearch`, and a step costs more than its work.
 
     Args:
-        encoder: TopK.
+        encoder: of a TopK SAE.
         x: [tokens, d_in].
         z: [tokens, d_sae] pre-activations.
-        rows: all of the encoder's.
+        rows: all encoder rows.
     """
     assert encoder.k is not None
     k, reach = encoder.k, Reach(encoder, x)
@@ -101,13 +101,13 @@ def largest(encoder: Encoder, x: torch.Tensor, z: torch.Tensor, rows: EncoderRow
         return None
     token, place = (near & (top.values > rows.theta[0])).nonzero(as_tuple=True)
     entries = Sparse(token, top.indices[token, place], top.values[token, place])
-    if near.shape[1] > k and not near[:, k].any():  # the next is far below the last
+    if near.shape[1] > k and not near[:, k].any():  # the next is clearly smaller than the k-th
         return entries
     return choose(encoder, x, entries, token, len(x), k, reach)
 
 
-class GroupContest:
-    """Groupmax: the largest of each group of neighbours, whole groups at a time."""
+class GroupMaxSearch:
+    """Find the largest latent of each group of neighbours; a block holds whole groups."""
 
     def __init__(self, encoder: Encoder, x: torch.Tensor) -> None:
         """Begin for the tokens `x` [tokens, d_in]."""
@@ -116,7 +116,7 @@ class GroupContest:
         self.found: list[Sparse] = []
 
     def enter(self, token: int, latent: int, z: torch.Tensor, rows: EncoderRows) -> None:
-        """Take in the pre-activations `z` of the tokens and whole groups that begin here."""
+        """Add a block of pre-activations `z`, whose first token and first latent are given."""
         if token == 0:
             self.reach.widen(rows)
         grouped = z.view(len(z), -1, self.encoder.group)
@@ -125,7 +125,7 @@ class GroupContest:
         self.found.append(above(grouped, floor, token, latent))
 
     def decide(self) -> Sparse:
-        """Return what stays."""
+        """Return the entries that are kept."""
         entries = concatenate(self.found, self.x.device)
         groups = self.encoder.d_sae // self.encoder.group
         owner = entries.token * groups + entries.latent // self.encoder.group
@@ -133,10 +133,9 @@ class GroupContest:
 
 
 def _opening(z: torch.Tensor, k: int) -> np.ndarray | float:
-    """Return what the k-th largest of each row of `z` is at least, [rows].
+    """Return a lower bound of the k-th largest of each token in `z`, [tokens].
 
-    It is the k-th largest of the maxima of 4 k groups: close to that of all, in a fraction of the
-    time.
+    The bound is the k-th largest of the maxima of 4 k groups, which is close and quick to find.
     """
     groups = min(4 * k, z.shape[1])
     if groups < k:
@@ -149,7 +148,7 @@ def _opening(z: torch.Tensor, k: int) -> np.ndarray | float:
 
 
 def _last(owner: np.ndarray, value: np.ndarray, k: int, owners: int) -> np.ndarray:
-    """Return the k-th largest of each owner's values, [owners]; -inf where there are fewer."""
+    """Return the k-th largest of each owner's values, [owners]; -inf for owners with fewer."""
     # An integer that falls as the float rises, below its owner: one sort of integers, which is
     # several times faster than one by two keys.
     bits = value.view(np.int32)
@@ -165,13 +164,13 @@ def _last(owner: np.ndarray, value: np.ndarray, k: int, owners: int) -> np.ndarr
 
 
 class Reach:
-    """How far apart two float32 pre-activations of a token must lie for their order to be sure.
+    """The gap above which the order of two float32 pre-activations of a token is certain.
 
     `|fl(z) - z| <= gamma * (scale * |x| * |w| + |b|)` for each of the two.
     """
 
     def __init__(self, encoder: Encoder, x: torch.Tensor) -> None:
-        """Know the tokens; `widen` tells of the latents, where the encoder does not know them."""
+        """Take the tokens; `widen` adds the latents if the encoder has no bound on their norms."""
         wide = x.float()
         length = torch.linalg.vector_norm(wide, dim=1)
         scale = token_scale(encoder.norm, wide)
@@ -181,7 +180,7 @@ class Reach:
         self._take(encoder.longest or (0.0, 0.0))
 
     def widen(self, rows: EncoderRows) -> None:
-        """Take the latents `rows` in."""
+        """Account for the latents `rows`."""
         if not self._known:
             w, b = extent(rows)
             self._take((max(self._w, w), max(self._b, b)))
@@ -226,13 +225,13 @@ def choose(
     """Return the `limit` largest entries of each owner.
 
     Args:
-        encoder: to compute again what is too close.
+        encoder: to compute close entries again.
         x: [tokens, d_in].
         entries: float32 pre-activations that may be among the largest.
-        owner: [entries] int64, among which entries each competes.
-        owners: how many there are.
-        limit: how many stay.
-        reach: what counts as close.
+        owner: [entries] int64; entries of one owner compete.
+        owners: number of owners.
+        limit: number of entries that each owner keeps.
+        reach: the gap below which entries are close.
     """
     host, who = entries.cpu(), owner.cpu().numpy()
     token, latent, value = host.token.numpy(), host.latent.numpy(), host.value.numpy()
@@ -253,7 +252,7 @@ def choose(
 
 
 def _place(who: np.ndarray) -> np.ndarray:
-    """Return each entry's place among its owner's, for owners in order."""
+    """Return the index of each entry among its owner's; entries are sorted by owner."""
     begins = np.flatnonzero(np.diff(who, prepend=-1))
     sizes = np.diff(begins, append=len(who))
     place: np.ndarray = np.arange(len(who)) - np.repeat(begins, sizes)

@@ -1,10 +1,10 @@
-"""TopK and groupmax for a few latents: count the rivals that lie above, instead of sorting all.
+"""TopK and groupmax for a few watched latents: count the larger competitors, without sorting.
 
-A latent of a TopK SAE fires where fewer than `k` of all latents lie above it, one of a groupmax
-SAE where none of its group does. Only tokens on which the answer matters are asked about; each
-costs one pass over the rivals, which ends early where every question is settled. Decisions are
-those of `saeguard.sae.encode_full`, bit for bit: both decide as exact arithmetic does
-(`saeguard.sae.topk_all`).
+A latent of a TopK SAE fires if fewer than `k` of all latents are larger; one of a groupmax SAE, if
+no latent of its group is. Only those pairs of token and watched latent are decided for which the
+answer matters; a token costs one pass over the competitors, which ends as soon as every pair is
+decided. The results equal those of `saeguard.sae.encode_full` bit for bit, since both decide as
+exact arithmetic would (`saeguard.sae.topk_all`).
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from saeguard.sae.rows import EncoderRows
 from saeguard.sae.topk_all import Reach, exactly
 
 COMPARED = 1 << 22
-"""Comparisons at once: questions times rivals of a block."""
+"""Comparisons at once: pairs to decide times competitors of a block."""
 FIRST = 512
-"""Rivals that every question meets at least."""
+"""Competitors that every pair is compared with at least."""
 
 
 @dataclass(frozen=True, slots=True)
 class Competitors:
-    """The latents that some watched latents compete with, side by side."""
+    """The latents that the watched latents compete with, in memory."""
 
     encoder: Encoder
-    """Over the rivals only, in memory."""
+    """An encoder of the competitors only."""
     rows: EncoderRows
-    """Its rows; `W` is kept in half precision where that loses nothing."""
+    """Its encoder rows; `W` is kept in half precision if that loses nothing."""
     start: torch.Tensor
-    """[watched] int64: each competes with the rivals `[start, stop)`."""
+    """[watched] int64: each competes with the competitors `[start, stop)`."""
     stop: torch.Tensor
     own: torch.Tensor
-    """[watched] int64: where it lies itself."""
+    """[watched] int64: its own index among the competitors."""
     limit: int
-    """It fires where fewer than this many lie above."""
+    """A latent fires if fewer than this many competitors are larger."""
 
     def nbytes(self) -> int:
-        """Return what it holds in memory."""
+        """Return the bytes that the weights take."""
         return sum(t.numel() * t.element_size() for t in (self.rows.W, self.rows.b))
 
 
 def read_competitors(
     source: SaeInfo | Encoder, latents: Sequence[int], device: torch.device | None = None
 ) -> Competitors:
-    """Read what `latents` compete with: the whole SAE for TopK, their groups for groupmax.
+    """Read the latents that `latents` compete with: all for TopK, their groups for groupmax.
 
     Raises:
         SaeError: the weights are damaged.
@@ -83,7 +83,7 @@ def read_competitors(
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Join weights, in the smallest dtype that holds all of them exactly."""
+    """Concatenate weights, in the smallest dtype that holds all of them exactly."""
     for dtype in (torch.bfloat16, torch.float16):
         if all(torch.equal(part.to(dtype).float(), part.float()) for part in parts):
             return torch.cat([part.to(dtype) for part in parts])
@@ -98,14 +98,14 @@ def outranked(
     watched: torch.Tensor,
     z: torch.Tensor,
 ) -> torch.Tensor:
-    """Return where a watched latent is not among those that stay, [questions] bool.
+    """Return whether each pair of token and watched latent is outranked, [pairs] bool.
 
     Args:
         competitors: of the watched latents.
-        x: [rows, d_in] float32 tokens that are asked about.
-        row: [questions] int64, the row each question is about.
-        watched: [questions] int64, which watched latent.
-        z: [questions] float32, its pre-activation there.
+        x: [rows, d_in] float32, the tokens to decide for.
+        row: [pairs] int64, the row of `x` of each pair.
+        watched: [pairs] int64, the watched latent of each pair.
+        z: [pairs] float32, its pre-activation on that token.
     """
     encoder = competitors.encoder
     reach = Reach(encoder, x)
@@ -116,23 +116,23 @@ def outranked(
         t[watched][:, None] for t in (competitors.start, competitors.stop, competitors.own)
     )
     above = torch.zeros(len(row), dtype=torch.int64, device=x.device)
-    question, rival = [], []
+    pairs, others = [], []
     for part in products(encoder, x, rows=max(len(x), 1)):
         for begin, end in _spans(part.z.shape[1]):
-            open_ = (above < competitors.limit).nonzero()[:, 0]  # most have lost after a few rivals
+            open_ = (above < competitors.limit).nonzero()[:, 0]  # most are decided early
             at = torch.arange(begin, end, device=x.device) + part.latent
             for some in torch.split(open_, max(1, COMPARED // (end - begin))):
                 values = part.z[row[some], begin:end]
-                rivalry = (at >= start[some]) & (at < stop[some])
-                above[some] += (rivalry & (values > high[some])).sum(1)
-                close = rivalry & (values >= low[some]) & (values <= high[some])
+                compete = (at >= start[some]) & (at < stop[some])
+                above[some] += (compete & (values > high[some])).sum(1)
+                close = compete & (values >= low[some]) & (values <= high[some])
                 q, r = (close & (at != own[some])).nonzero(as_tuple=True)
-                question.append(some[q])
-                rival.append(at[r])
+                pairs.append(some[q])
+                others.append(at[r])
         if (above >= competitors.limit).all():
             break
-    ask, other = torch.cat(question), torch.cat(rival)
-    # What is certain already needs no float64.
+    ask, other = torch.cat(pairs), torch.cat(others)
+    # Pairs that float32 has decided need no float64.
     open_ = (above[ask] < competitors.limit) & (above + torch.bincount(ask, minlength=len(row)))[
         ask
     ].ge(competitors.limit)
@@ -147,7 +147,7 @@ def outranked(
 
 
 def _spans(width: int) -> Iterator[tuple[int, int]]:
-    """Yield parts of a block, each twice as long as the one before."""
+    """Yield the spans of a block's columns, each twice as long as the one before."""
     begin, size = 0, FIRST
     while begin < width:
         yield begin, min(begin + size, width)
@@ -157,7 +157,7 @@ def _spans(width: int) -> Iterator[tuple[int, int]]:
 def encode_latents(
     source: SaeInfo | Encoder, latents: Sequence[int], x: torch.Tensor
 ) -> torch.Tensor:
-    """Return the activations [tokens, latents] of some latents, rank and all, in float32.
+    """Return the activations [tokens, latents] float32 of some latents, TopK applied.
 
     Raises:
         SaeError: a latent does not exist, or the weights are damaged.
@@ -172,7 +172,7 @@ def encode_latents(
 
 
 def drop(competitors: Competitors, x: torch.Tensor, f: torch.Tensor) -> None:
-    """Set to 0, in place, what of the activations `f` [tokens, watched] is outranked."""
+    """Set the activations in `f` [tokens, watched] that TopK drops to 0, in place."""
     row, watched = (f != 0).nonzero(as_tuple=True)
     if len(row):
         out = outranked(competitors, x, row, watched, f[row, watched])

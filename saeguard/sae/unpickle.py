@@ -1,4 +1,4 @@
-"""The child process of `saeguard sae convert`: takes tensors out of a pickle, and nothing else.
+"""The child process of `saeguard sae convert`: take the tensors out of a pickle, nothing else.
 
 `python -m saeguard.sae.unpickle SOURCE FOLDER` writes `raw.safetensors` and `values.json`.
 `torch.load(weights_only=True)` runs no code of a pickle; what is here besides is for the day it
@@ -20,7 +20,7 @@ from typing import Any
 TENSORS = "raw.safetensors"
 VALUES = "values.json"
 SECONDS = 900
-"""Of processor time."""
+"""Seconds of processor time."""
 SPARE = 2 << 30
 """Bytes of address space beyond the libraries' and three times the file's."""
 MAX_ENTRIES = 256
@@ -32,7 +32,7 @@ _REFUSED = (
 
 
 def main(source: Path, folder: Path) -> None:
-    """Write what the pickle holds; exits with a message where it cannot be."""
+    """Write the tensors of the pickle; exit with a message if they cannot be read."""
     import torch  # noqa: PLC0415 - its libraries are mapped before the bounds are set
     from safetensors.torch import save_file  # noqa: PLC0415
 
@@ -41,8 +41,10 @@ def main(source: Path, folder: Path) -> None:
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - whatever a hostile file brings about
-        told = str(error).splitlines() or [type(error).__name__]
-        reason = next((line for line in told if "GLOBAL" in line or "nsupported" in line), told[0])
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next(
+            (line for line in lines if "GLOBAL" in line or "nsupported" in line), lines[0]
+        )
         sys.exit(f"not a pickle of plain tensors: {reason.strip()[:300]}")
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
@@ -59,8 +61,8 @@ def main(source: Path, folder: Path) -> None:
 
 
 def _confine(size: int) -> None:
-    """Cut this process off, as far as the system lets it; everything is inherited by nobody."""
-    # Fails where user namespaces are forbidden; the audit hook below holds all the same.
+    """Cut this process off from network, files and children, as far as the system allows."""
+    # Fails if user namespaces are forbidden; the audit hook below holds all the same.
     ctypes.CDLL(None, use_errno=True).unshare(_NEW_USER_AND_NETWORK)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     for what, bound in (
@@ -108,7 +110,7 @@ def _collect(
 
 
 def _checked(name: str, tensor: Any) -> int:
-    """Return a tensor's bytes; exits where it is no plain one."""
+    """Return a tensor's bytes; exit if it is not a plain dense tensor."""
     import torch  # noqa: PLC0415
 
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":

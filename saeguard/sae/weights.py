@@ -1,4 +1,4 @@
-"""Open a weight file by what its name ends in."""
+"""Open a weight file by the ending of its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `saeguard sae convert` writes: rows that are read at once, and where they came from.
+"""The format that `saeguard sae convert` writes: one row per latent, and its origin.
 
 `saeguard_sae.json` holds the description that the source's own family module made, and the
 provenance; `saeguard_sae.safetensors` the tensors as stored in the source, matrices with one row a

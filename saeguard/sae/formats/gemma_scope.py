@@ -1,7 +1,7 @@
 """Gemma Scope, for Gemma 2: `layer_L/width_W/average_l0_K/params.npz`.
 
 JumpReLU without input scaling and without subtracting the decoder's bias (Lieberum et al. 2024,
-https://arxiv.org/abs/2408.05147). The file does not say where it reads; the folders it is
+https://arxiv.org/abs/2408.05147). The file does not state the layer; the folders it is
 published in do.
 """
 

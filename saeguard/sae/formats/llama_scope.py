@@ -1,11 +1,11 @@
 """Llama Scope: `hyperparams.json` and `checkpoints/final.safetensors`; and its R1 successors.
 
-Two readings of the first release exist, which agree only where decoder rows have norm 1:
+The first release can be read in two ways, which agree only if decoder rows have norm 1:
 
 - `openmoss`, the authors' own at the time of release (https://github.com/OpenMOSS/Language-Model-SAEs,
   revision 4ec6f0aa): scale by the data set's norm, bring decoder rows to norm 1, then compare with
   the threshold, which is in units of the raw residual.
-- `saelens`, SAELens' loader: leaves the decoder's norms out, so that the threshold cuts elsewhere.
+- `saelens`, SAELens' loader: leaves the decoder's norms out, which moves the threshold.
 
 `openmoss` is read unless the other is stated. Ids found with SAELens keep their meaning under both,
 but not their activations: calibrate under the one that serves.

@@ -1,4 +1,4 @@
-"""Families that are published as pickles, told by the names of their tensors.
+"""Families that are published as pickles, recognised by the names of their tensors.
 
 Only `saeguard sae convert` comes here, with the tensors already out of the pickle. A transcoder or
 crosscoder among them is refused as what it is.
@@ -25,7 +25,7 @@ def describe(source: Source, name: str, values: Mapping[str, Any]) -> SaeInfo:
 
     Args:
         source: the tensors, and the configuration beside the pickle if there was one.
-        name: of the pickle's file, and of the repository where it is known.
+        name: of the pickle's file, and of the repository if it is known.
         values: numbers and texts that the pickle holds beside tensors.
 
     Raises:
@@ -124,8 +124,8 @@ def _qwen_scope(source: Source, name: str) -> SaeInfo:
     """Describe Qwen-Scope (https://arxiv.org/abs/2605.11887); k is in the repository's name."""
     found = sizes(source, {"W_enc": "Nd", "W_dec": "dN", "b_enc": "N", "b_dec": "d"})
     layer = _QWEN_LAYER.match(name.rsplit("/", 1)[-1])
-    told = _QWEN_K.search(name.rsplit("/", 1)[0])
-    k, stated = int(told[1]) if told else None, source.stated.k
+    found = _QWEN_K.search(name.rsplit("/", 1)[0])
+    k, stated = int(found[1]) if found else None, source.stated.k
     if k is None and stated is None:
         raise SaeError(
             f"{source.folder}: k is part of the repository's name only (`-L0_50` is 50); state it "

@@ -1,4 +1,4 @@
-"""What a family's module is given, and the checks that all of them share."""
+"""The input of every family's module, and the checks that all of them share."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def wrong(source: Source, message: str) -> SaeError:
 
 
 def flag(source: Source, key: str, default: bool | None = None) -> bool:
-    """Return a truth value of the configuration; required where there is no default."""
+    """Return a truth value of the configuration; required if there is no default."""
     value = source.config.get(key, default)
     if not isinstance(value, bool):
         raise wrong(source, f"{key} is {value!r}; true or false is needed")
@@ -142,7 +142,7 @@ def flag(source: Source, key: str, default: bool | None = None) -> bool:
 
 
 def text(source: Source, key: str) -> str | None:
-    """Return a text of the configuration, None where it is absent."""
+    """Return a text of the configuration, None if it is absent."""
     value = source.config.get(key)
     if value is not None and not isinstance(value, str):
         raise wrong(source, f"{key} is {value!r}; a text is needed")

@@ -1,7 +1,7 @@
 """EleutherAI's sparsify: `HOOKPOINT/cfg.json` beside `sae.safetensors`.
 
 TopK or GroupMax of `relu(W (x - b_dec) + b)` (https://github.com/EleutherAI/sparsify,
-`SparseCoder.encode`). Where it reads is told by the name of the folder only: `layers.10` is the
+`SparseCoder.encode`). Only the name of the folder states the layer: `layers.10` is the
 output of block 10.
 """
 
