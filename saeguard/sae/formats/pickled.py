@@ -124,8 +124,8 @@ def _qwen_scope(source: Source, name: str) -> SaeInfo:
     """Describe Qwen-Scope (https://arxiv.org/abs/2605.11887); k is in the repository's name."""
     found = sizes(source, {"W_enc": "Nd", "W_dec": "dN", "b_enc": "N", "b_dec": "d"})
     layer = _QWEN_LAYER.match(name.rsplit("/", 1)[-1])
-    found = _QWEN_K.search(name.rsplit("/", 1)[0])
-    k, stated = int(found[1]) if found else None, source.stated.k
+    named = _QWEN_K.search(name.rsplit("/", 1)[0])
+    k, stated = int(named[1]) if named else None, source.stated.k
     if k is None and stated is None:
         raise SaeError(
             f"{source.folder}: k is part of the repository's name only (`-L0_50` is 50); state it "
