@@ -28,7 +28,7 @@ OUTSIDE = {
     "saeguard/vllm/CONTRACT.md": "contract.md",
 }
 """Path in the repository -> path in the site."""
-ERRORS = "Error codes"
+ERRORS = ("Policies", "Error codes")
 """The section of the navigation that takes every page of `docs/errors/`."""
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)\s#]+)")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
@@ -39,10 +39,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     config.repo_url = project["urls"]["Repository"].rstrip("/")
     config.site_url = project["urls"]["Documentation"]
-    pages = sorted(ROOT.glob("docs/errors/*.md"), key=lambda page: (page.stem != "index", page))
-    for section in config.nav or []:
-        if ERRORS in section:
-            section[ERRORS] += [f"errors/{page.name}" for page in pages]
+    section: Any = config.nav
+    for title in ERRORS:
+        section = next(entry[title] for entry in section if title in entry)
+    pages = sorted(page.name for page in ROOT.glob("docs/errors/*.md"))
+    section += [f"errors/{name}" for name in pages if name != "index.md"]
     return config
 
 
