@@ -18,7 +18,7 @@ from saeguard.urls import DOCS
 from saeguard.vllm.settings import Settings
 from tests.test_pages import PAGES, ROOT
 
-FENCE = re.compile(r"^```(?:sh|console|bash|text)?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^ *```(?:sh|console|bash|text)?\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:make|saeguard|python -m) [^`]+)`")
 STARTS = re.compile(r"^(?:\$ )?(?:[A-Z_]+=\S* )*(?:\S*/)?(make|saeguard|python3?) (.*)$")
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
