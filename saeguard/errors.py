@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-OK = 0
 FINDINGS = 1
 """The command ran and found what it looks for: a mistake, a failed case, a refused reload."""
 BAD_INPUT = 2

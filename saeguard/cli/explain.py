@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from saeguard.policy_tools.explanation import Account
     from saeguard.policy_tools.recording import Recording
 
-COMPLETION = "completion"
-
 
 def verb(
     policy: Annotated[

@@ -82,7 +82,7 @@ def approximations(policies: Iterable[Policy], sets: FeatureSets) -> dict[str, s
 
 def approximate_lines(found: Mapping[str, str]) -> list[str]:
     """Return a line for each feature set, with the words of a server's start-up log."""
-    return [f"feature set {name}: TopK latents are {told}" for name, told in found.items()]
+    return [f"feature set {name}: TopK latents are {text}" for name, text in found.items()]
 
 
 def open_corpus(

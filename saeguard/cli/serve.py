@@ -21,7 +21,7 @@ from saeguard.cli.serve_checks import (
     split_additional,
     startup_report,
 )
-from saeguard.errors import CannotRunError, InputError, SaeguardError
+from saeguard.errors import COULD_NOT_RUN, CannotRunError, InputError, SaeguardError
 
 SETTING = re.compile(r"(?:additional-config: )?\bsaeguard\.([a-z_]+)(?:\.[a-z_]+)?(?=[:, ])")
 """How errors of the guard name a setting; on this command line it is an option."""
@@ -95,7 +95,8 @@ def verb(
         report = startup_report(settings, rest)
     except SaeguardError as error:
         message = SETTING.sub(lambda m: f"--{m[1].replace('_', '-')}", str(error))
-        raise InputError(message) from error
+        kind = CannotRunError if error.exit_code == COULD_NOT_RUN else InputError
+        raise kind(message) from error
     for line in report:
         console.print(f"saeguard: {line}", markup=False, highlight=False)
     preflight(console)

@@ -7,7 +7,7 @@ Every SAE becomes, for the latents that are asked for,
 
 with everything that is the same for every token folded into the rows when they are read. What is
 left to do per token is said by `SaeInfo.norm`, and by `SaeInfo.k` where a latent's activation
-depends on its rank among the others. `saeguard.sae.encoder` tells why gated SAEs and layer norm
+depends on its rank among the others. `saeguard.sae.encoder` says why gated SAEs and layer norm
 fit in.
 """
 

@@ -84,7 +84,7 @@ def encoder_in_memory(
     """Return an encoder over encoder rows in memory.
 
     Args:
-        rows: of all latents, in order; for `layer_norm` rows of mean 0 (`centred`). `W` is
+        rows: of all latents, in order; for `layer_norm` rows of mean 0. `W` is
             [d_sae, d_in] in float32, bfloat16 or float16, and may be the view `W_enc.t()`.
         k: for TopK.
         groups: the `k` latents are the largest of `k` equal groups.
@@ -117,11 +117,6 @@ def extent(rows: EncoderRows) -> tuple[float, float]:
     """Return the largest norm of a row of `W`, and the largest `|b|`."""
     length = torch.linalg.vector_norm(rows.W.float(), dim=1).max()
     return float(length), float(rows.b.abs().max())
-
-
-def centred(W: torch.Tensor) -> torch.Tensor:
-    """Return rows [latents, d_in] less their own mean, which stands for the token's mean."""
-    return (W.double() - W.double().mean(1, keepdim=True)).to(W.dtype)
 
 
 def token_scale(norm: Norm, x: torch.Tensor) -> torch.Tensor | None:

@@ -103,7 +103,7 @@ def _openai(source: Source, values: Mapping[str, Any]) -> SaeInfo:
         found,
         format_="openai",
         architecture="topk" if normed else "standard",
-        layer=stated_layer(source, None, "the folder it is published in tells it"),
+        layer=stated_layer(source, None, "the folder it is published in names it"),
         activation="topk" if normed else "relu",
         k=k,
         norm="layer_norm" if normed else "none",
