@@ -2,7 +2,7 @@
 #   make demo   a guarded vLLM server on real prompts, in the terminal and as a page
 #   make test   the test suite (make test-all adds what takes long)
 #   make parity measure every model family again and rewrite the table of docs/parity.md
-#   make check  format, lint, types
+#   make check  format, lint, types, imports, policies, docs
 #   make docs   the documentation site, into build/site
 #   make compat the tests that decide, on every vLLM version supported
 PYTHON ?= python3
@@ -111,6 +111,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/saeguard check policies
 	$(BIN)/saeguard test policies --require-tests --model demo/model
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
