@@ -21,7 +21,7 @@ LONGEST = (
     "tests/engine/test_matrix.py",
 )
 """Files that come first, so that no lane is left with a long one at the end."""
-LONG = ("tests/engine/", "tests/server/", "tests/test_benchmarks.py")
+LONG = ("tests/engine/", "tests/server/", "tests/test_benchmarks.py", "tests/test_make.py")
 """What comes next."""
 
 

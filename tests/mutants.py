@@ -8,6 +8,7 @@ keeps the table's other rows.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -219,9 +220,9 @@ def run(mutant: Mutant, *, broken: bool) -> tuple[bool, str]:
     return done.returncode == 0, errors[0].strip("E ") if errors else done.stdout[-300:]
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str], page: Path) -> None:
     """Run them, print and write the table; fail where a broken mechanism goes unnoticed."""
-    earlier = {key(row): row for row in TABLE.read_text().splitlines() if row.startswith("| ")}
+    earlier = {key(row): row for row in page.read_text().splitlines() if row.startswith("| ")}
     rows, unnoticed = {}, 0
     whole: dict[str, bool] = {}
     for mutant in track(MUTANTS, "mutants", console=Console(stderr=True)):
@@ -241,7 +242,7 @@ def main(words: Sequence[str]) -> None:
             f"{'fails' if not survived else '**passes**'}: {why} |"
         )
         print(rows[key(row)], flush=True)
-    TABLE.write_text(
+    page.write_text(
         "# Mechanisms broken on purpose\n\n"
         "`make mutants` runs each test twice, with the code as it is and with one mechanism\n"
         "broken, and writes this page. It fails if a test passes with its mechanism broken.\n\n"
@@ -259,4 +260,8 @@ def key(row: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="run rows that have one of them")
+    parser.add_argument("--page", type=Path, default=TABLE)
+    options = parser.parse_args()
+    main(options.words, options.page)

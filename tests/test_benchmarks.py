@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,13 @@ from tests.engine import engines
 
 def run(name: str, *arguments: str) -> str:
     """Run a benchmark in a process of its own; return what it prints."""
+    return output([sys.executable, "-m", f"benchmarks.{name}", *arguments])
+
+
+def output(command: Sequence[str]) -> str:
+    """Run a command at the repository's root; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        command,
         cwd=engines.ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(engines.ROOT)},
         capture_output=True,
@@ -29,6 +34,13 @@ def run(name: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
+
+
+def made(target: str, out: Path, *arguments: str) -> Any:
+    """Run a benchmark that has a target of make and writes JSON; return it."""
+    settings = [f"VENV={sys.prefix}", "MINUTES=0.1", f"ARGS={' '.join(arguments)} --out {out}"]
+    output(["make", "-o", "setup", target, *settings])
+    return json.loads(out.read_text())
 
 
 def measured(name: str, out: Path, *arguments: str) -> Any:
@@ -45,7 +57,7 @@ def positive(figures: Mapping[str, Any], *names: str) -> None:
 @pytest.mark.engine
 def test_overhead(tmp_path: Path) -> None:
     """Each state of the guard has step times; the firing one matches, the idle one does nothing."""
-    result = measured("overhead", tmp_path / "overhead.json", "--tiny")
+    result = made("bench", tmp_path / "overhead.json", "--tiny")
     states = result["batches"]["2"]
     assert set(states) == {"idle", "idle again", "armed", "firing", "clamping"}
     for state, figures in states.items():
@@ -67,7 +79,7 @@ def test_encode(tmp_path: Path) -> None:
     shutil.copy(engines.ROOT / "docs" / "encoding.md", page)
     (tmp_path / "img").mkdir()
     out = tmp_path / "encode.json"
-    result = measured("encode", out, *sizes, "--seconds", "0.1", "--docs", str(tmp_path))
+    result = made("bench-encode", out, *sizes, "--seconds", "0.1", "--docs", str(tmp_path))
     (case,) = result["cases"]
     assert (case["width"], case["tokens"]) == (16_384, 1)
     positive(
@@ -114,7 +126,7 @@ def test_reload(tmp_path: Path) -> None:
 @pytest.mark.server
 def test_soak(tmp_path: Path) -> None:
     """A few seconds of random load: every request has its events, and they add up."""
-    result = measured("soak", tmp_path / "soak.json", "--minutes", "0.1")
+    result = made("soak", tmp_path / "soak.json")
     positive(result, "requests", "events", "tokens_evaluated")
     assert result["events"] % result["requests"] == 0
     positive(result["memory"], "mib_at_the_end")
@@ -123,7 +135,7 @@ def test_soak(tmp_path: Path) -> None:
 @pytest.mark.server
 def test_reload_storm(tmp_path: Path) -> None:
     """A few seconds of changing policies under load: every request has its verdicts."""
-    result = measured("reload_storm", tmp_path / "storm.json", "--minutes", "0.1")
+    result = made("reload-storm", tmp_path / "storm.json")
     positive(result, "requests", "changes", "state_read")
     assert result["without_a_verdict"] == result["state_not_of_a_good_list"] == 0
 

@@ -6,8 +6,8 @@ the other rows as they are. Each row is written as soon as it is known.
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -43,17 +43,23 @@ def line(row: Row) -> str:
     )
 
 
-def main(families: list[str]) -> None:
-    """Measure `families`, or all."""
-    for family in families or models.FAMILIES:
-        before, rest = PAGE.read_text().split(BEGIN)
+def main() -> None:
+    """Measure the families that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    asked = parser.parse_args()
+    if unknown := set(asked.families) - set(models.FAMILIES):
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(models.FAMILIES)}")
+    for family in asked.families or models.FAMILIES:
+        before, rest = asked.page.read_text().split(BEGIN)
         table, after = rest.split(END)
         lines = {row.split("|")[1].strip(): row for row in table.splitlines(keepends=True)[2:]}
         lines[family] = line_of(family)
         print(lines[family], end="", flush=True)
         rows = "".join(lines[f] for f in models.FAMILIES if f in lines)
-        PAGE.write_text(before + BEGIN + HEAD + rows + END + after)
+        asked.page.write_text(before + BEGIN + HEAD + rows + END + after)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

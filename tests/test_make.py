@@ -1,0 +1,150 @@
+"""Every target of the Makefile runs somewhere in CI, at its smallest size."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine import engines
+
+ROOT = engines.ROOT
+HERE = Path(__file__).relative_to(ROOT).as_posix()
+BENCHMARKS = "tests/test_benchmarks.py"
+RUN_BY = {
+    "setup": ".ci/run",
+    "check": ".ci/run",
+    "docs": ".ci/run",
+    "test": ".ci/run",
+    "build": ".ci/run",
+    "fuzz": ".ci/run",
+    "lsp": ".ci/run",
+    "test-all": HERE,
+    "nightly": HERE,
+    "storm": HERE,
+    "mutants": HERE,
+    "parity": HERE,
+    "compat": HERE,
+    "format": HERE,
+    "doctor": HERE,
+    "clean": HERE,
+    "demo": HERE,
+    "demo-model": HERE,
+    "demo-features": HERE,
+    "demo-clamp": HERE,
+    "smollm2": "tests/training/test_demo_model.py",
+    "bench": BENCHMARKS,
+    "bench-encode": BENCHMARKS,
+    "soak": BENCHMARKS,
+    "reload-storm": BENCHMARKS,
+}
+"""Where each target runs."""
+
+
+def make(target: str, *variables: str, folder: Path = ROOT, venv: str = sys.prefix) -> str:
+    """Run a target in the environment of this Python; return what it prints."""
+    done = subprocess.run(
+        ["make", f"VENV={venv}", f"PYTHON={sys.executable}", "-o", "setup", target, *variables],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=800,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-6000:]
+    return printed
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """Make a folder with the Makefile and the project's settings, and nothing else."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_every_target_runs_somewhere() -> None:
+    """A new target needs a place that runs it, and each place names the targets it runs."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert set(RUN_BY) == set(re.findall(r"^([a-z][\w-]*):(?!=)", makefile, re.MULTILINE))
+    for target, place in RUN_BY.items():
+        if place not in (".ci/run", HERE, "tests/training/test_demo_model.py"):
+            assert f'"{target}"' in (ROOT / place).read_text(), (target, place)
+    run = (ROOT / ".ci" / "run").read_text()
+    for target in ("check", "test", "build", "fuzz", "lsp"):  # setup and docs come with check
+        assert re.search(rf"^(?:if )?make {target}\b", run, re.MULTILINE), target
+
+
+def test_nightly_is_all_that_is_long() -> None:
+    """Slow tests, storms, parity, mutants, fuzzing, soaks and benchmarks, at full size."""
+    planned = make("nightly", "--dry-run")
+    for command in (
+        "tests.lanes --all", "SAEGUARD_STORM=10000", "tests.engine.parity_table", "tests.mutants",
+        "tests.fuzz --inputs 1000000", "benchmarks.soak --minutes 30",
+        "benchmarks.reload_storm --minutes 10", "benchmarks.overhead", "benchmarks.encode",
+    ):  # fmt: skip
+        assert command in planned
+
+
+def test_test_all() -> None:
+    """Both parts run, and the last line is the total of both."""
+    printed = make("test-all", "ARGS=tests/policy/test_condition.py --lanes 1")
+    total = printed.rstrip().splitlines()[-1]
+    assert re.fullmatch(r"saeguard: \d+ passed, 0 failed, 0 skipped", total)
+
+
+def test_storm() -> None:
+    """The storm's tests are found; the suite itself runs them."""
+    assert "test_model_runner_v1" in make("storm", "REQUESTS=20", "ARGS=--collect-only -q")
+
+
+def test_mutants(tmp_path: Path) -> None:
+    """The page lists exactly the mutants that there are."""
+    page = shutil.copy(ROOT / "docs" / "mutants.md", tmp_path)
+    make("mutants", f"ARGS=--page {page} no-row-has-this-word")
+    assert Path(page).read_text() == (ROOT / "docs" / "mutants.md").read_text()
+
+
+@pytest.mark.engine
+def test_parity(tmp_path: Path) -> None:
+    """One family is measured again, and the other rows stay."""
+    page = Path(shutil.copy(ROOT / "docs" / "parity.md", tmp_path))
+    before = page.read_text().splitlines()
+    row = make("parity", f"ARGS=--page {page} mistral").rstrip().splitlines()[-1]
+    assert row.startswith("| mistral | vLLM's own |")
+    after = page.read_text().splitlines()
+    assert [line for line in after if not line.startswith("| mistral")] == [
+        line for line in before if not line.startswith("| mistral")
+    ]
+
+
+def test_compat() -> None:
+    """Its checks can be chosen."""
+    assert "--only" in make("compat", "ARGS=--help")
+
+
+def test_format(bare: Path) -> None:
+    """What is laid out otherwise is laid out anew."""
+    (bare / "module.py").write_text('"""One."""\nx = {  "a":1 }\n')
+    make("format", folder=bare)
+    assert (bare / "module.py").read_text() == '"""One."""\n\nx = {"a": 1}\n'
+
+
+def test_clean(bare: Path) -> None:
+    """What can be made again goes."""
+    for name in ("build", "dist", ".mypy_cache"):
+        (bare / name).mkdir()
+    make("clean", folder=bare, venv=".none")
+    assert sorted(path.name for path in bare.iterdir()) == ["Makefile", "pyproject.toml"]
+
+
+def test_doctor() -> None:
+    """The environment of the tests is sound."""
+    make("doctor")
