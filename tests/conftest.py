@@ -21,7 +21,13 @@ LONGEST = (
     "tests/engine/test_matrix.py",
 )
 """Files that come first, so that no lane is left with a long one at the end."""
-LONG = ("tests/engine/", "tests/server/", "tests/test_benchmarks.py", "tests/test_make.py")
+LONG = (
+    "tests/engine/",
+    "tests/server/",
+    "tests/benchmarks/",
+    "tests/test_benchmarks.py",
+    "tests/test_make.py",
+)
 """What comes next."""
 
 

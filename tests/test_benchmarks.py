@@ -141,7 +141,7 @@ def test_reload_storm(tmp_path: Path) -> None:
 
 
 def test_every_benchmark_is_run_here() -> None:
-    """A benchmark that nothing runs is one that breaks unnoticed."""
+    """A benchmark that nothing runs breaks unnoticed; tests/benchmarks/test_gpu.py has `gpu`."""
     folder = engines.ROOT / "benchmarks"
     programs = {p.stem for p in folder.glob("*.py") if '__name__ == "__main__"' in p.read_text()}
     assert {

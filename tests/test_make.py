@@ -148,3 +148,55 @@ def test_clean(bare: Path) -> None:
 def test_doctor() -> None:
     """The environment of the tests is sound."""
     make("doctor")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Copy the first texts of each of the demo's files."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in (ROOT / "demo" / "data").glob("*.jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        (folder / path.name).write_text("".join(lines[:60]))
+    return folder
+
+
+def test_demo_features(data: Path, tmp_path: Path) -> None:
+    """A few texts give a feature set and its report."""
+    out, report = tmp_path / "demo.yaml", tmp_path / "report.md"
+    make("demo-features", f"ARGS=--data {data} --out {out} --report {report}")
+    assert "hardcoded_secret" in out.read_text()
+    assert report.stat().st_size
+
+
+@pytest.mark.slow
+def test_demo_model(tmp_path: Path) -> None:
+    """One step of each training; the SAE is then measured, which takes minutes."""
+    work, model, sae = (tmp_path / name for name in ("work", "model", "sae"))
+    trained = f"--corpus {work} --model {model} --work {tmp_path / 'steps'} --out {sae}"
+    make(
+        "demo-model",
+        f"MODEL_ARGS=--steps 1 --work {work} --out {model}",
+        f"SAE_ARGS=--steps 1 --tokens 2000 {trained}",
+    )
+    assert (sae / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_demo_clamp(data: Path, tmp_path: Path) -> None:
+    """Short completions of a few prompts are told apart with and without the clamp."""
+    few = "--samples 1 --controls 1 --max-tokens 8"
+    out, page = tmp_path / "clamp.json", tmp_path / "clamp.md"
+    make("demo-clamp", f"ARGS=--data {data} {few} --json {out} --doc {page}")
+    assert page.stat().st_size
+
+
+@pytest.mark.server
+def test_demo(tmp_path: Path) -> None:
+    """Two short answers, and what the guard says of them as a page."""
+    prompts = (ROOT / "demo" / "data" / "prompts.jsonl").read_text().splitlines(keepends=True)
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text("".join([line for line in prompts if "unsafe_code" in line][:2]))
+    out = tmp_path / "out"
+    make("demo", f"ARGS=--prompts {asked} --max-tokens 40 --out {out}")
+    assert "<html" in (out / "report.html").read_text()
