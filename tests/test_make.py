@@ -30,6 +30,7 @@ RUN_BY = {
     "mutants": HERE,
     "parity": HERE,
     "compat": HERE,
+    "contract": HERE,
     "format": HERE,
     "doctor": HERE,
     "clean": HERE,
@@ -128,6 +129,14 @@ def test_parity(tmp_path: Path) -> None:
 def test_compat() -> None:
     """Its checks can be chosen."""
     assert "--only" in make("compat", "ARGS=--help")
+
+
+def test_contract() -> None:
+    """The page of internals is what the patches say already."""
+    page = ROOT / "saeguard" / "vllm" / "CONTRACT.md"
+    before = page.read_text()
+    make("contract")
+    assert page.read_text() == before
 
 
 def test_format(bare: Path) -> None:
