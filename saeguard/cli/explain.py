@@ -24,7 +24,7 @@ from saeguard.errors import InputError
 if TYPE_CHECKING:
     from saeguard.events.record_schema import Event
     from saeguard.policy.types import Policy
-    from saeguard.policy_tools.explanation import Account
+    from saeguard.policy_tools.explanation import Explanation
     from saeguard.policy_tools.recording import Recording
 
 
@@ -110,15 +110,15 @@ def of_recording(
     recording: Recording, policies: Sequence[Policy], sets: FeatureSets, request: str | None
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Yield the record of each policy and text, with its lines for a terminal."""
-    from saeguard.policy_tools.explain_text import told as in_words
-    from saeguard.policy_tools.explanation import account
+    from saeguard.policy_tools.explain_text import in_words
+    from saeguard.policy_tools.explanation import explain
 
     texts = range(len(recording.ids)) if request is None else [recording.text(request)]
     for text in texts:
         here = recording.span(text)
         pieces = None if recording.pieces is None else recording.pieces[here]
         for policy in policies:
-            found = account(policy, sets.known, recording, text)
+            found = explain(policy, sets.known, recording, text)
             lines = [f"Text {recording.ids[text]}", "", *in_words(found, pieces, written(policy))]
             approximate = approximations([policy], sets)
             if approximate:
@@ -206,7 +206,7 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     )
 
 
-def _record(id_: str, found: Account, approximate: bool) -> dict[str, Any]:
+def _record(id_: str, found: Explanation, approximate: bool) -> dict[str, Any]:
     import numpy as np
 
     from saeguard.events.records import verdict_record

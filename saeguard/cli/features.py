@@ -216,7 +216,7 @@ def calibrate(
             f"{measured['rate']:.2%} ({low:.2%} to {high:.2%} of {measured['texts']})"
         )
     if stand_ins is not None:
-        typer.echo(f"TopK latents are {stand_ins.told}.")
+        typer.echo(f"TopK latents are {stand_ins.in_words}.")
     typer.echo(f"Wrote {target}.")
 
 

@@ -77,7 +77,9 @@ def approximations(policies: Iterable[Policy], sets: FeatureSets) -> dict[str, s
     from saeguard.policy.lint import stand_ins_read
 
     found = ((p.feature_set, stand_ins_read(p, sets.known[p.feature_set])) for p in policies)
-    return {name: read.told for name, read in sorted(found, key=itemgetter(0)) if read is not None}
+    return {
+        name: read.in_words for name, read in sorted(found, key=itemgetter(0)) if read is not None
+    }
 
 
 def approximate_lines(found: Mapping[str, str]) -> list[str]:

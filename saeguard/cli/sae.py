@@ -220,5 +220,5 @@ def _named_by(file: Path, stated: Stated) -> tuple[Path, Stated, str]:
             "the options out"
         )
     sae = load_feature_set(file).sae
-    how = "exact" if sae.approximation is None else sae.approximation.told
+    how = "exact" if sae.approximation is None else sae.approximation.in_words
     return sae.path, replace(sae.stated, layer=sae.layer), how

@@ -50,7 +50,7 @@ class Approximation:
     latents: Mapping[int, StandIn]
 
     @property
-    def told(self) -> str:
+    def in_words(self) -> str:
         """Return in words what is approximated and how well, for the worst of the latents."""
         worst = [
             min((getattr(x, name) for x in self.latents.values()), key=lambda rate: rate.rate)

@@ -126,7 +126,7 @@ class Access:
         return frozenset(p for p in policies if any(rule.names(p) for rule in rules))
 
 
-EVERYBODY = Access()
+UNRESTRICTED = Access()
 """No tenants; every policy applies to every request."""
 
 

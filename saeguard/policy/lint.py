@@ -118,7 +118,7 @@ def of_feature_set(policy: Policy, document: FeatureSetFile) -> Iterator[Finding
     stand_ins = stand_ins_read(policy, document)
     if stand_ins is not None:
         message = (
-            f"TopK latents of {show(policy.feature_set)} are {stand_ins.told}; "
+            f"TopK latents of {show(policy.feature_set)} are {stand_ins.in_words}; "
             "`saeguard features calibrate --topk exact` ranks them exactly"
         )
         yield _at(policy, "approximate-topk", message, ("feature_set",), level="warning")

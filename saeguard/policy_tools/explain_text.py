@@ -8,7 +8,7 @@ import numpy as np
 
 from saeguard.guard.verdict import THRESHOLD
 from saeguard.policy.types import Over, Policy, Window
-from saeguard.policy_tools.explanation import Account
+from saeguard.policy_tools.explanation import Explanation
 
 AROUND = 16
 """Tokens of text shown on each side of the one explained."""
@@ -16,40 +16,42 @@ SHOWN = 12
 """Runs of positions that a line names at most."""
 
 
-def told(account: Account, pieces: Sequence[str] | None, written: Mapping[str, str]) -> list[str]:
+def in_words(
+    found: Explanation, pieces: Sequence[str] | None, written: Mapping[str, str]
+) -> list[str]:
     """Return lines that explain a verdict to a reader who knows the policy's purpose.
 
     Args:
-        account: what the verdict was reached from.
+        found: what the verdict was reached from.
         pieces: the text of each token, None if it was not recorded.
         written: the policy's `condition` and `for` as they stand in its file.
     """
-    policy, tokens = account.policy, len(account.looked)
-    text = f"{tokens} tokens, {account.prompt_tokens} of them the prompt"
+    policy, tokens = found.policy, len(found.looked)
+    text = f"{tokens} tokens, {found.prompt_tokens} of them the prompt"
     lines = [
         *_heading(policy),
         "",
-        _verdict(account),
+        _verdict(found),
         "",
-        f"The text has {text}. {_looked(account)}",
+        f"The text has {text}. {_looked(found)}",
     ]
-    lines += ["", *_selections(account), "", *_condition(account, written)]
-    at = spoken_of(account)
+    lines += ["", *_selections(found), "", *_condition(found, written)]
+    at = explained_position(found)
     if at is not None:
-        lines += ["", *_near(account, at, pieces)]
+        lines += ["", *_near(found, at, pieces)]
     if pieces is not None and at is not None:
-        lines += ["", *_excerpt(account, at, pieces)]
+        lines += ["", *_excerpt(found, at, pieces)]
     return lines
 
 
-def spoken_of(account: Account) -> int | None:
+def explained_position(found: Explanation) -> int | None:
     """Return the position that explains the verdict: the first match, or the nearest."""
-    if account.match.any():
-        return int(account.match.argmax())
-    if not account.looked.any():
+    if found.match.any():
+        return int(found.match.argmax())
+    if not found.looked.any():
         return None
     # If no window is full, the condition's own evidence is the nearest.
-    best = account.score if np.isfinite(account.score).any() else account.evidence
+    best = found.score if np.isfinite(found.score).any() else found.evidence
     return int(best.argmax())
 
 
@@ -65,12 +67,12 @@ def _heading(policy: Policy) -> Iterator[str]:
     yield f"  {policy.severity} severity, {does}{would}; owner {policy.owner}"
 
 
-def _verdict(account: Account) -> str:
-    v = account.verdict
+def _verdict(found: Explanation) -> str:
+    v = found.verdict
     score = "" if v.score is None else f" The score is {v.score:.2f}; above 1 it matches."
     match v.outcome:
         case "match":
-            on = positions(account.on)
+            on = positions(found.on)
             return f"MATCH, first at token {v.first_token}. It is on at {on}.{score}"
         case "no_match":
             near = f" It came {v.score:.0%} of the way." if v.score and v.score > 0 else ""
@@ -83,7 +85,7 @@ def _verdict(account: Account) -> str:
             return "NOT EVALUATED: no token of its scope could be looked at."
 
 
-def _looked(account: Account) -> str:
+def _looked(found: Explanation) -> str:
     scope = {
         "prompt": "the prompt",
         "output": "the output",
@@ -93,17 +95,17 @@ def _looked(account: Account) -> str:
         "system": "the system's messages",
         "tool": "the messages of tools",
     }
-    c = account.verdict.coverage
+    c = found.verdict.coverage
     left = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in c.skipped.items())
-    said = f"The policy looks at {scope[account.policy.scope]}: {_count(c.tokens)}"
+    said = f"The policy looks at {scope[found.policy.scope]}: {_count(c.tokens)}"
     return f"{said}, {c.evaluated} evaluated" + (f" (not: {left})." if left else ".")
 
 
-def _selections(account: Account) -> Iterator[str]:
+def _selections(found: Explanation) -> Iterator[str]:
     rows = [("selection", "feature", "holds above", "highest", "at token", "holds at")]
-    for name, selection in account.policy.detect.items():
-        value = np.where(account.looked, account.values[name], -np.inf)
-        top = int(value.argmax()) if account.looked.any() else None
+    for name, selection in found.policy.detect.items():
+        value = np.where(found.looked, found.values[name], -np.inf)
+        top = int(value.argmax()) if found.looked.any() else None
         held = value > selection.above
         rows.append(
             (
@@ -120,28 +122,28 @@ def _selections(account: Account) -> Iterator[str]:
         yield "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
 
 
-def _condition(account: Account, written: Mapping[str, str]) -> Iterator[str]:
+def _condition(found: Explanation, written: Mapping[str, str]) -> Iterator[str]:
     condition = " ".join(written["condition"].split())
-    holds = account.evidence > THRESHOLD
+    holds = found.evidence > THRESHOLD
     yield f"Condition: {condition}. It holds at {positions(holds)}."
-    if account.policy.window != Window():
-        yield f"Window: {written['for']}. It is full at {positions(account.match)}."
+    if found.policy.window != Window():
+        yield f"Window: {written['for']}. It is full at {positions(found.match)}."
 
 
-def _near(account: Account, at: int, pieces: Sequence[str] | None) -> Iterator[str]:
+def _near(found: Explanation, at: int, pieces: Sequence[str] | None) -> Iterator[str]:
     spelt = "" if pieces is None else f" {pieces[at]!r}"
-    first = "It first matches" if account.match.any() else "It comes nearest"
+    first = "It first matches" if found.match.any() else "It comes nearest"
     yield f"{first} at token {at}{spelt}:"
-    window = account.policy.window
+    window = found.policy.window
     tokens = range(at, at + 1)
     if window != Window():
         start = 0 if window.n is None else max(0, at - window.n + 1)
         tokens = range(start, at + 1)
-        held = int((account.evidence[start : at + 1] > THRESHOLD).sum())
+        held = int((found.evidence[start : at + 1] > THRESHOLD).sum())
         yield f"  of tokens {start} to {at} the condition holds at {held}; {window.k} are needed"
-    for name, selection in account.policy.detect.items():
-        values = account.values[name][tokens.start : tokens.stop]
-        looked = account.looked[tokens.start : tokens.stop]
+    for name, selection in found.policy.detect.items():
+        values = found.values[name][tokens.start : tokens.stop]
+        looked = found.looked[tokens.start : tokens.stop]
         if not looked.any():
             continue
         best = float(np.where(looked, values, -np.inf).max())
@@ -156,14 +158,14 @@ def _near(account: Account, at: int, pieces: Sequence[str] | None) -> Iterator[s
         yield f"  {name} is {says}"
 
 
-def _excerpt(account: Account, at: int, pieces: Sequence[str]) -> Iterator[str]:
+def _excerpt(found: Explanation, at: int, pieces: Sequence[str]) -> Iterator[str]:
     start, end = max(0, at - AROUND), min(len(pieces), at + AROUND + 1)
-    holds = account.evidence > THRESHOLD
+    holds = found.evidence > THRESHOLD
     if not holds.any():
         holds = np.arange(len(pieces)) == at
     shown = "".join(f">>{pieces[i]}<<" if holds[i] else pieces[i] for i in range(start, end))
     shown = shown.replace("<<>>", "")
-    mark = "holds" if (account.evidence > THRESHOLD).any() else "comes nearest"
+    mark = "holds" if (found.evidence > THRESHOLD).any() else "comes nearest"
     yield f"Tokens {start} to {end - 1}, >>marked<< where the condition {mark}:"
     before, after = ("... " if start else ""), (" ..." if end < len(pieces) else "")
     yield from (f"  | {line}" for line in f"{before}{_visible(shown)}{after}".split("\n"))

@@ -17,7 +17,7 @@ from saeguard.policy_tools.recording import Recording
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class Explanation:
     """How one policy came to its verdict on one text."""
 
     policy: Policy
@@ -63,9 +63,9 @@ def judge_recorded(
         yield judge_text(rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
 
 
-def account(
+def explain(
     policy: Policy, feature_sets: Mapping[str, FeatureSetFile], recording: Recording, text: int
-) -> Account:
+) -> Explanation:
     """Judge one recorded text and keep what the verdict was reached from.
 
     Raises:
@@ -80,7 +80,7 @@ def account(
     scored = score_text(*given)
     terms = dict(zip(policy.detect, rules.terms.of_policy(0), strict=True))
     match = scored.score[0, :, 0] > THRESHOLD
-    return Account(
+    return Explanation(
         policy=policy,
         verdict=judge_text(*given)[0],
         prompt_tokens=prompt_tokens,

@@ -13,7 +13,7 @@ from saeguard.features.types import FeatureSet
 from saeguard.guard.build_watchlist import build_watchlist
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy import signing
-from saeguard.policy.access import EVERYBODY, Access, check_against
+from saeguard.policy.access import UNRESTRICTED, Access, check_against
 from saeguard.policy.lint import leave_out_templates
 from saeguard.policy.load import Cache, load_policies
 from saeguard.policy.signing import Manifest
@@ -35,7 +35,7 @@ class Source:
     policies: Path
     feature_sets: Path
     may_enforce: frozenset[str] = frozenset()
-    access: Access = EVERYBODY
+    access: Access = UNRESTRICTED
     public_key: bytes | None = None
     """PEM; None where bundles need no signature. Read once, so that it cannot change later."""
 

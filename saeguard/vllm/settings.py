@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saeguard.errors import InputError
-from saeguard.policy.access import EVERYBODY, Access, load_access
+from saeguard.policy.access import UNRESTRICTED, Access, load_access
 from saeguard.vllm.messages import KEY
 from saeguard.vllm.patches import reads
 
@@ -111,4 +111,4 @@ def parse_settings(raw: Any) -> Settings:
 
 def access_of(settings: Settings) -> Access:
     """Return the operator's access file; without one, every policy holds for every request."""
-    return EVERYBODY if settings.access is None else load_access(Path(settings.access))
+    return UNRESTRICTED if settings.access is None else load_access(Path(settings.access))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from saeguard.policy.access import (
-    EVERYBODY,
+    UNRESTRICTED,
     Access,
     check_against,
     decide,
@@ -102,7 +102,7 @@ def test_without_a_file_every_policy_holds_for_everybody() -> None:
         (("new",), {"base", "finance.fraud", "new"}),
     ):
         decision = decide(
-            policies(), EVERYBODY, tenant=None, model="m", asked=frozenset(asked),
+            policies(), UNRESTRICTED, tenant=None, model="m", asked=frozenset(asked),
             may_enforce=frozenset({"new"}), today=TODAY,
         )  # fmt: skip
         assert named(decision.applies) == set(IDS)
@@ -167,6 +167,6 @@ def test_names_that_nothing_has(tmp_path: Path) -> None:
     with pytest.raises(PolicyErrors, match=r'no policy is named "finance\.\*"'):
         check_against(found, policies()[:1])
     exception = Exception_("q1", "drill", "rt@example.com", TODAY, "blue-team")
-    for there in (found, EVERYBODY):
+    for there in (found, UNRESTRICTED):
         with pytest.raises(PolicyErrors, match='exception "q1" is for tenant "blue-team"'):
             check_against(there, policies(base=(exception,)))

@@ -140,7 +140,7 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
         log.warning(
             "saeguard reads TopK latents by thresholds, not by rank",
             feature_set=name,
-            how=found.told,
+            how=found.in_words,
         )
     for tap in taps:
         for ranked in tap.ranked:
