@@ -20,7 +20,7 @@ FORMS.update(
     {
         SHA256: "64 hexadecimal digits, as `sha256sum` prints them",
         COMMIT: "40 hexadecimal digits, a commit of the repository",
-        NAME: "a lower-case letter, then letters, digits and underscores, such as shell_command",
+        NAME: "a lower-case letter, then letters, digits and _, such as shell_command",
         SET_ID: "the file's path below the feature set folder, without its .yaml",
         REPOSITORY: "OWNER/NAME, as the Hugging Face hub names the repository",
         FOLDER: "a folder of the repository, such as layer_12/width_16k",

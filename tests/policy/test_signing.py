@@ -82,13 +82,13 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "altered": (
         lambda f: (f / "one.yaml").write_text((f / "one.yaml").read_text().replace("0.5", "0.9")),
-        "one.yaml: sha256 is",
+        "one.yaml: found sha256",
     ),
     "comment": (
         lambda f: (f / "one.yaml").write_text("# hello\n" + (f / "one.yaml").read_text()),
-        "one.yaml: sha256 is",
+        "one.yaml: found sha256",
     ),
-    "swapped": (_swap, "one.yaml: sha256 is"),
+    "swapped": (_swap, "one.yaml: found sha256"),
     "extra": (
         lambda f: (f / "three.yaml").write_text((f / "one.yaml").read_text()),
         "three.yaml: found, but not signed",
@@ -98,8 +98,8 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
         "more/x.yaml: found, but not signed",
     ),
     "removed": (lambda f: (f / "two.yaml").unlink(), "two.yaml: signed, but missing"),
-    "truncated": (lambda f: (f / "two.yaml").write_text(""), "two.yaml: sha256 is"),
-    "link": (_link, "one.yaml: sha256 is"),
+    "truncated": (lambda f: (f / "two.yaml").write_text(""), "two.yaml: found sha256"),
+    "link": (_link, "one.yaml: found sha256"),
 }
 
 

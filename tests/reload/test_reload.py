@@ -340,7 +340,7 @@ class TestSigned:
         assert state_dir.read_revision(kept) is not None
         old = {p: p.read_bytes() for p in folder.iterdir()}
         write(folder, 2)
-        server.until(lambda r: "one.yaml: sha256 is" in str(r.error))
+        server.until(lambda r: "one.yaml: found sha256" in str(r.error))
         self.sign(settings, 5)
         server.until(lambda r: "with other content" in str(r.error))
         assert server.now == first

@@ -193,7 +193,7 @@ def test_reload_by_command(live: Live) -> None:
     models.write_policy(policy, id="strict", mode="enforce", **ALWAYS)
     done = live.reload()
     assert done.returncode == 1, done
-    assert "s.yaml: sha256 is" in done.stderr
+    assert "s.yaml: found sha256" in done.stderr
     answer, told = live.ask()
     assert told["strict"]["mode"] == "shadow"
     assert live.server.metrics()["saeguard_policies_current"] == 0
