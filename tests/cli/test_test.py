@@ -44,7 +44,11 @@ def test_pass(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("first_token: 4", "first_token: 3", "first_token: found 4, expected 3"),
         ("matched_tokens: 2", "matched_tokens: 1", "matched_tokens: found 2, expected 1"),
-        ("0.9x3 0\n", "0.9x2 0x2\n", "verdict: found no_match, expected match; first_token None, not 4"),
+        (
+            "0.9x3 0\n",
+            "0.9x2 0x2\n",
+            "verdict: found no_match, expected match; first_token: found None, expected 4",
+        ),
         ("prompt_tokens: 2", "prompt_tokens: 6", "verdict: found not_evaluated, expected match"),
     ],
 )

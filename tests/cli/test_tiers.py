@@ -55,7 +55,9 @@ def test_recorded_and_wrong(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run("test") == 1
     out = capsys.readouterr().out
-    assert "p.test.yaml:6:1: error[test-failed]: the loud one: verdict: found match, expected no_match" in out
+    assert (
+        "p.test.yaml:6:1: error[test-failed]: the loud one: verdict: found match, expected no_match"
+    ) in out
     assert "the gone one: policies/p.safetensors: there is no text 'gone'" in out
     assert out.endswith("2 passed, 2 failed\n")
 
