@@ -50,8 +50,8 @@ MUTANTS = (
         "every recall returns another block's record",
         "import saeguard.guard.prefix.store as m\n"
         "get = m.PrefixStore.get\n"
-        "m.PrefixStore.get = lambda self, key: get(self, next(iter(self._seen), key)) and "
-        "get(self, next(iter(self._seen)))\n",
+        "m.PrefixStore.get = lambda self, key: get(self, next(iter(self._blocks), key)) and "
+        "get(self, next(iter(self._blocks)))\n",
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(

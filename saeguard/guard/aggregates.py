@@ -1,4 +1,4 @@
-"""Selections' `over`: what of a feature's shares over several tokens is compared at a token."""
+"""Selections' `over`: aggregates of a feature's shares over several tokens."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def aggregate(
     shares: np.ndarray,
     looked: np.ndarray,
 ) -> np.ndarray:
-    """Return the aggregates at each token, and carry them on.
+    """Return the aggregates at each token, and update their state.
 
     Args:
-        over: what to compute.
+        over: the aggregates to compute.
         s: the state; `past` and `level` are updated.
         at: [requests] slots.
         position: [requests, tokens], consecutive within each request.
         shares: [requests, tokens, features].
-        looked: [requests, tokens, scopes] bool: in the scope, and evaluated.
+        looked: [requests, tokens, scopes] bool: the token is in the scope and evaluated.
 
     Returns:
         [requests, tokens, A] float64.
@@ -61,7 +61,7 @@ def aggregate(
 
 
 def pass_over(over: Aggregates, s: State, slot: int, first: int, end: int) -> None:
-    """Carry the aggregates of one slot over tokens `first`, ... before `end` that nobody saw."""
+    """Advance the aggregates of one slot over the skipped tokens `first`, ... before `end`."""
     windowed = s.past.shape[-1]
     if windowed:
         missed = np.arange(max(first, end - over.longest), end)
@@ -74,14 +74,14 @@ def pass_over(over: Aggregates, s: State, slot: int, first: int, end: int) -> No
 def of_last(
     line: np.ndarray, n: int, combine: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Return the last `n` entries combined, at each entry from the n-th on.
+    """Return at each entry from the n-th on the last `n` entries combined.
 
-    Runs of 1, 2, 4, ... entries are combined from halves, and `n` from the runs of its binary
-    digits: no running sum, whose rounding would depend on where a text was cut.
+    Runs of 1, 2, 4, ... entries are combined from two halves each, and `n` entries from the runs of
+    its binary digits. A running sum would round differently depending on how a text was chunked.
 
     Args:
         line: [requests, n - 1 + tokens, columns].
-        n: how many.
+        n: number of entries.
         combine: `np.add` or `np.maximum`.
 
     Returns:
@@ -104,7 +104,7 @@ def of_last(
 
 
 def decayed(x: np.ndarray, decay: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Return `y[t] = decay * y[t-1] + (1 - decay) * x[t]`, by doubling rather than token by token.
+    """Return `y[t] = decay * y[t-1] + (1 - decay) * x[t]`, in log2(tokens) array operations.
 
     Args:
         x: [requests, tokens, columns].

@@ -112,13 +112,13 @@ def compile_rules(
     Args:
         policies: in the watch list's order.
         column: `feature_set/feature` -> its column among the shares.
-        approximate: the features whose latents fire by fixed thresholds in place of ranks.
+        approximate: the features whose latents fire by fixed thresholds in aggregate_of of ranks.
 
     Raises:
         RulesError: the conditions have too many parts.
     """
     over = _aggregates(policies, column)
-    place = {key: len(column) + i for i, key in enumerate(over)}
+    aggregate_of = {key: len(column) + i for i, key in enumerate(over)}
     selections: dict[tuple[int, float], int] = {}
     terms: dict[tuple[int, float, int], int] = {}
     conditions, of_terms, start = [], [], [0]
@@ -126,7 +126,7 @@ def compile_rules(
         names = {}
         for name, selection in policy.detect.items():
             feature = column[f"{policy.feature_set}/{selection.feature}"]
-            trace = place.get((selection.over, feature, policy.scope), feature)
+            trace = aggregate_of.get((selection.over, feature, policy.scope), feature)
             names[name] = selections.setdefault((trace, selection.above), len(selections))
             term = (trace, selection.above, SCOPES.index(policy.scope))
             of_terms.append(terms.setdefault(term, len(terms)))

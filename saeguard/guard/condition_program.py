@@ -1,16 +1,16 @@
-"""Conditions as one arithmetic program: how strongly each token supports each policy.
+"""Conditions compiled to one arithmetic program, which gives each policy's evidence at each token.
 
-A selection's evidence is `share / above`, so that it holds where the evidence exceeds 1.
+A selection's evidence is `share / above`, so the selection holds if its evidence exceeds 1.
 Conditions follow Zadeh's min-max logic (Zadeh 1965, Fuzzy sets): `and` is the minimum, `or` the
 maximum, `k of` the k-th largest, `not x` is `2 - x`. `k points of` is the k-th largest of as many
-copies of each term as it has points. Whatever the condition, it holds exactly where its evidence
-exceeds 1, and below that the evidence says how far off it was, which is what a ROC curve needs.
+copies of each term as it has points. Every condition holds exactly if its evidence exceeds 1; below
+that, the evidence measures the distance, which a ROC curve needs.
 
-`not` goes down to the selections (De Morgan), and what is left are minima, maxima and points over
-earlier results. Equal parts of different policies are one node. Nodes of one kind and depth are
-computed together, so that a thousand policies are a dozen array operations, on NumPy arrays (rules
-on the host) and on torch tensors (clamps inside the forward) alike. Evidence is float64:
-`x / a > 1` then agrees with `x > a` for every pair of float32 values.
+`not` is moved down to the selections (De Morgan), which leaves minima, maxima and points of earlier
+results. Equal parts of different policies are one node. Nodes of one kind and depth are computed
+together, so a thousand policies take a dozen array operations. The arrays are NumPy's for rules on
+the host and torch's for clamps inside the forward pass. Evidence is float64, so that `x / a > 1`
+agrees with `x > a` for every pair of float32 values.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ Op: TypeAlias = Literal["min", "max", "points"]
 
 
 class Step(NamedTuple):
-    """Nodes that are computed together: rows of `index` into what is there already."""
+    """Nodes that are computed together, from the nodes at the rows of `index`."""
 
     op: Op
     index: Any
-    """[terms, nodes]; a node with fewer terms than others has its first one again."""
+    """[terms, nodes]; a node with fewer terms than others repeats its first term."""
     points: Any
-    """[terms, nodes, 1] of `points`; 0 where a term is there again."""
+    """[terms, nodes, 1] of `points`; 0 for a repeated term."""
     k: Any
-    """[nodes, 1] points to be reached."""
+    """[nodes, 1] points that must be reached."""
 
 
 class Program(NamedTuple):
     """Conditions compiled to arrays, of NumPy or of torch."""
 
     plain: Any
-    """The selections used as they are."""
+    """The selections that are used without `not`."""
     negated: Any
-    """The selections used with `not`."""
+    """The selections that are used with `not`."""
     steps: tuple[Step, ...]
     out: Any
-    """[P] where each policy's evidence stands."""
+    """[P] the node that holds each policy's evidence."""
     size: int
-    """Nodes in all."""
+    """Number of nodes."""
 
 
 def compile_program(conditions: Sequence[tuple[Expr, Mapping[str, int]]]) -> Program:
@@ -67,19 +67,19 @@ def compile_program(conditions: Sequence[tuple[Expr, Mapping[str, int]]]) -> Pro
     leaves = sorted(node for node in nodes.level if nodes.level[node] == 0)
     plain = [node for node in leaves if not node[1]]
     negated = [node for node in leaves if node[1]]
-    place = {node: i for i, node in enumerate([*plain, *negated])}
+    index_of = {node: i for i, node in enumerate([*plain, *negated])}
     steps = []
     inner = sorted((n for n in nodes.level if nodes.level[n]), key=nodes.order)
     for _, group in groupby(inner, key=lambda node: nodes.order(node)[:3]):
         members = list(group)
-        steps.append(_step(members, place))
-        place |= {node: len(place) + i for i, node in enumerate(members)}
+        steps.append(_step(members, index_of))
+        index_of |= {node: len(index_of) + i for i, node in enumerate(members)}
     return Program(
         plain=np.array([node[0] for node in plain], np.intp),
         negated=np.array([node[0] for node in negated], np.intp),
         steps=tuple(steps),
-        out=np.array([place[node] for node in out], np.intp),
-        size=len(place),
+        out=np.array([index_of[node] for node in out], np.intp),
+        size=len(index_of),
     )
 
 
@@ -112,7 +112,7 @@ def evidence(program: Program, ratio: Any) -> Any:
 def _points(terms: Any, step: Step, xp: Any) -> Any:
     """Return the largest value that terms worth `k` points reach, [nodes, N].
 
-    Each term's value is tried: terms are few, and sorting them costs more.
+    It tries each term's value: terms are few, and sorting them costs more.
     """
     best = xp.full_like(terms[0], -xp.inf)
     for value in terms:
@@ -138,7 +138,7 @@ def on_device(program: Program, device: Any) -> Program:
 
 
 def _torch() -> Any:
-    import torch  # noqa: PLC0415 - policy tests do without
+    import torch  # noqa: PLC0415 - policy tests run without torch
 
     return torch
 
@@ -153,7 +153,7 @@ Node: TypeAlias = tuple[Any, ...]
 
 @dataclass(slots=True)
 class _Nodes:
-    """Distinct nodes and how deep each is."""
+    """Distinct nodes and their depths."""
 
     level: dict[Node, int] = field(default_factory=dict)
     number: dict[Node, int] = field(default_factory=dict)
@@ -181,7 +181,7 @@ class _Nodes:
         *,
         negate: bool,
     ) -> Node:
-        """Add a node that holds where terms worth `k` points do; its negation, where not."""
+        """Add a node that holds if terms worth `k` points hold; with `negate`, its negation."""
         total = sum(points for points, _ in given)
         if negate:
             k = total - k + 1
@@ -208,7 +208,7 @@ class _Nodes:
         return node
 
     def order(self, node: Node) -> tuple[int, str, int, int]:
-        """Return level, kind, and how many terms to the next power of two."""
+        """Return depth, kind, number of terms as a power of two, and number."""
         return (
             self.level[node],
             node[0],
@@ -217,14 +217,14 @@ class _Nodes:
         )
 
 
-def _step(members: Sequence[Node], place: Mapping[Node, int]) -> Step:
+def _step(members: Sequence[Node], index_of: Mapping[Node, int]) -> Step:
     most = max(len(node[2]) for node in members)
     index = np.zeros((most, len(members)), np.intp)
     points = np.zeros((most, len(members), 1), np.int64)
     for j, (_, _, terms) in enumerate(members):
-        index[:, j] = place[terms[0][1]]
+        index[:, j] = index_of[terms[0][1]]
         for i, (worth, node) in enumerate(terms):
-            index[i, j] = place[node]
+            index[i, j] = index_of[node]
             points[i, j] = worth
     k = np.array([[node[1]] for node in members], np.int64)
     return Step(members[0][0], index, points, k)

@@ -142,7 +142,7 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
 
     Returns:
         [requests, P] position of a policy's first match if it lies in this block, else -1; None if
-        there is none.
+        no policy has one.
     """
     position = tokens.position
     scored = score_tokens(rules, s, at, tokens)

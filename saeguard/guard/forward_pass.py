@@ -1,4 +1,4 @@
-"""One forward pass: how its rows are laid out, and what it brought to the rules."""
+"""One forward pass: the layout of its rows for the op, and its activations for the rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 NO_SLOT = 0
-"""The slot of padding, warm-up and capture rows: nothing is ever enforced there."""
+"""The clamp slot of padding, warm-up and capture rows; no policy is enforced in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Rows:
     """
 
     clamp_slot: torch.Tensor
-    """The request's slot in the clamp state; `NO_SLOT` for padding."""
+    """The worker's index of the request in the clamp state; `NO_SLOT` for padding."""
     position: torch.Tensor
     """The token's position in its request, from 0."""
     offset: torch.Tensor
@@ -28,9 +28,9 @@ class Rows:
     eligible: torch.Tensor
     """False for tokens that are excluded by id, such as BOS."""
     role: torch.Tensor
-    """[max_tokens] int64, index into `ROLES`: whose turn of the prompt, or the output."""
+    """[max_tokens] int64, index into `ROLES`: which role wrote the token."""
     staging: torch.Tensor
-    """[3, max_tokens] int64 on the host, pinned where there is a GPU: slots, offsets, places."""
+    """[3, max_tokens] int64 on the host, pinned if there is a GPU: clamp slots, offsets, roles."""
 
 
 def allocate_rows(max_tokens: int, device: torch.device) -> Rows:
@@ -53,15 +53,15 @@ def lay_out(
     positions: torch.Tensor,
     role: np.ndarray,
 ) -> None:
-    """Write the layout of the next pass.
+    """Write the layout of the next forward pass.
 
     Args:
         rows: the buffers.
-        slots: one per request, in row order.
+        slots: clamp slot of each request, in row order.
         query_start: [requests + 1] first row of each request, then the number of rows.
-        positions: [rows] int64 on the device, where the engine keeps them exact even when the
-            host has to guess how many drafts were accepted.
-        role: [rows] indices into `ROLES`. That of a draft is the output's, whatever its position.
+        positions: [rows] int64 on the device. There they are exact, also while the host does not
+            know yet how many drafts were accepted.
+        role: [rows] indices into `ROLES`; a draft has the role `output`, whatever its position.
     """
     counts = np.diff(query_start)
     total = int(query_start[-1])
@@ -79,7 +79,7 @@ def lay_out(
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """The watched activations of one pass and the requests they belong to.
+    """The watched activations of one forward pass and the requests that they belong to.
 
     Attributes:
         request_ids: in row order.
@@ -87,12 +87,12 @@ class ForwardPass:
         positions: [rows] position of each row's token in its request.
         eligible: [rows] bool, False for tokens excluded by id.
         f: [rows, columns] float32 activations.
-        acted: [rows, clamp policies] bool, where a clamp edited the row; None without clamps.
-        ran: whether every tap ran in this pass; if not, `f` is stale and nothing was seen.
+        acted: [rows, clamp policies] bool, whether the clamp edited the row; None without clamps.
+        ran: whether every tap ran in this pass; if not, `f` is stale and no row was read.
         watchlist: digest of the watch list that the model's process was started with.
-        swaps: swaps of the watch list that its taps had carried out before the pass.
-        acted_by: `acted` by digest of the clamps, where several lists have requests under way;
-            `saeguard.reload.versions` picks each request's own.
+        swaps: number of the last swap that its taps carried out before the pass.
+        acted_by: `acted` by digest of the clamps, if several versions have requests in flight;
+            `saeguard.reload.versions` selects that of each request.
     """
 
     request_ids: list[str]
@@ -107,7 +107,7 @@ class ForwardPass:
     acted_by: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of_requests(self, which: Sequence[int]) -> ForwardPass:
-        """Return what the pass holds of some of its requests."""
+        """Return the part of the pass that belongs to some of its requests."""
         start, end = self.query_start[:-1][which], self.query_start[1:][which]
         rows = np.concatenate([np.arange(a, b) for a, b in zip(start, end, strict=True)])
         return replace(
@@ -123,10 +123,10 @@ class ForwardPass:
 
 
 def in_step(passes: Sequence[tuple[ForwardPass, np.ndarray, object]]) -> int:
-    """Return how many of the leading passes bring the next token of the same requests.
+    """Return the number of leading passes that bring the next token of the same requests.
 
     Args:
-        passes: each with [requests] rows that count.
+        passes: each with [requests] the number of rows that count.
     """
     first = passes[0][0]
     requests = len(first.request_ids)

@@ -1,4 +1,4 @@
-"""From a request's state to its verdicts and their coverage."""
+"""The verdicts of one request and their coverage, from its state."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _REASONS: dict[int, Reason] = {
 
 
 _MEMBERS = [np.flatnonzero(looks).tolist() for looks in MEMBERS.T]
-"""By scope: its places."""
+"""By scope: the roles that it looks at."""
 
 
 def coverages(s: State, slot: int, tokens: int) -> list[Coverage]:
-    """Return the coverage of each place of a request of `tokens` tokens, in `ROLES`' order."""
+    """Return the coverage of each role of a request of `tokens` tokens, in the order of `ROLES`."""
     after = min(int(s.next[slot]), tokens)
     whole, left = (_count(s, slot, first, tokens) for first in (0, after))
-    # The last token is never fed back; what else is missing was cut off.
+    # The last token is never forwarded; other missing tokens were cut off by an abort.
     last = _count(s, slot, max(after, tokens - 1), tokens)
     found = []
     for role, counts in enumerate(s.counts[slot].tolist()):
@@ -48,7 +48,7 @@ def coverages(s: State, slot: int, tokens: int) -> list[Coverage]:
 
 
 def _count(s: State, slot: int, first: int, end: int) -> list[int]:
-    """Return how many of the tokens `first`, ... before `end` stand in each place."""
+    """Return the number of tokens `first`, ... before `end` of each role."""
     if first >= end:
         return [0] * len(ROLES)
     role = roles_at(s, np.array([slot]), np.arange(first, end)[None])
@@ -67,15 +67,15 @@ def add(parts: Sequence[Coverage]) -> Coverage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Verdicts(Sequence[Verdict]):
-    """What each policy concludes of one request: arrays, of which a verdict is built when read.
+    """The verdicts of one request, held as arrays; each `Verdict` is built when it is read.
 
-    A thousand policies end with every request, and nobody looks at most of what they say before
-    the event log does.
+    Each request ends with one verdict for each of up to thousands of policies, most of which only
+    the event log reads.
     """
 
     rules: Rules
     which: np.ndarray
-    """[n] the policies that hold for the request, in the order of the verdicts."""
+    """[n] the policies that apply to the request, in the order of the verdicts."""
     outcome: np.ndarray
     """[P] index into `OUTCOMES`."""
     acts: np.ndarray
@@ -85,17 +85,17 @@ class Verdicts(Sequence[Verdict]):
     sampled: np.ndarray
     """[P] bool."""
     score: np.ndarray
-    """[P] highest score, not finite where nothing was evaluated."""
+    """[P] highest score; not finite if no token was evaluated."""
     first: np.ndarray
     """[P] position of the first match, -1 without one."""
     matched: np.ndarray
-    """[P] tokens on which the policy was on."""
+    """[P] number of tokens on which the policy was on."""
     fired: np.ndarray
-    """[Q] tokens above the selection's threshold; so are the next two, of the terms."""
+    """[Q] tokens above the threshold of each term; `peak` and `peak_at` are by term too."""
     peak: np.ndarray
     peak_at: np.ndarray
     coverages: tuple[Coverage, ...]
-    """By scope, then the same where the policy does not look at the request."""
+    """By scope; then by scope again, for policies that do not sample the request."""
     waived: Mapping[int, str] = field(default_factory=dict)
     """By policy: id of the exception that waived its action."""
 
@@ -108,14 +108,14 @@ class Verdicts(Sequence[Verdict]):
     @overload
     def __getitem__(self, at: slice) -> list[Verdict]: ...
     def __getitem__(self, at: int | slice) -> Verdict | list[Verdict]:
-        """Build a verdict, or some."""
+        """Build one verdict, or several."""
         if isinstance(at, slice):
             return [self.of_policy(i) for i in self.which[at].tolist()]
         return self.of_policy(int(self.which[at]))
 
     def __iter__(self) -> Iterator[Verdict]:
-        """Build all, one after the other."""
-        # Numbers out of a list cost a tenth of those out of an array.
+        """Build all verdicts, one after the other."""
+        # Reading a number from a list takes a tenth of the time of reading it from an array.
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
         lists = {k: a.tolist() for k, a in arrays.items() if isinstance(a, np.ndarray)}
         return map(replace(self, **lists).of_policy, lists["which"])
@@ -131,11 +131,11 @@ class Verdicts(Sequence[Verdict]):
         return [self.of_policy(i) for i in self.which[self.acts[self.which]].tolist()]
 
     def errors(self) -> int:
-        """Return how many of them are errors."""
+        """Return the number of verdicts that are errors."""
         return int((self.outcome[self.which] == OUTCOMES.index("error")).sum())
 
     def balanced(self) -> bool:
-        """Return whether every token of every policy is accounted for."""
+        """Return whether evaluated and skipped tokens add up in every verdict."""
         return all(map(balanced, self.coverages))
 
     def tally(self) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +145,7 @@ class Verdicts(Sequence[Verdict]):
         return self.which, (len(OUTCOMES) * enforced + self.outcome)[self.which]
 
     def decided(self, applies: Sequence[bool], waived: Mapping[int, str]) -> Verdicts:
-        """Return those of the policies that hold for the request; waived ones say by what."""
+        """Return the verdicts of the policies that apply, with exceptions that waived actions."""
         return replace(self, which=np.flatnonzero(applies), waived=waived)
 
     def of_policy(self, i: int) -> Verdict:
@@ -175,7 +175,7 @@ class Verdicts(Sequence[Verdict]):
         )
 
     def _features(self, i: int) -> dict[str, Fired]:
-        """Return each feature's activity; of several selections, that of the one held most."""
+        """Return each feature's activity; of several selections, that which held on most tokens."""
         fired: dict[str, Fired] = {}
         selections = self.rules.policies[i].detect.values()
         for selection, q in zip(selections, self.rules.terms.of_policy(i), strict=True):
@@ -187,12 +187,12 @@ class Verdicts(Sequence[Verdict]):
 
 
 def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
-    """Return what each policy concludes of the request in `slot`.
+    """Return the verdict of each policy on the request in `slot`.
 
     Args:
         rules: the compiled policies.
         s: the state.
-        slot: the request's.
+        slot: of the request.
         tokens: prompt and output tokens; those never forwarded count as not evaluated.
     """
     of_place = coverages(s, slot, tokens)

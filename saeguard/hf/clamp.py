@@ -1,7 +1,7 @@
-"""Clamp a Hugging Face model: the plain reference for what the engine does inside its forward.
+"""Clamp a Hugging Face model: the plain reference for clamps inside vLLM's forward pass.
 
-Where a policy asks for it, each clamped latent is set to what it is to be,
-`x' = x + sum_j (edited_j - f_j) * W_dec[j]`, which keeps the part of `x` that the SAE does not
+On the tokens that a clamp policy edits, each clamped latent gets its edited value:
+`x' = x + sum_j (edited_j - f_j) * W_dec[j]`. That keeps the part of `x` that the SAE does not
 explain (Templeton et al. 2024, "Scaling Monosemanticity").
 """
 
@@ -44,7 +44,7 @@ def greedy(
     max_tokens: int,
     stop_tokens: Sequence[int] = (),
 ) -> list[int]:
-    """Return the likeliest tokens under the clamps, the whole text computed anew for each."""
+    """Return the likeliest tokens under the clamps; each one computes the whole text anew."""
     out: list[int] = []
     while len(out) < max_tokens and not (out and out[-1] in stop_tokens):
         tokens = [*prompt, *out]

@@ -1,4 +1,4 @@
-"""Judge texts on a Hugging Face model: the guard's rules, one whole text at a time."""
+"""Judge texts on a Hugging Face model with the guard's rules, one whole text at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scan(
     """Yield `(index of the text, one verdict per policy)`, shortest text first.
 
     Raises:
-        RolesError: a policy's scope is a role that the model's chat template does not tell.
+        RolesError: a policy's scope is a role that the model's chat template does not identify.
     """
     marks = role_marks_for(lm, watchlist)
     excluded = np.array(watchlist.exclude_tokens, np.int64)
@@ -40,10 +40,10 @@ def scan(
 
 
 def role_marks_for(lm: LanguageModel, watchlist: WatchList) -> RoleMarks | None:
-    """Return how the model's chat template sets turns apart, None where no policy asks.
+    """Return the role marks of the model's chat template; None if no policy needs roles.
 
     Raises:
-        RolesError: a policy asks for a role that is not told.
+        RolesError: a policy's scope is a role that the chat template does not identify.
     """
     if not watchlist.rules.by_role:
         return None
@@ -54,7 +54,7 @@ def role_marks_for(lm: LanguageModel, watchlist: WatchList) -> RoleMarks | None:
 
 
 def activations(watchlist: WatchList, residuals: Mapping[int, torch.Tensor]) -> np.ndarray:
-    """Return watched activations [tokens, columns] of one text's residuals by layer."""
+    """Return activations [tokens, columns] for one text's residuals by layer."""
     columns = [hook_activations(hook, residuals[hook.layer]) for hook in watchlist.hooks]
     return torch.cat(columns, 1).numpy()
 

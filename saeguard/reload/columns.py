@@ -1,11 +1,11 @@
-"""Which column of the tap holds which encoder row, so that a list can change while it is in use.
+"""The columns of the taps and the encoder rows in them, so that a watch list can be swapped.
 
-Buffers are allocated once, for more rows than the first list needs. A row keeps its column as long
-as any list in use reads it; a new row takes a free one. So a list is swapped by writing columns
-that nobody reads yet, and graphs that were compiled or captured stay valid.
+The buffers are allocated once, for more rows than the first watch list needs. A row keeps its
+column as long as a live version reads it; a new row takes a free column. So a swap only writes
+columns that no version reads yet, and compiled or captured graphs stay valid.
 
-A row is known by its content: where two feature sets name one latent, or a file has only moved,
-there is nothing to write.
+A row is identified by its content. If two feature sets name one latent, or a file has only moved,
+nothing needs to be written.
 """
 
 from __future__ import annotations
@@ -18,46 +18,17 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from saeguard.guard.install_taps import Write
 from saeguard.guard.watchlist import Hook, WatchList, WatchListError
 
 RowId: TypeAlias = bytes
-"""Digest of everything that the tap holds of one row."""
+"""Digest of everything that the tap holds for one encoder row."""
 
 SPARE = 32
-"""Free columns a layer, at least, where the operator does not say how many."""
+"""Least number of free columns of a layer, if the operator sets no capacity."""
 
 
 class CapacityError(WatchListError):
-    """A list needs more rows than the taps were allocated for, or another layer."""
-
-
-def merge_writes(earlier: Sequence[Write], later: Sequence[Write]) -> tuple[Write, ...]:
-    """Return writes that leave the taps as both would, one after the other; no column twice."""
-    lowered = [w for w in (*earlier, *later) if "screen" in w.rows]
-    over = [w for w in later if "screen" not in w.rows]
-    writes = [
-        Write(layer, *_lowest([w for w in lowered if w.layer == layer]))
-        for layer in sorted({w.layer for w in lowered})
-    ]
-    for write in earlier:
-        if "screen" in write.rows:
-            continue
-        again = [w.columns for w in over if w.layer == write.layer]
-        left = ~np.isin(write.columns, np.concatenate([*again, write.columns[:0]]))
-        if left.any():
-            rows = {name: values[left] for name, values in write.rows.items()}
-            writes.append(Write(write.layer, write.columns[left], rows))
-    return (*writes, *over)
-
-
-def _lowest(writes: Sequence[Write]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return columns of one layer and the lowest bar that is written to each."""
-    screen_thresholds = np.concatenate([w.rows["screen"] for w in writes])
-    columns, which = np.unique(np.concatenate([w.columns for w in writes]), return_inverse=True)
-    lowest = np.full(len(columns), np.inf, screen_thresholds.dtype)
-    np.minimum.at(lowest, which, screen_thresholds)
-    return columns, {"screen": lowest}
+    """A watch list needs more rows than the taps were allocated for, or another layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +38,19 @@ class Columns:
     layer: int
     d_in: int
     first: int
-    """Where they start among all columns of a packet."""
+    """The first of them among the columns of a forward pass."""
     held: tuple[RowId | None, ...]
-    """By column: the row in it, None where nothing was ever written."""
+    """By column: the row in it; None if it was never written."""
     since: tuple[int, ...]
     """By column: number of the swap that wrote it."""
     normed: bool = False
-    """Whether the tap can normalise tokens, as some SAEs do."""
+    """Whether the tap can normalise tokens, which some SAEs need."""
     ranked: frozenset[int] = frozenset()
-    """Columns of latents that fire by rank, whose rivals the tap holds; others cannot go there."""
+    """Columns of latents that fire by rank; no other rows may take them."""
 
 
 def row_tensors(hook: Hook) -> dict[str, torch.Tensor]:
-    """Return the hook's tensors of one entry a row, by name."""
+    """Return the hook's tensors that have one entry a row, by name."""
     values = {f.name: getattr(hook, f.name) for f in fields(hook)}
     rows = hook.W.shape[0]
     return {
@@ -110,14 +81,14 @@ def row_ids(hook: Hook) -> tuple[RowId, ...]:
 
 
 def allocate(watchlist: WatchList, capacity: int | None) -> tuple[Columns, ...]:
-    """Return the columns of a server's first list: its rows in order, then free ones.
+    """Return the columns of a server's first watch list: its rows in order, then free columns.
 
     Args:
         watchlist: as compiled.
-        capacity: rows of each layer's tap; None for half as many again as the list needs.
+        capacity: columns of each layer's tap; None for 1.5 times as many as the rows.
 
     Raises:
-        CapacityError: the list itself needs more.
+        CapacityError: the watch list has more rows than `capacity`.
     """
     columns: list[Columns] = []
     first = 0
@@ -147,15 +118,15 @@ def check_fits(
     ids: Sequence[Sequence[RowId]],
     present: Mapping[int, frozenset[int]],
 ) -> None:
-    """Check that a list could be served beside the present one, were no other in use.
+    """Check that a watch list can be served beside the current one, if no other version is live.
 
-    Beside it, because requests that come while rows are written still belong to the present one.
+    Requests that arrive while rows are written still belong to the current version.
 
     Args:
-        columns: as they are.
-        hooks: of the list; only layer and width are looked at.
-        ids: the rows of each.
-        present: by layer, the columns that the present list reads.
+        columns: of the taps.
+        hooks: of the watch list; only layer, width, norm and ranked columns matter.
+        ids: the rows of each hook.
+        present: by layer, the columns that the current version reads.
 
     Raises:
         CapacityError: names the layer and the numbers.
@@ -182,8 +153,8 @@ def check_fits(
         ranked = {rows[i] for part in hook.ranked for i in at_rows(part.columns)}
         if not ranked <= {here.held[i] for i in here.ranked}:
             raise CapacityError(
-                f"the policies watch latents at layer {hook.layer} that fire by rank, and their "
-                "rivals are not what the taps of this server hold: start the server again"
+                f"the policies watch latents at layer {hook.layer} that fire by rank, and the taps "
+                "of this server hold other latents' competitors: start the server again"
             )
         wanted, read = set(rows), present.get(hook.layer, frozenset())
         size = len(here.held)
@@ -201,13 +172,13 @@ def check_fits(
 
 
 class Assigned(NamedTuple):
-    """A list whose rows have columns."""
+    """The columns of a watch list's rows."""
 
     columns: tuple[Columns, ...]
     at: tuple[np.ndarray, ...]
-    """By hook of the list: column of each of its rows, within the layer."""
+    """By hook: column of each of its rows, within the layer."""
     missing: tuple[np.ndarray, ...]
-    """By hook of the list: which of its rows must be written."""
+    """By hook: indices of its rows that must be written."""
 
 
 def assign_columns(
@@ -217,12 +188,12 @@ def assign_columns(
     in_use: Mapping[int, frozenset[int]],
     number: int,
 ) -> Assigned | None:
-    """Find columns for a list's rows; None where lists still in use leave too few.
+    """Return columns for a watch list's rows; None if the live versions leave too few.
 
     Args:
-        columns: as they are.
-        hooks: of the list; only their layer and what fires by rank is looked at.
-        ids: the rows of each.
+        columns: of the taps.
+        hooks: of the watch list; only layer and ranked columns matter.
+        ids: the rows of each hook.
         in_use: by layer, the columns that must not be written.
         number: of the swap.
     """
@@ -245,7 +216,8 @@ def assign_columns(
             held[column], since[column], where[row] = row, number, column
             new.append(j)
         for part in hook.ranked:
-            # Their bars may lie lower now: earlier passes show less than this list must see.
+            # The swap may lower their screen thresholds. Earlier forward passes then lack
+            # activations that this watch list needs, so the columns count as written by this swap.
             for j in at_rows(part.columns):
                 since[where[rows[j]]] = number
         by_layer[hook.layer] = replace(here, held=tuple(held), since=tuple(since))
@@ -260,16 +232,15 @@ def over_tap_columns(
     at: Sequence[np.ndarray],
     blank: Iterable[Hook] = (),
 ) -> WatchList:
-    """Return the list over the taps' own columns: every layer, padded to its capacity.
+    """Return the watch list over the taps' columns: every layer, padded to its capacity.
 
-    What the taps hold in columns that the list does not read reaches no feature of it. Padding is
-    zeros, which never fire.
+    No feature reads a column that holds none of its rows. Padding is zeros, which never fire.
 
     Args:
         watchlist: as compiled.
         columns: of the taps.
         at: by hook, the column of each row.
-        blank: what stands for layers that the list does not read: hooks of a list before.
+        blank: hooks of an earlier version, for layers that the watch list does not read.
     """
     moved = np.zeros(max(watchlist.columns, 1), np.intp)
     by_layer = {hook.layer: (hook, where) for hook, where in zip(watchlist.hooks, at, strict=True)}
@@ -296,7 +267,7 @@ def over_tap_columns(
 
 
 def without_weights(watchlist: WatchList) -> WatchList:
-    """Return the list without the weights, which the rules do not need."""
+    """Return the watch list without the weights, which the rules do not need."""
 
     def without(hook: Hook) -> Hook:
         bare: dict[str, Any] = {name: t.to("meta") for name, t in row_tensors(hook).items()}
@@ -306,10 +277,10 @@ def without_weights(watchlist: WatchList) -> WatchList:
 
 
 def used(hooks: Iterable[Hook], at: Iterable[np.ndarray]) -> dict[int, frozenset[int]]:
-    """Return the columns that a list reads, by layer."""
+    """Return the columns that a watch list reads, by layer."""
     return {hook.layer: frozenset(where.tolist()) for hook, where in zip(hooks, at, strict=True)}
 
 
 def oldest_readable(columns: Iterable[Columns], read: Mapping[int, frozenset[int]]) -> int:
-    """Return the swap from which on passes hold all that a list reads."""
+    """Return the number of the swap since which passes hold all columns that a version reads."""
     return max((c.since[i] for c in columns for i in read.get(c.layer, ())), default=0)

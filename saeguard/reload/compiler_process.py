@@ -1,12 +1,11 @@
-"""A process of its own that reads and compiles policies, so that no step waits for it.
+"""The compiler process reads and compiles policies, so that no step waits for it.
 
-Reading YAML is Python at work, and Python at work in the engine core's process would hold up the
-steps, in whichever thread. So this process watches the files, reads, verifies, compiles and
-rehearses, and sends what is ready. It is started with the server, knows what it has read before,
-and ends when the server does.
+Reading YAML holds Python's interpreter lock, which would delay the engine core's steps from any of
+its threads. So a process of its own watches the files, reads, verifies, compiles and dry-runs them,
+and sends the result. It starts and ends with the server, and caches what it has read.
 
-Both ends are this program, on a socket pair that nobody else can open: pickle carries the lists
-between them as vLLM's own does between its processes. No file is ever unpickled.
+Both ends run this module, connected by a private socket pair. Watch lists travel as pickles, as
+messages between vLLM's processes do. No file is ever unpickled.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ Trigger: TypeAlias = Literal["files", "signal"]
 
 RUN = "import sys; from saeguard.reload.compiler_process import main; main(*sys.argv[1:])"
 CORES = sorted(os.sched_getaffinity(0))
-"""Of this process before vLLM binds its threads to cores, which are the model's from then on."""
+"""The cores of this process before vLLM binds its threads, which keeps them for the model."""
 NICE = 10
 CHANGED = None
-"""Said unasked: files have changed."""
+"""The message that files have changed; the only one that is sent without a request."""
 IDLE_S, MOST_READINGS = 1.0, 100
-"""Garbage is looked for when nothing was asked for so long, or after so many readings."""
+"""The process collects garbage after so many idle seconds, or after so many readings."""
 CHUNK = 25
-"""Policies in a message: what unpickles in well under a millisecond holds nobody up."""
+"""Policies in a message, so that unpickling it takes well under a millisecond of a step."""
 REFUSALS = (
     PolicyErrors,
     FeatureSetError,
@@ -60,23 +59,23 @@ REFUSALS = (
 
 @dataclass(frozen=True, slots=True)
 class CompilerReading:
-    """What one reading of the files came to."""
+    """The result of one reading of the files."""
 
     trigger: Trigger
     seconds: float
-    """From the start of reading to being ready."""
+    """Duration of reading and compiling."""
     error: str | None = None
-    """Why it is refused."""
+    """Why the files are refused; None if they are not."""
     watchlist: WatchList | None = None
-    """Without weights; None where it is refused, or what was sent last."""
+    """Without weights; None if it is refused, or equal to the one sent last."""
     ids: tuple[tuple[RowId, ...], ...] = ()
-    """By hook: the rows."""
+    """By hook: ids of the rows."""
     manifest: Manifest | None = None
     digest: str = ""
 
 
 class Compiler:
-    """The engine core's end: start the process, ask it, hear from it."""
+    """The engine core's end: start the compiler process, request readings, receive results."""
 
     def __init__(self, source: Source) -> None:
         """Start the process."""
@@ -92,27 +91,27 @@ class Compiler:
         self._pipe = ours
         self._changed = False
         self._policies: tuple[Policy, ...] = ()
-        """Of the list that was heard of last."""
+        """Of the watch list that was received last."""
         _send(ours, source)
 
     @property
     def pid(self) -> int:
-        """Return the process' number."""
+        """Return the process id."""
         return self._process.pid
 
     def changed(self, timeout_s: float) -> bool:
-        """Return whether files have changed since they were read last; wait a while for it.
+        """Wait for a change of the files since they were read last; return whether there was one.
 
         Raises:
             EOFError, OSError: the process has ended.
         """
         if not self._changed and self._pipe.poll(timeout_s):
-            assert _receive(self._pipe) is CHANGED  # it says nothing else unasked
+            assert _receive(self._pipe) is CHANGED  # the only message without a request
             self._changed = True
         return self._changed
 
     def read(self, trigger: Trigger) -> CompilerReading:
-        """Have the files read, whether they have changed or not.
+        """Read the files, whether they have changed or not.
 
         Raises:
             EOFError, OSError: the process has ended.
@@ -129,10 +128,10 @@ class Compiler:
         return replace(reading, watchlist=_with_policies(reading.watchlist, self._policies))
 
     def rows(self, which: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Return rows of the list that was heard of last.
+        """Return encoder rows of the watch list that was received last.
 
         Args:
-            which: by hook, the rows wanted.
+            which: by hook, indices of the wanted rows.
 
         Raises:
             EOFError, OSError: the process has ended.
@@ -142,9 +141,9 @@ class Compiler:
         return rows
 
     def _answer(self) -> Any:
-        while (heard := _receive(self._pipe)) is CHANGED:
+        while (message := _receive(self._pipe)) is CHANGED:
             self._changed = True
-        return heard
+        return message
 
     def close(self) -> None:
         """End the process."""
@@ -167,16 +166,16 @@ def _receive(pipe: Connection) -> Any:
 def read(
     source: Source, known: ReadCache, trigger: Trigger
 ) -> tuple[CompilerReading, Loaded | None]:
-    """Read everything once; never raises, whatever the files hold."""
+    """Read and compile the files once; never raise, whatever they hold."""
     began = time.perf_counter()
     try:
         loaded = load(source, known)
         rehearse(loaded.watchlist)
     except REFUSALS as error:
         return CompilerReading(trigger, time.perf_counter() - began, error=str(error)), None
-    except Exception as error:  # noqa: BLE001 - a fault of ours must not end the watching
-        told = f"{type(error).__name__} while reading: {error}"
-        return CompilerReading(trigger, time.perf_counter() - began, error=told), None
+    except Exception as error:  # noqa: BLE001 - a bug must not end the process
+        message = f"{type(error).__name__} while reading: {error}"
+        return CompilerReading(trigger, time.perf_counter() - began, error=message), None
     reading = CompilerReading(
         trigger,
         time.perf_counter() - began,
@@ -189,13 +188,15 @@ def read(
 
 
 def serve(pipe: Connection) -> None:
-    """Read whenever asked, and tell of changes, until the other end hangs up."""
+    """Answer requests and report changes until the other end closes the pipe."""
     source: Source = _receive(pipe)
     known, last = ReadCache(), None
     sent: tuple[Policy, ...] = ()
-    gc.disable()  # a look at everything that is known would come in the middle of a reading
+    gc.disable()  # a collection walks over everything that is cached, in the middle of a reading
     one_at_a_time = threading.Lock()
-    threading.Thread(target=_notice, args=(source, pipe, one_at_a_time), daemon=True).start()
+    threading.Thread(
+        target=_report_changes, args=(source, pipe, one_at_a_time), daemon=True
+    ).start()
     readings = 0
     while True:
         if readings and (readings >= MOST_READINGS or not pipe.poll(IDLE_S)):
@@ -210,7 +211,7 @@ def serve(pipe: Connection) -> None:
         reading, loaded = read(source, known, asked)
         if loaded is not None:
             if last is not None and loaded.watchlist.digest == last.watchlist.digest:
-                reading = replace(reading, watchlist=None, ids=())  # it was sent already
+                reading = replace(reading, watchlist=None, ids=())  # sent already
             last = loaded
         with one_at_a_time:
             _send_reading(pipe, reading, sent)
@@ -219,19 +220,19 @@ def serve(pipe: Connection) -> None:
         readings += 1
 
 
-def _notice(source: Source, pipe: Connection, one_at_a_time: threading.Lock) -> None:
+def _report_changes(source: Source, pipe: Connection, one_at_a_time: threading.Lock) -> None:
     for _ in changes([source.policies, source.feature_sets], threading.Event()):
         with one_at_a_time:
             _send(pipe, CHANGED)
 
 
 def _send_reading(pipe: Connection, reading: CompilerReading, sent: Sequence[Policy]) -> None:
-    """Send what the other end does not have, in pieces none of which takes long to take in.
+    """Send what the other end lacks, in messages that are quick to unpickle.
 
     Args:
         pipe: to the other end.
-        reading: what to send.
-        sent: the policies sent last; those that a file gave again are the same objects.
+        reading: the result.
+        sent: the policies sent last; unchanged policies are the same objects.
     """
     watchlist = reading.watchlist
     if watchlist is None:
@@ -260,7 +261,7 @@ def _rows(watchlist: WatchList, which: Sequence[np.ndarray]) -> list[dict[str, n
 
 
 def main(descriptor: str, cores: str) -> None:
-    """Serve until the other end hangs up; what is signalled to the terminal is for that end."""
+    """Serve until the other end closes the pipe; the terminal's signals are for that end."""
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     os.sched_setaffinity(0, map(int, cores.split(",")))
@@ -268,4 +269,4 @@ def main(descriptor: str, cores: str) -> None:
     try:
         serve(Connection(int(descriptor)))
     except (EOFError, OSError):
-        os._exit(0)  # the watching thread may be in the middle of waiting
+        os._exit(0)  # the watching thread may be waiting

@@ -1,4 +1,4 @@
-"""Judge a made-up text with a list before it judges real ones."""
+"""Judge an invented text with a new watch list before it judges real ones."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from saeguard.guard.watchlist import WatchList
 
 TOKENS = 12
 PROMPT_ROLES = np.array([SYSTEM, USER, ASSISTANT, TOOL], np.uint8)
-"""Whose turn each token of the prompt is in."""
+"""The role of each token of the prompt."""
 
 
 class RehearsalError(InputError):
-    """A list that compiled does not work."""
+    """A compiled watch list that does not work."""
 
 
 def rehearse(watchlist: WatchList) -> None:
-    """Run a list's rules once, over tokens that are silent and tokens at which everything fires.
+    """Run a watch list's rules once, over tokens where no latent fires and where all fire.
 
-    What would fail in the first step after a swap fails here, where nothing waits for it.
+    An error that would occur in the first step after a swap occurs here, where no step waits.
 
     Raises:
-        RehearsalError: weights or scales are not finite, or the account does not balance.
+        RehearsalError: weights or ranges are not finite, or the coverage does not add up.
     """
     tensors = [(f"layer {h.layer}", t) for h in watchlist.hooks for t in (h.W, h.b)]
     tensors += [
@@ -55,4 +55,4 @@ def rehearse(watchlist: WatchList) -> None:
         ledger.ingest(forward_pass, np.array([len(f)]))
     verdicts = ledger.finish("rehearsal", TOKENS + 1)
     if len(verdicts) != len(watchlist.policies) or not verdicts.balanced():
-        raise RehearsalError("a made-up text was not accounted for")
+        raise RehearsalError("the coverage of an invented text does not add up")

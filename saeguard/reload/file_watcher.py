@@ -1,8 +1,7 @@
-"""Notice that files have changed, however they were: edited, renamed over, or a link turned.
+"""Notice changed files, whether they were edited, replaced, or a symbolic link was redirected.
 
-The system tells of changes through `watchfiles`, which vLLM brings along. What it does not tell,
-a network file system or a folder that was replaced as a whole, a look at every file's date does,
-once in a while.
+`watchfiles`, which vLLM depends on, reports changes. It misses some, on network file systems or if
+a whole folder was replaced. So every `LOOK_S` seconds the dates of all files are compared.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 SETTLE_MS = 30
-"""Changes within this time are one."""
+"""Changes within this time count as one."""
 LOOK_S = 2.0
-"""How often everything is looked at."""
+"""Seconds between comparisons of all files."""
 
 
 def changes(roots: Iterable[Path], stop: threading.Event) -> Iterator[None]:
@@ -24,18 +23,18 @@ def changes(roots: Iterable[Path], stop: threading.Event) -> Iterator[None]:
     roots = tuple(roots)
     seen = fingerprint(roots)
     while not stop.is_set():
-        for _ in _told(roots, stop):
+        for _ in _events(roots, stop):
             now = fingerprint(roots)
             if now != seen:
                 seen = now
                 yield
-            if now is None:  # gone as a whole: what comes in its place must be watched anew
+            if now is None:  # a root is missing; its successor needs a new watch
                 break
 
 
-def _told(roots: tuple[Path, ...], stop: threading.Event) -> Iterator[None]:
-    """Yield at each change the system tells of, and every `LOOK_S`, until watching breaks off."""
-    from watchfiles import watch  # noqa: PLC0415 - brought by vLLM, and needed by nobody else
+def _events(roots: tuple[Path, ...], stop: threading.Event) -> Iterator[None]:
+    """Yield at each reported change, and every `LOOK_S` seconds, until watching has to restart."""
+    from watchfiles import watch  # noqa: PLC0415 - vLLM depends on it; only serving needs it
 
     identity = _identity(roots)
     if None in identity:
@@ -43,9 +42,9 @@ def _told(roots: tuple[Path, ...], stop: threading.Event) -> Iterator[None]:
         yield
         return
     try:
-        told = watch(
+        events = watch(
             *roots,
-            watch_filter=None,  # Kubernetes' links begin with two dots, editors' files anyhow
+            watch_filter=None,  # Kubernetes' links begin with two dots
             debounce=200,
             step=SETTLE_MS,
             stop_event=stop,
@@ -53,17 +52,17 @@ def _told(roots: tuple[Path, ...], stop: threading.Event) -> Iterator[None]:
             yield_on_timeout=True,
             ignore_permission_denied=True,
         )
-        for _ in told:
+        for _ in events:
             yield
             if _identity(roots) != identity:
                 return
-    except (FileNotFoundError, OSError):  # removed in between, or no watch is to be had
+    except (FileNotFoundError, OSError):  # removed meanwhile, or watching is not possible
         stop.wait(LOOK_S / 4)
         yield
 
 
 def _identity(roots: Iterable[Path]) -> tuple[Any, ...]:
-    """Return what changes where another folder stands under the same name."""
+    """Return values that change if another folder takes a root's name."""
     found: list[Any] = []
     for root in roots:
         try:
@@ -76,7 +75,7 @@ def _identity(roots: Iterable[Path]) -> tuple[Any, ...]:
 
 
 def fingerprint(roots: Iterable[Path]) -> tuple[Any, ...] | None:
-    """Return what changes when a YAML or JSON file below does; None where a root is missing."""
+    """Return values that change with a YAML or JSON file below; None if a root is missing."""
     found: list[Any] = []
     for root in roots:
         try:
@@ -109,5 +108,5 @@ def _below(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str
         elif entry.name.endswith((".yaml", ".yml", ".json")):
             try:
                 yield _mark(entry.path, entry.stat())
-            except OSError:  # gone in between, or a link into nothing
+            except OSError:  # removed meanwhile, or a dangling link
                 yield entry.path, 0, 0, 0

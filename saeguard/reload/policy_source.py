@@ -1,4 +1,4 @@
-"""Where policies come from, and one reading of it: verified, checked and compiled, or refused."""
+"""Read the policies and feature sets that the settings name: verify, check and compile them."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ from saeguard.reload.file_watcher import fingerprint
 
 
 class SourceError(InputError):
-    """The operator's settings name something that is not there."""
+    """The operator's settings name files or policies that do not exist."""
 
 
 ATTEMPTS = 50
-"""Readings of files that change all the time."""
+"""Most readings of files that keep changing while they are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the operator's settings say about policies."""
+    """The operator's settings about policies."""
 
     policies: Path
     feature_sets: Path
     may_enforce: frozenset[str] = frozenset()
     access: Access = UNRESTRICTED
     public_key: bytes | None = None
-    """PEM; None where bundles need no signature. Read once, so that it cannot change later."""
+    """PEM; None if bundles need no signature. Read once, so that it cannot change later."""
 
 
 class Loaded(NamedTuple):
     """One reading."""
 
     watchlist: WatchList
-    """With columns in its own order."""
+    """With its own columns, not those of the taps."""
     manifest: Manifest | None
-    """What was signed; None where nothing has to be."""
+    """The signed manifest; None if bundles need no signature."""
     left_out: tuple[str, ...] = ()
-    """Ids of policies whose features nobody has calibrated yet."""
+    """Ids of policies whose feature set is still an uncalibrated template."""
 
 
 @dataclass(slots=True)
 class ReadCache:
-    """What was read before, by content: most of it is the same the next time."""
+    """Files that were read before, by content: most are unchanged at the next reading."""
 
     policies: Cache = field(default_factory=dict)
     feature_sets: dict[Path, tuple[Any, FeatureSet]] = field(default_factory=dict)
 
 
 def load(source: Source, known: ReadCache | None = None) -> Loaded:
-    """Read everything, and compile it.
+    """Read all files and compile them.
 
-    What changed while it was read is read again: names from before a link was turned, and contents
-    from after it, make a set that nobody has written.
+    If a file changes meanwhile, everything is read again. Otherwise names from before a change and
+    contents from after it could be combined.
 
     Args:
-        source: where from.
-        known: what was read before.
+        source: the settings.
+        known: files that were read before.
 
     Raises:
-        PolicyErrors, FeatureSetError, WatchListError, BundleError, SourceError: with file, place
-            and reason.
+        PolicyErrors, FeatureSetError, WatchListError, BundleError, SourceError: with file,
+            line and reason.
     """
     known = known or ReadCache()
     roots = (source.policies, source.feature_sets)
@@ -81,7 +81,7 @@ def load(source: Source, known: ReadCache | None = None) -> Loaded:
         wrong: Exception | None = None
         try:
             loaded = _load(source, known)
-        except Exception as error:  # noqa: BLE001 - it may be wrong for having changed
+        except Exception as error:  # noqa: BLE001 - a file may have changed meanwhile
             wrong = error
         after = fingerprint(roots)
         if after == before:
@@ -90,7 +90,7 @@ def load(source: Source, known: ReadCache | None = None) -> Loaded:
             assert loaded is not None
             return loaded
         before = after
-    raise SourceError(f"{source.policies}: changes faster than it can be read")
+    raise SourceError(f"{source.policies}: the files change faster than they can be read")
 
 
 def _load(source: Source, known: ReadCache) -> Loaded:
@@ -123,11 +123,11 @@ def _load(source: Source, known: ReadCache) -> Loaded:
 
 
 def _feature_set(path: Path, known: ReadCache) -> FeatureSet:
-    """Load a feature set, unless it and what it names are as they were: hashing takes its time."""
+    """Load a feature set, unless it and the files that it names are unchanged."""
     try:
         content = hashlib.sha256(path.read_bytes()).digest()
     except OSError:
-        return load_feature_set(path)  # which says what is wrong
+        return load_feature_set(path)  # which reports the error
     before = known.feature_sets.get(path)
     if before is not None:
         key, features = before
@@ -139,7 +139,7 @@ def _feature_set(path: Path, known: ReadCache) -> FeatureSet:
 
 
 def _stamp(features: FeatureSet) -> tuple[Any, ...]:
-    """Return what changes when a file that a feature set names does."""
+    """Return values that change with the files that a feature set names."""
     sae = features.sae.path
     files = sorted(sae.rglob("*")) if sae.is_dir() else [sae]
     files += sorted({f.probe.path for f in features.features.values() if f.probe is not None})

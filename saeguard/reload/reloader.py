@@ -1,7 +1,8 @@
-"""Swap watch lists while requests are under way.
+"""Swap the watch list while requests are in flight.
 
-A thread of the engine core hears from the compiler's process, finds columns for new rows, tells the
-workers, and makes the list the present one. Whatever is refused leaves everything as it is.
+A thread of the engine core receives compiled watch lists from the compiler process, assigns columns
+to new rows, queues an update for the workers, and makes the new version current. A refused watch
+list changes nothing.
 """
 
 from __future__ import annotations
@@ -9,24 +10,20 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import structlog
 
 from saeguard.errors import InputError
 from saeguard.guard.install_taps import Write
-from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy.signing import Manifest
 from saeguard.reload import state_dir
 from saeguard.reload.columns import (
-    Columns,
     assign_columns,
     check_fits,
     oldest_readable,
@@ -34,88 +31,30 @@ from saeguard.reload.columns import (
     used,
 )
 from saeguard.reload.compiler_process import Compiler, CompilerReading, Trigger
-from saeguard.reload.policy_source import Source
-from saeguard.reload.versions import Versions, make_version
-from saeguard.reload.worker_updates import Swap, UpdateQueue
+from saeguard.reload.reload_state import Outcome, ReloadContext, ReloadStatus, Report
+from saeguard.reload.versions import make_version
+from saeguard.reload.worker_updates import Swap
 
 log = structlog.get_logger("saeguard")
 
-Outcome: TypeAlias = Literal["active", "unchanged", "refused", "failed"]
-
 TICK_S = 0.1
-"""How often lists that nobody needs any more are looked for."""
+"""Seconds between searches for versions without requests."""
 RESTART_S = 1.0
 
 
 class RefusedError(InputError):
-    """A list that compiled cannot be served by this server."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What became of one reload."""
-
-    outcome: Outcome
-    trigger: Trigger
-    old: str
-    """Digest of the list before."""
-    new: str | None
-    """Digest of the list wanted; None where it could not be read."""
-    error: str | None
-    policies: int
-    """Of the list that is in use now."""
-    revision: int | None
-    """Signed revision in use now, None without signatures."""
-    read_ms: float
-    """Reading and compiling, in the compiler's process."""
-    swap_ms: float
-    """From then to being the present list, beside the steps."""
-    encoder_rows: int
-    """Encoder rows written into the taps."""
-
-
-@dataclass(slots=True)
-class ReloadContext:
-    """What a reload works on, and the checks that only the engine can make."""
-
-    source: Source
-    versions: Versions
-    columns: tuple[Columns, ...]
-    updates: UpdateQueue
-    report: Callable[[Report], None]
-    accept: Callable[[WatchList], None]
-    """Raises ValueError where the model does not fit."""
-    check_manifest: Callable[[Manifest | None], None]
-    prefix_store: PrefixStore | None = None
-    graphs_hold_clamps: bool = False
-    """Whether captured CUDA graphs hold the clamps as they were at the start."""
-    state: Path | None = None
-    engine: int = 0
-
-
-@dataclass(slots=True)
-class ReloadStatus:
-    """How reloading stands; read by other threads."""
-
-    current: bool = True
-    """Whether the files hold what is in use."""
-    error: str | None = None
-    waiting: str | None = None
-    """Digest of a list that waits for columns."""
-    asked: int = 0
-    """Reloads asked for by a signal, as far as they have been answered."""
-    outcomes: Counter[str] = field(default_factory=Counter)
+    """A compiled watch list that this server cannot serve."""
 
 
 class Reloader:
-    """Keeps the present list that of the files."""
+    """Keeps the current version in step with the policy files."""
 
     def __init__(self, where: ReloadContext, manifest: Manifest | None) -> None:
         """Start watching.
 
         Args:
-            where: what to work on.
-            manifest: of the list in use.
+            where: the engine core's parts.
+            manifest: of the current version.
         """
         self.status = ReloadStatus()
         self._where = where
@@ -130,7 +69,7 @@ class Reloader:
         self._thread.start()
 
     def ask(self, trigger: Trigger) -> None:
-        """Have the files read again; from any thread, or a signal's handler."""
+        """Request that the files are read again; from any thread or signal handler."""
         self._asked.append(trigger)
 
     def close(self) -> None:
@@ -157,7 +96,7 @@ class Reloader:
                 compiler.close()
 
     def _follow(self, compiler: Compiler) -> None:
-        # The files may have changed since the server read them, or while no process watched.
+        # The files may have changed since the server read them, or while no process watched them.
         self._take(compiler, compiler.read("files"))
         while not self._closed:
             self._retire()
@@ -167,7 +106,7 @@ class Reloader:
                 self._take(compiler, compiler.read("files"))
 
     def _take(self, compiler: Compiler, reading: CompilerReading) -> None:
-        """Make a list the present one, or say why not."""
+        """Make a watch list the current version, or report why not."""
         where, old = self._where, self._where.versions.current.watchlist.digest
         began = time.perf_counter()
         rows = 0
@@ -187,13 +126,13 @@ class Reloader:
                 else:
                     written = self._swap(compiler, reading)
                     if written is None:
-                        return  # another reading came while this one waited
+                        return  # a later reading arrived while this one waited
                     rows, outcome = written, "active"
                 self._manifest = reading.manifest
                 self._keep(reading.manifest)
             except (ValueError, RuntimeError) as refused:
                 error = str(refused)
-        self._tell(
+        self._report(
             Report(
                 outcome=outcome if error is None else "refused",
                 trigger=reading.trigger,
@@ -209,10 +148,10 @@ class Reloader:
         )
 
     def _swap(self, compiler: Compiler, reading: CompilerReading) -> int | None:
-        """Put a list in; return the rows written, None where a later reading came first.
+        """Swap in a watch list; return the rows written, or None if a later reading arrived first.
 
         Raises:
-            ValueError: this server cannot serve it.
+            ValueError: this server cannot serve the watch list.
         """
         where, watchlist = self._where, reading.watchlist
         assert watchlist is not None
@@ -232,7 +171,7 @@ class Reloader:
             )
             if placed is not None:
                 break
-            # It fits, but not beside the lists that requests under way began with.
+            # It fits, but not beside the versions of requests in flight.
             self.status.waiting = watchlist.digest
             self._write_status()
             if self._closed or self._asked or compiler.changed(TICK_S):
@@ -254,7 +193,7 @@ class Reloader:
             needs=needs,
         )
         clamps = {}
-        if version.clamps and version.clamps not in {g.clamps for g in where.versions.live}:
+        if version.clamps and version.clamps not in {v.clamps for v in where.versions.live}:
             if where.graphs_hold_clamps and version.clamps != self._first_clamps:
                 raise RefusedError(
                     "clamps differ from those that this server was started with, which its CUDA "
@@ -275,22 +214,22 @@ class Reloader:
         at: Sequence[np.ndarray],
         missing: Sequence[np.ndarray],
     ) -> tuple[Write, ...]:
-        screen_thresholds = tuple(
+        screens = tuple(
             Write(hook.layer, where[part.columns], {"screen": part.screen.numpy()})
             for hook, where in zip(watchlist.hooks, at, strict=True)
             for part in hook.ranked
         )
         if not any(map(len, missing)):
-            return screen_thresholds
+            return screens
         rows = compiler.rows(missing)
-        return screen_thresholds + tuple(
+        return screens + tuple(
             Write(hook.layer, where[which], values)
             for hook, where, which, values in zip(watchlist.hooks, at, missing, rows, strict=True)
             if len(which)
         )
 
     def _in_use(self) -> dict[int, frozenset[int]]:
-        """Return the columns that lists in use read, by layer."""
+        """Return the columns that live versions read, by layer."""
         held: dict[int, frozenset[int]] = {}
         for version in self._where.versions.live:
             for layer, columns in version.reads.items():
@@ -298,31 +237,31 @@ class Reloader:
         return held
 
     def _retire(self) -> None:
-        """Let go of lists that no request needs, and of their clamps."""
+        """Retire versions that no request needs, and drop their clamps."""
         gone = self._where.versions.retire()
-        left = {g.clamps for g in self._where.versions.live}
-        for clamps in {g.clamps for g in gone} - left - {""}:
+        left = {v.clamps for v in self._where.versions.live}
+        for clamps in {v.clamps for v in gone} - left - {""}:
             if not self._where.graphs_hold_clamps:
                 self._where.updates.drop(clamps)
 
-    # --- telling --------------------------------------------------------------------------------
+    # --- reports --------------------------------------------------------------------------------
 
     def _failed(self, error: str) -> None:
         present = self._where.versions.current.watchlist
         revision = None if self._manifest is None else self._manifest.revision
         policies = len(present.policies)
-        self._tell(
+        self._report(
             Report("failed", "files", present.digest, None, error, policies, revision, 0.0, 0.0, 0)
         )
 
-    def _tell(self, report: Report) -> None:
+    def _report(self, report: Report) -> None:
         status = self.status
         status.current = report.error is None
         status.error = report.error
         status.asked += report.trigger != "files"
         status.outcomes[report.outcome] += 1
         first = report.outcome == "unchanged" and status.outcomes.total() == 1
-        if not first:  # the reading at start, which found what is in use
+        if not first:  # the reading at the start, which found the current version
             self._where.report(report)
         self._write_status(report)
 

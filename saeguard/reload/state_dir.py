@@ -1,4 +1,4 @@
-"""What outlives a server: the highest signed revision that was in use; and what it is doing now."""
+"""The state folder: the highest signed revision that was in use, and each engine core's status."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ STATUS = "engine-{}.json"
 
 
 class StateError(InputError):
-    """The state folder holds something that cannot be what the server wrote."""
+    """A file of the state folder is not what the server wrote."""
 
 
 def read_revision(folder: Path) -> tuple[int, str] | None:
-    """Return the highest revision that was in use and its manifest's digest, None where none was.
+    """Return the highest revision that was in use and its manifest's digest; None without one.
 
     Raises:
-        StateError: the file is there and says nothing; to take it for none would let an old bundle
-            back in.
+        StateError: the file exists and cannot be read. Ignoring it would accept an old bundle.
     """
     path = folder / REVISION
     try:
@@ -42,7 +41,7 @@ def read_revision(folder: Path) -> tuple[int, str] | None:
 
 
 def keep_revision(folder: Path, revision: int, manifest: str) -> None:
-    """Note that a revision is in use; several engine cores may do so, and it never goes down."""
+    """Write that a revision is in use; the highest counts, and several engine cores may write."""
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         seen = read_revision(folder)
@@ -52,24 +51,24 @@ def keep_revision(folder: Path, revision: int, manifest: str) -> None:
 
 
 def write_status(folder: Path, engine: int, status: Mapping[str, Any]) -> None:
-    """Say what one engine core of the server is doing."""
+    """Write the status of one engine core of the server."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / STATUS.format(engine), json.dumps(status) + "\n")
 
 
 def read_statuses(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return what the engine cores said last, by file."""
+    """Return the last status of each engine core, by file."""
     found = {}
     for path in sorted(folder.glob(STATUS.format("*"))):
         try:
             found[path] = json.loads(path.read_bytes())
         except (OSError, ValueError):
-            continue  # being removed; a status is replaced as a whole
+            continue  # being removed; a status is written atomically
     return found
 
 
 def started_at(pid: int) -> str | None:
-    """Return what tells a process from a later one of the same number, None where there is none."""
+    """Return a process' start time, which a later process of the same id does not share."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except OSError:

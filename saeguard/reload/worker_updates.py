@@ -1,74 +1,73 @@
-"""What the engine core tells the workers about watch lists, with the pass that it holds for.
+"""Changes of the watch list that the engine core sends the workers with a step.
 
-Orders ride with vLLM's own `SchedulerOutput`, which reaches every rank once, in the order of
-passes. So all ranks write the same columns before the same pass, without a message of the guard's
-own, a round trip or a lock.
+A worker update travels with vLLM's own `SchedulerOutput`, which reaches every rank once, in the
+order of steps. So all ranks write the same columns before the same forward pass, without messages,
+round trips or locks of the guard's own.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from saeguard.guard.install_taps import Write
 from saeguard.guard.watchlist import WatchList
-from saeguard.reload.columns import merge_writes
 
 
 class Admitted(NamedTuple):
-    """Which clamps may edit a request."""
+    """The clamps that may edit a request."""
 
     clamps: str
-    """Digest of its list's clamps."""
+    """Digest of the clamps of its version."""
     enforced: frozenset[tuple[str, str]]
-    """Id and mode of each policy that is enforced for it."""
+    """Id and mode of each policy that is enforced for the request."""
     roles: np.ndarray | None = None
-    """[prompt tokens] whose turn each is in; None where no policy asks."""
+    """[prompt tokens] role of each token; None if no policy needs them."""
 
 
 class Swap(NamedTuple):
-    """What new lists need on the device."""
+    """The changes on the device that new versions need."""
 
     number: int
-    """Of the last of them."""
+    """Of the last version."""
     writes: tuple[Write, ...] = ()
     clamps: Mapping[str, WatchList] = {}
-    """By digest, those that the workers do not have: a list that they are of."""
+    """By digest: a watch list with clamps that the workers do not have yet."""
 
 
 class WorkerUpdate(NamedTuple):
-    """What comes with one pass."""
+    """The changes before one forward pass, and the requests that start in it."""
 
     after: int
-    """Number of the last swap that must have been carried out before."""
+    """Number of the swap that the workers must have carried out last."""
     dropped: tuple[str, ...] = ()
-    """Digests of clamps that no request needs any more; to go before the swap, which may bring
-    some of them back."""
+    """Digests of clamps that no request needs any more. Workers drop them before the swap, since
+    the swap may bring some of them back."""
     swap: Swap | None = None
     admitted: Mapping[str, Admitted] = {}
-    """By request id, of those that start in this pass."""
+    """By id, the requests that start in this pass."""
 
 
 class UpdateQueue:
-    """Orders that wait for the next pass; without requests it may be long in coming.
+    """Changes that wait for the next step, which may be long in coming without requests.
 
-    So lists that come meanwhile are one swap, which is no larger than what the taps hold.
+    Versions that arrive meanwhile are merged into one swap, no larger than the taps.
     """
 
     def __init__(self) -> None:
-        """Start with the list that the workers were started with."""
+        """Start with the watch list that the workers were started with."""
         self.number = 0
-        """Of the last swap told."""
+        """Of the last swap that was sent."""
         self._lock = threading.Lock()
         self._swap: Swap | None = None
         self._dropped: list[str] = []
-        """Clamps that the workers have."""
+        """Digests of clamps that the workers have and should drop."""
 
     def put(self, swap: Swap) -> None:
-        """Tell of a swap; from any thread, before the list is made the present one."""
+        """Queue a swap; from any thread, before its version becomes the current one."""
         with self._lock:
             if self._swap is not None:
                 writes = merge_writes(self._swap.writes, swap.writes)
@@ -76,7 +75,7 @@ class UpdateQueue:
             self._swap = swap
 
     def drop(self, clamps: str) -> None:
-        """Tell that clamps are not needed any more, unless the workers never heard of them."""
+        """Queue the removal of clamps, or withdraw them if they were never sent."""
         with self._lock:
             if self._swap is None or clamps not in self._swap.clamps:
                 self._dropped.append(clamps)
@@ -85,7 +84,7 @@ class UpdateQueue:
             self._swap = self._swap._replace(clamps=left)
 
     def take(self, admitted: Mapping[str, Admitted]) -> WorkerUpdate:
-        """Return what comes with the pass that was just laid out."""
+        """Return the update for the step that was just scheduled."""
         with self._lock:
             swap, self._swap = self._swap, None
             dropped, self._dropped = tuple(self._dropped), []
@@ -93,3 +92,31 @@ class UpdateQueue:
         if swap is not None:
             self.number = swap.number
         return update
+
+
+def merge_writes(earlier: Sequence[Write], later: Sequence[Write]) -> tuple[Write, ...]:
+    """Return writes with the effect of both, one after the other; no column is written twice."""
+    lowered = [w for w in (*earlier, *later) if "screen" in w.rows]
+    over = [w for w in later if "screen" not in w.rows]
+    writes = [
+        Write(layer, *_lowest([w for w in lowered if w.layer == layer]))
+        for layer in sorted({w.layer for w in lowered})
+    ]
+    for write in earlier:
+        if "screen" in write.rows:
+            continue
+        again = [w.columns for w in over if w.layer == write.layer]
+        left = ~np.isin(write.columns, np.concatenate([*again, write.columns[:0]]))
+        if left.any():
+            rows = {name: values[left] for name, values in write.rows.items()}
+            writes.append(Write(write.layer, write.columns[left], rows))
+    return (*writes, *over)
+
+
+def _lowest(writes: Sequence[Write]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return columns of one layer and the lowest screen threshold that is written to each."""
+    screens = np.concatenate([w.rows["screen"] for w in writes])
+    columns, which = np.unique(np.concatenate([w.columns for w in writes]), return_inverse=True)
+    lowest = np.full(len(columns), np.inf, screens.dtype)
+    np.minimum.at(lowest, which, screens)
+    return columns, {"screen": lowest}

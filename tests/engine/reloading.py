@@ -139,7 +139,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "named": (_no_clamp, "test.clamp"),
     "layer": (_layer, "layer 2"),
     "capacity": (_too_many, "hold 24"),
-    "role": (_role, "s.yaml: scope: assistant, but the model's chat template does not tell it"),
+    "role": (_role, "s.yaml: scope: assistant, but the model's chat template does not identify"),
 }
 """What fills a folder that must be refused, and what the reason says."""
 CAPACITY = 24

@@ -196,8 +196,8 @@ class TestFailsClosed:
         bad = models.Guarded(model, sound.sae, policy.parent, sound.feature_sets, sound.latents)
         refused(
             start(tmp_path, bad, engine={"skip_tokenizer_init": False}),
-            f"{policy}: scope: user, but the model's chat template does not tell it exactly: it "
-            "leaves out messages of user, assistant; allowed here: prompt, output, both",
+            f"{policy}: scope: user, but the model's chat template does not identify that role "
+            "exactly: it omits messages of user, assistant; allowed here: prompt, output, both",
         )
 
     def test_the_sound_one_serves(self, sound: models.Guarded, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def scoped(scope: Any) -> Policy:
 
 def test_a_role_without_turns_is_refused() -> None:
     """Gemma's format has no system turn, so a policy on it would look at nothing."""
-    with pytest.raises(RolesError, match="no turns of the system; allowed here: prompt, output"):
+    with pytest.raises(RolesError, match="no messages of the system; allowed here: prompt, output"):
         check_roles(make_watchlist([scoped("system")]), MARKS["gemma"])
     check_roles(make_watchlist([scoped("user"), scoped("output")]), MARKS["gemma"])
     check_roles(make_watchlist([scoped("both")]), "no template")

@@ -222,12 +222,12 @@ def test_a_template_that_cannot_be_told(setup: Setup, capsys: pytest.CaptureFixt
     """`scan` refuses, and a recording keeps the reason for when a policy asks."""
     template = setup.folder / "model" / "chat_template.jinja"
     template.write_text(REFUSED["earlier answers are left out"].template)
-    why = "it leaves out messages of user, assistant"
+    why = "it omits messages of user, assistant"
 
     assert setup.scan() == 2
     says = (
-        "assistant.yaml: scope: assistant, but the model's chat template does not tell it exactly: "
-        f"{why}; allowed here: prompt, output, both\n"
+        "assistant.yaml: scope: assistant, but the model's chat template does not identify that "
+        f"role exactly: {why}; allowed here: prompt, output, both\n"
     )
     assert says in capsys.readouterr().err
     assert not (setup.folder / "verdicts.jsonl").exists()

@@ -20,13 +20,13 @@ from saeguard.reload.columns import (
     allocate,
     assign_columns,
     check_fits,
-    merge_writes,
     oldest_readable,
     over_tap_columns,
     row_ids,
     used,
     without_weights,
 )
+from saeguard.reload.worker_updates import merge_writes
 from saeguard.sae import EncoderRows
 from saeguard.sae.encoder import NORMS, encoder_in_memory
 from tests.guard.watchlists import FEATURES, make_policy, make_watchlist, random_policy, seeded
@@ -216,7 +216,7 @@ def test_ranks() -> None:
         over_tap_columns(first, columns, at), max_tokens=4, slots=1, device=torch.device("cpu")
     )
     other = ranked((0, 6), 0.5)
-    with pytest.raises(CapacityError, match="fire by rank, and their rivals are not what"):
+    with pytest.raises(CapacityError, match="fire by rank, and the taps of this server hold other"):
         check_fits(columns, [other], [row_ids(other)], {})
     unranked = replace(start, ranked=())
     assert not set(row_ids(unranked)) & set(row_ids(start))

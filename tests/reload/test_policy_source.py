@@ -68,7 +68,7 @@ def test_what_never_stands_still(files: Source, monkeypatch: pytest.MonkeyPatch)
         return read(path, None)
 
     monkeypatch.setattr(policy_source, "load_policies", turning)
-    with pytest.raises(SourceError, match="changes faster than it can be read"):
+    with pytest.raises(SourceError, match="the files change faster than they can be read"):
         load(files)
 
 

@@ -15,7 +15,8 @@ from saeguard.guard.install_taps import install_taps
 from saeguard.policy import signing, signing_keys
 from saeguard.policy.load import load_policies
 from saeguard.reload import state_dir
-from saeguard.reload.reloader import ReloadContext, Reloader, Report
+from saeguard.reload.reload_state import ReloadContext, Report
+from saeguard.reload.reloader import Reloader
 from saeguard.reload.versions import Pin, Versions, make_version
 from saeguard.reload.worker_updates import Admitted, UpdateQueue
 from saeguard.vllm.settings import Settings, parse_settings

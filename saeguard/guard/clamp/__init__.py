@@ -1,1 +1,1 @@
-"""Clamps: rules that the device evaluates, and the edit of the residual."""
+"""Clamps inside the forward pass."""

@@ -1,8 +1,8 @@
-"""State by position on the device: windows, counts and averages of rows, chunk by chunk.
+"""Per-request state on the device, by position: windows, counts and averages over rows.
 
-A pass brings consecutive rows of several requests. What an earlier pass left of a request lies in
-a ring by position, long enough to go back behind rejected drafts; a position that is computed
-again replaces what was there. No loop over rows and no synchronisation with the host.
+A forward pass brings consecutive rows of several requests. The values of earlier passes lie in a
+ring by position, long enough to step back behind rejected drafts. A position that is computed again
+overwrites its values. There is no loop over rows and no synchronisation with the host.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 class Here(NamedTuple):
-    """Where the rows of a pass belong, each [rows] int64."""
+    """The layout of a forward pass: clamp slot and position of each row, [rows] int64."""
 
     slot: torch.Tensor
     position: torch.Tensor
@@ -34,9 +34,9 @@ def windows(
 
     Args:
         x: [rows, columns].
-        ring: [slots, size, columns] what earlier passes left.
-        at: where the rows belong.
-        n: how many.
+        ring: [slots, size, columns] values of earlier passes.
+        at: the layout.
+        n: length of the windows.
         missing: [columns] or a scalar, for positions before the first.
     """
     back = torch.arange(n, device=x.device)
@@ -48,24 +48,24 @@ def windows(
 
 
 def before(ring: torch.Tensor, at: Here, initial: torch.Tensor) -> torch.Tensor:
-    """Return [rows, columns]: what the position before the request's first row here left."""
+    """Return [rows, columns]: the value at the position before the request's first row here."""
     last = at.position - at.offset - 1
     return torch.where((last >= 0)[:, None], ring[at.slot, last % ring.shape[1]], initial)
 
 
-def remember(ring: torch.Tensor, x: torch.Tensor, at: Here) -> None:
+def write(ring: torch.Tensor, x: torch.Tensor, at: Here) -> None:
     """Write the last rows of each request to its ring; older ones would fall on the same cells."""
     size, n = ring.shape[1], len(x)
-    # A row is among the last `size` of its request where the row `size` further on is not its.
+    # A row is among the last `size` rows of its request if the row `size` further on is another's.
     ahead = (at.row + size).clamp(max=n - 1)
     same = (at.row + size < n) & (at.offset[ahead] == at.offset + size)
     same &= at.slot[ahead] == at.slot
-    home = torch.where(same, 0, at.slot)  # slot 0 belongs to nobody
+    home = torch.where(same, 0, at.slot)  # slot 0 belongs to no request
     ring[home, at.position % size] = x
 
 
 def counted(x: torch.Tensor, at: Here, start: torch.Tensor) -> torch.Tensor:
-    """Return how many of the request's rows are true so far, [rows, columns] int64."""
+    """Return the number of the request's rows that are true so far, [rows, columns] int64."""
     total = x.cumsum(0)
     first = at.row - at.offset
     return total - total[first] + x[first] + start

@@ -1,11 +1,11 @@
-"""Clamp inside the forward: where a policy asks for it, edit latents of the residual.
+"""Clamps inside the forward pass: evaluate clamp policies and edit latents of the residual.
 
-The whole rule runs on the device, because a match found on the host is a step late, or two
-under asynchronous scheduling, and the same text must get the same edit however it was chunked.
-State is keyed by request slot and token position, so a position that is computed again (after
-preemption, or behind a rejected draft) replaces what was there.
+The whole rule runs on the device: a match found on the host would be one or two steps late, and
+the same text must get the same edit however it was chunked. The state is indexed by clamp slot and
+position, so a position that is computed again, after preemption or behind a rejected draft,
+overwrites its state.
 
-Only the part of the residual along the clamped decoder rows changes, `x + (edited - f) @ W_dec`:
+The residual becomes `x + (edited - f) @ W_dec`: it changes along the clamped decoder rows only, and
 the SAE's reconstruction error stays (Templeton et al. 2024, "Scaling Monosemanticity").
 """
 
@@ -28,7 +28,7 @@ from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 
 FOREVER = torch.iinfo(torch.int64).max
 MAX_DRAFTS = 64
-"""Speculated tokens per step that state can take back."""
+"""Most speculated tokens per step; the state can step back behind so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Clamp:
     policies: tuple[int, ...]
     """Indices into the watch list's."""
     rules: Rules
-    """Of these policies alone."""
+    """Compiled from these policies only."""
     program: Program
     mix: Mix
     low: torch.Tensor
@@ -46,46 +46,45 @@ class Clamp:
     trace: torch.Tensor
     above: torch.Tensor
     k: torch.Tensor
-    """[rules] tokens at which the condition has to hold."""
+    """[rules] number of tokens at which the condition has to hold."""
     keep: torch.Tensor
-    """[rules] tokens that a match keeps the clamp on."""
+    """[rules] number of tokens for which a match keeps the clamp on."""
     always: torch.Tensor
-    """[rules] bool: on whether the policy matches or not."""
+    """[rules] bool: the clamp edits without a match."""
     in_request: torch.Tensor
-    """[rules] bool: the tokens that hold are counted over the whole request."""
+    """[rules] bool: tokens are counted over the whole request."""
     groups: tuple[tuple[int, int, torch.Tensor], ...]
     """(k, n, rules with that window)."""
     feature: torch.Tensor
-    """[aggregates] which feature."""
+    """[aggregates] its feature."""
     owned: torch.Tensor
     """[aggregates] a rule with the aggregate's scope."""
     missing: torch.Tensor
-    """[aggregates] what a token counts as that is not looked at."""
+    """[aggregates] the value of a token that is out of scope or not evaluated."""
     decay: torch.Tensor
     columns: torch.Tensor
     """[clamped] int64: column of each clamped latent among the hook's rows."""
     owner: torch.Tensor
-    """[clamped] int64: index of the policy that clamps it, among `policies`."""
+    """[clamped] int64: index into `policies` of the policy that clamps it."""
     edits: ClampRows
     enforced: torch.Tensor
     """[slots, rules] bool."""
     looks: torch.Tensor
-    """[places, rules] bool: whether the rule looks there."""
+    """[roles, rules] bool: whether the rule looks at the role."""
     last: torch.Tensor
-    """[slots, ring, rules] int64: position of the latest match up to a position, -1 without."""
+    """[slots, ring, rules] int64: position of the latest match up to a position, or -1."""
     held: torch.Tensor
-    """[slots, ring, rules] int64: tokens up to a position that hold."""
+    """[slots, ring, rules] int64: tokens up to a position at which the condition holds."""
     ring: torch.Tensor
-    """[slots, ring, rules] float64: evidence; empty where every window is one token."""
+    """[slots, ring, rules] float64: evidence; empty if every window is one token."""
     past: torch.Tensor
     """[slots, ring, aggregates of a window] float64 shares."""
     level: torch.Tensor
     """[slots, ring, other aggregates] float64 averages and maxima."""
     acted: torch.Tensor
-    """[max_tokens, rules] bool: where the last pass clamped."""
+    """[max_tokens, rules] bool: whether the rule edited the row in the last pass."""
     launch: Callable[..., None] | None = None
-    """`saeguard.guard.kernels.tap.edit` on a GPU: edits that set a value, in one
-    launch."""
+    """`saeguard.guard.kernels.tap.edit` on a GPU, for edits that set a value; else None."""
 
 
 def make_clamp(
@@ -98,7 +97,7 @@ def make_clamp(
     device: torch.device,
     launch: Callable[..., None] | None = None,
 ) -> Clamp:
-    """Move one layer's clamps to `device`, with state for `slots` requests."""
+    """Return one layer's clamps on `device`, with state for `slots` requests."""
     policies = [watchlist.policies[i] for i in rows.policies]
     clamps = [p.clamp for p in policies if p.clamp is not None]
     wanted = {f"{p.feature_set}/{s.feature}" for p in policies for s in p.detect.values()}
@@ -169,7 +168,7 @@ def make_clamp(
 
 
 def admit(clamp: Clamp, slot: int, enforced: Sequence[bool]) -> None:
-    """Start a request in `slot`: which rules hold for it."""
+    """Start a request in a clamp slot; `enforced` says which rules may edit it."""
     clamp.enforced[slot] = torch.tensor(enforced, device=clamp.enforced.device)
     clamp.last[slot] = -1
     clamp.held[slot] = 0
@@ -186,27 +185,27 @@ def apply(
     rows: Rows,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """Edit the rows that the policies ask for, in place.
+    """Edit the rows for which a clamp is on, in place.
 
     Args:
         clamp: rules and state; the rings and `acted` are updated.
-        hidden: [rows, d_in], the half of the residual that takes the edit.
+        hidden: [rows, d_in], the first value of the decoder layer, which takes the edit.
         f: [rows, watched] float32 activations before the edit.
-        rows: the layout of this pass.
-        scale: [rows, watched] by which an SAE that normalises per token multiplied the residual;
-            what its decoder writes is divided by it.
+        rows: the layout of this forward pass.
+        scale: [rows, watched] the factor by which an SAE that normalises each token multiplied the
+            residual; its decoder's output is divided by it.
     """
     n = hidden.shape[0]
     at = ring.here(rows.clamp_slot[:n], rows.position[:n], rows.offset[:n])
     position = at.position[:, None]
-    # What cannot be read supports nothing, as on the host, and what to subtract is unknown.
+    # A row that is not finite gives no evidence, as on the host, and the edit would be unknown.
     readable = f.isfinite().all(dim=1)
     enforced = clamp.enforced[at.slot]
     looked = clamp.looks[rows.role[:n]] & (rows.eligible[:n] & readable)[:, None]
 
     match = _matches(clamp, _evidence(clamp, f, at, looked), at) & enforced
     last = ring.latest(match, at, ring.before(clamp.last, at, _of(clamp.last, -1)))
-    ring.remember(clamp.last, last, at)
+    ring.write(clamp.last, last, at)
     on = (last >= 0) & (position - last <= clamp.keep)
     acted = torch.where(clamp.always, looked, on) & enforced & readable[:, None]
     clamp.acted[:n].copy_(acted)
@@ -224,7 +223,7 @@ def apply(
 
 
 def _evidence(clamp: Clamp, f: torch.Tensor, at: ring.Here, looked: torch.Tensor) -> torch.Tensor:
-    """Return [rows, rules] float64, -inf where a rule does not look at a row."""
+    """Return evidence [rows, rules] float64; -inf if the row is out of the rule's scope."""
     values = shares_of(clamp.mix, clamp.low, clamp.span, f).double()
     if len(clamp.owned):
         values = torch.cat([values, _aggregate(clamp, values, at, looked)], 1)
@@ -235,7 +234,7 @@ def _evidence(clamp: Clamp, f: torch.Tensor, at: ring.Here, looked: torch.Tensor
 def _aggregate(
     clamp: Clamp, shares: torch.Tensor, at: ring.Here, looked: torch.Tensor
 ) -> torch.Tensor:
-    """Return [rows, aggregates] float64, as `saeguard.guard.aggregates` does on the host."""
+    """Return [rows, aggregates] float64; `saeguard.guard.aggregates` does the same on the host."""
     over = clamp.rules.aggregates
     x = torch.where(looked[:, clamp.owned], shares[:, clamp.feature], clamp.missing)
     windowed = clamp.past.shape[2]
@@ -246,7 +245,7 @@ def _aggregate(
         for kind, n, which in over.windows:
             part = line[:, :n, which]
             out[:, which] = part.sum(1) / n if kind == "mean" else part.amax(1)
-        ring.remember(clamp.past, recent, at)
+        ring.write(clamp.past, recent, at)
     if clamp.level.shape[2]:
         start = ring.before(clamp.level, at, clamp.missing[windowed:])
         average, peak = over.average, over.peak
@@ -256,12 +255,12 @@ def _aggregate(
         if peak.stop:
             mine = start[:, peak.start - windowed : peak.stop - windowed]
             out[:, peak] = ring.highest(x[:, peak], at, mine)
-        ring.remember(clamp.level, out[:, windowed:], at)
+        ring.write(clamp.level, out[:, windowed:], at)
     return out
 
 
 def _matches(clamp: Clamp, e: torch.Tensor, at: ring.Here) -> torch.Tensor:
-    """Return [rows, rules] bool: where each rule's `for` is reached."""
+    """Return [rows, rules] bool: whether the rule's `for` is fulfilled."""
     holds = e > THRESHOLD
     match = holds
     if clamp.ring.shape[1]:
@@ -271,10 +270,10 @@ def _matches(clamp: Clamp, e: torch.Tensor, at: ring.Here) -> torch.Tensor:
         match = match.clone()
         for k, n, columns in clamp.groups:
             match[:, columns] = held[:, n - 1, columns] >= k
-        ring.remember(clamp.ring, e, at)
+        ring.write(clamp.ring, e, at)
     if clamp.held.shape[1]:
         so_far = ring.counted(holds.long(), at, ring.before(clamp.held, at, _of(clamp.held, 0)))
-        ring.remember(clamp.held, so_far, at)
+        ring.write(clamp.held, so_far, at)
         match = torch.where(clamp.in_request, so_far >= clamp.k, match)
     return match
 

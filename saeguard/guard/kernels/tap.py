@@ -1,8 +1,8 @@
 """The tap on a GPU: residual add, product, norm, threshold and store in one Triton launch.
 
-The grid depends on shapes only, nothing is allocated and the host is never asked, so a CUDA graph
-can hold it. Products and sums are float32 (`ieee`: no tf32), whatever the residual's dtype. An
-edit is a second launch, since which rows it takes depends on rules over the other rows of the pass.
+The grid depends on shapes only, nothing is allocated, and no value travels to the host, so a CUDA
+graph can hold the launch. Products and sums are float32 (`ieee`: no tf32), whatever the residual's
+dtype. An edit is a second launch, since its rows depend on rules over the other rows of the pass.
 
 Not run on a GPU so far: the kernels are tested in Triton's interpreter against plain torch, and
 compiled for three generations of GPUs.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 WIDEST = 64
-"""Rows and columns of a tile at most; `tl.dot` wants 16 at least."""
+"""Most rows and columns of a tile; `tl.dot` needs 16 at least."""
 INNER = 32
 WARPS = 8
 """With 4, products in float32 spill registers (tests/kernels/check_compiles.py)."""
@@ -23,7 +23,7 @@ WARPS = 8
 
 @triton.jit
 def load_rows(hidden, residual, halves, row, stride_h, stride_r, k, inside, SECOND: tl.constexpr):
-    """Load part of the residual stream in float32: [rows, inner]."""
+    """Load a part of the residual stream in float32: [rows, inner]."""
     x = tl.load(hidden + row[:, None] * stride_h + k[None, :], mask=inside, other=0.0)
     x = x.to(tl.float32)
     if SECOND:
@@ -32,7 +32,7 @@ def load_rows(hidden, residual, halves, row, stride_h, stride_r, k, inside, SECO
     return x
 
 
-# Not compiled anew for one row, or for sixteen: a request would wait for the compiler.
+# No extra variants for 1 row or a multiple of 16: a request would wait for the compiler.
 @triton.jit(do_not_specialize=["rows"])
 def _tap_kernel(
     hidden,
@@ -82,7 +82,7 @@ def _tap_kernel(
     if NORMED:
         mean = total / d_in
         spread = tl.zeros((ROWS,), tl.float32)
-        for first in range(0, d_in, K):  # once more: a difference of squares would lose digits
+        for first in range(0, d_in, K):  # a second pass: a difference of squares would lose digits
             k = first + tl.arange(0, K)
             inside = here[:, None] & (k < d_in)[None, :]
             x = load_rows(hidden, residual, halves, at, stride_h, stride_r, k, inside, SECOND)
@@ -140,7 +140,7 @@ def _edit_kernel(
     if some != 0:
         at = hidden + row * stride_h + k
         h = tl.load(at, mask=inside, other=0.0)
-        delta = delta.to(h.dtype).to(tl.float32)  # rounded as the plain path rounds it
+        delta = delta.to(h.dtype).to(tl.float32)  # rounded as in the path without kernels
         tl.store(at, (h.to(tl.float32) + delta).to(h.dtype), mask=inside)
 
 
@@ -156,25 +156,25 @@ def read(
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> None:
-    """Write the activations of one pass.
+    """Write the activations of one forward pass.
 
     Args:
         hidden: [rows, d_in], any floating dtype, last axis contiguous.
-        residual: the second half, alike; None where a block returns one tensor.
-        halves: [] float32, 1 where the second is added.
+        residual: the second value of a decoder layer, alike; None if it returns one tensor.
+        halves: [] float32, 1 if `residual` is added, else 0.
         W: [watched, d_in] float32, contiguous rows.
         b: [watched] float32.
         theta: [watched] float32.
         f: [rows, watched] float32, written.
         norm: [watched] int64, indices into `NORMS`; None for none.
-        scale: like `f`, written where there is a norm.
+        scale: like `f`, written if there is a norm.
         eps: of layer norm.
     """
     rows, columns = f.shape
     if not rows or not columns:
         return
-    # Few rows: narrow tiles, so that more of the processor reads weights at once. Two sizes, of
-    # which the start-up self-test compiles the one and the measuring of the cost the other.
+    # Few rows take narrow tiles, so that more of the GPU reads weights at once. The self-test at
+    # start-up compiles one of the two sizes, and measuring the cost compiles the other.
     height = 16 if rows <= 16 else WIDEST
     width = 16 if rows <= 16 else min(WIDEST, max(16, triton.next_power_of_2(columns)))
     second = hidden if residual is None else residual

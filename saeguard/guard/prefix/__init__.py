@@ -1,1 +1,1 @@
-"""What was read of tokens in the prefix cache."""
+"""The fired latents of tokens in vLLM's prefix cache."""

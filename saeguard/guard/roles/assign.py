@@ -1,8 +1,8 @@
-"""Whose turn each token of a prompt is in, told from its token ids alone: from what the model sees.
+"""Assign a role to each token of a prompt, from the token ids alone: from what the model reads.
 
-A turn goes from its opening up to the next one's. What stands before the first opening, or in a
-prompt without any, is the user's: whoever sends text around the chat template is not out of sight.
-So is what follows a closing mark that no opening follows, of the turn that it did not end.
+A message reaches from its start mark to the next one. Text before the first start mark, or in a
+prompt without any, is the user's: text that is sent around the chat template stays in scope. Text
+after an end mark that no start mark follows belongs to the message before it.
 """
 
 from __future__ import annotations
@@ -18,62 +18,60 @@ if TYPE_CHECKING:
     from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
 
 START = -1
-"""Stands for the beginning of the text, which opens turns where a template has nothing else."""
+"""Stands for the beginning of the text, for templates that mark a first message by nothing else."""
 
 
 class StartMark(NamedTuple):
-    """How a chat template opens the turns of a role; more than one way makes more than one."""
+    """The tokens by which a chat template starts a message of a role; a role may have several."""
 
     role: int
     """Index into `ROLES`."""
     core: tuple[int, ...]
-    """Token ids that have to be there, a special token or `START` the first of them."""
+    """Token ids that must be present; the first is a special token or `START`."""
     rest: tuple[int, ...]
-    """What the template writes after them; less where it runs into the content."""
+    """Token ids that follow; the last of them may have merged with the content."""
 
 
 class RolesError(InputError):
-    """A policy's scope is a role, and the model's chat template does not tell that role."""
+    """A policy's scope is a role that the model's chat template does not identify."""
 
 
 class RoleMarks(NamedTuple):
-    """How a chat template sets turns apart, as token ids; made by `roles.chat_template`."""
+    """The token ids by which a chat template delimits messages; see `roles.chat_template`."""
 
     starts: tuple[StartMark, ...]
     ends: tuple[tuple[int, ...], ...]
-    """What the template writes before an opening, or last."""
+    """Token ids that the template writes before a start mark, or last."""
 
     @property
     def roles(self) -> frozenset[int]:
-        """Return the roles that have turns of their own, as indices into `ROLES`."""
-        return frozenset(opening.role for opening in self.starts)
+        """Return the roles that have start marks, as indices into `ROLES`."""
+        return frozenset(mark.role for mark in self.starts)
 
 
 def check_roles(watchlist: WatchList, marks: RoleMarks | str) -> None:
-    """Refuse policies whose scope is a role that is not told.
+    """Refuse policies whose scope is a role that the chat template does not identify.
 
     Args:
         watchlist: with the policies.
-        marks: of the model's chat template, or why it cannot be told.
+        marks: of the model's chat template, or why it has none.
 
     Raises:
         RolesError: names the policy, the reason, and what is allowed.
     """
+    identified = [] if isinstance(marks, str) else [ROLES[role] for role in sorted(marks.roles)]
     for policy in watchlist.policies:
-        if policy.scope not in BY_ROLE:
-            continue
-        told = [] if isinstance(marks, str) else [ROLES[role] for role in sorted(marks.roles)]
-        if policy.scope not in told:
-            why = marks if isinstance(marks, str) else f"it has no turns of the {policy.scope}"
+        if policy.scope in BY_ROLE and policy.scope not in identified:
+            why = marks if isinstance(marks, str) else f"it has no messages of the {policy.scope}"
             raise RolesError(
                 f"{policy.path}: scope: {policy.scope}, but the model's chat template does not "
-                f"tell it exactly: {why}; allowed here: "
-                f"{', '.join(['prompt', 'output', 'both', *told])}"
+                f"identify that role exactly: {why}; allowed here: "
+                f"{', '.join(['prompt', 'output', 'both', *identified])}"
             )
 
 
 def roles_of(marks: RoleMarks, tokens: np.ndarray) -> np.ndarray:
-    """Return [tokens] uint8, indices into `ROLES`: whose turn each token of a prompt is in.
+    """Return the role of each token of a prompt: [tokens] uint8, indices into `ROLES`.
 
     Args:
         marks: of the model's chat template.
@@ -81,16 +79,16 @@ def roles_of(marks: RoleMarks, tokens: np.ndarray) -> np.ndarray:
     """
     ids = np.concatenate([[START], np.asarray(tokens, np.int64)])
     at, end, role = _find_starts(marks, ids)
-    # Of openings that overlap, the one that ends last holds.
+    # Of start marks that overlap, the one that ends last counts.
     order = np.lexsort((at, end))
     at, end, role = at[order], end[order], role[order]
     steps = np.zeros(len(ids) + 1, np.int64)
     np.maximum.at(steps, end, np.arange(1, len(end) + 1))
     latest = np.maximum.accumulate(steps)[: len(ids)]
     out = np.concatenate([[USER], role])[latest]
-    # The template's marks: an opening with the closing before it, and a closing at the end.
+    # Tokens of the template: a start mark with the end mark before it, and an end mark at the end.
     at, end = np.append(at, len(ids)), np.append(end, len(ids))
-    begins = np.min([at, *(_behind(ids, at, closing) for closing in marks.ends)], axis=0)
+    begins = np.min([at, *(_behind(ids, at, end_mark) for end_mark in marks.ends)], axis=0)
     edges = np.zeros(len(ids) + 1, np.int64)
     np.add.at(edges, begins, 1)
     np.add.at(edges, end, -1)
@@ -100,29 +98,29 @@ def roles_of(marks: RoleMarks, tokens: np.ndarray) -> np.ndarray:
 
 
 def _find_starts(marks: RoleMarks, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return first token, the one behind the last, and role of each opening."""
+    """Return the first token, the one behind the last, and the role of each start mark."""
     found = [(np.empty(0, np.int64),) * 3]
-    for opening in marks.starts:
-        core, rest = np.array(opening.core), np.array(opening.rest, np.int64)
+    for mark in marks.starts:
+        core, rest = np.array(mark.core), np.array(mark.rest, np.int64)
         at = np.flatnonzero(ids[: max(0, len(ids) - len(core) + 1)] == core[0])
         at = at[(ids[at[:, None] + np.arange(len(core))] == core).all(axis=1)]
         end = at + len(core)
         end = end + _alike(ids, end[:, None] + np.arange(len(rest)), rest)
-        found.append((at, end, np.full(len(at), opening.role)))
+        found.append((at, end, np.full(len(at), mark.role)))
     at, end, role = (np.concatenate(part) for part in zip(*found, strict=True))
     return at, end, role
 
 
-def _behind(ids: np.ndarray, at: np.ndarray, closing: tuple[int, ...]) -> np.ndarray:
-    """Return where a closing that ends before `at` begins; `at` itself where there is none."""
-    where = at[:, None] - len(closing) + np.arange(len(closing))
-    whole = _alike(ids, where, np.array(closing, np.int64)) == len(closing)
-    begins: np.ndarray = np.where(whole, at - len(closing), at)
+def _behind(ids: np.ndarray, at: np.ndarray, end_mark: tuple[int, ...]) -> np.ndarray:
+    """Return where an end mark that ends before `at` begins; `at` itself without an end mark."""
+    where = at[:, None] - len(end_mark) + np.arange(len(end_mark))
+    whole = _alike(ids, where, np.array(end_mark, np.int64)) == len(end_mark)
+    begins: np.ndarray = np.where(whole, at - len(end_mark), at)
     return begins
 
 
 def _alike(ids: np.ndarray, where: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return how many of the leading tokens at `where` [n, wanted] are those wanted."""
+    """Return how many of the leading tokens at `where` [n, wanted] equal `wanted`."""
     inside = (where >= 0) & (where < len(ids))
     same = inside & (ids[where.clip(0, len(ids) - 1)] == wanted)
     count: np.ndarray = np.logical_and.accumulate(same, axis=1).sum(axis=1)

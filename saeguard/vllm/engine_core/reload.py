@@ -11,7 +11,8 @@ from typing import Any
 
 from saeguard.guard.roles.assign import check_roles
 from saeguard.guard.watchlist import WatchList
-from saeguard.reload.reloader import ReloadContext, Reloader
+from saeguard.reload.reload_state import ReloadContext
+from saeguard.reload.reloader import Reloader
 from saeguard.vllm.engine_core.guard import EngineGuard
 from saeguard.vllm.model_fit import check_models
 from saeguard.vllm.patches import reads
