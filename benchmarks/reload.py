@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from rich.console import Console
 
 from saeguard.reload.compiler_process import read
-from saeguard.reload.policy_source import Known, Source
+from saeguard.reload.policy_source import ReadCache, Source
 from tests import models
 from tests.engine.engines import random_prompts
 
@@ -74,7 +74,7 @@ def build(root: Path, policies: int) -> dict[str, Any]:
 
 def reading(source: Source, folder: Path) -> dict[str, float]:
     """Return the processor time of one reading, ms: the first, and with one policy changed."""
-    known, took = Known(), []
+    known, took = ReadCache(), []
     for i in range(6):
         policy(folder, i, 70.0 + i, 600 + i)
         began = time.process_time()

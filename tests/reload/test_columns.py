@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saeguard.guard.install_taps import install_taps, write_rows
+from saeguard.guard.install_taps import Write, install_taps, write_rows
 from saeguard.guard.tap import Tap
 from saeguard.guard.topk import RankedRows
 from saeguard.guard.watchlist import Hook, WatchList
@@ -16,7 +16,6 @@ from saeguard.policy.types import Name, Selection
 from saeguard.reload.columns import (
     CapacityError,
     Columns,
-    Write,
     allocate,
     assign_columns,
     check_fits,
