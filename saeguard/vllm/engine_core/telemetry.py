@@ -21,7 +21,7 @@ from saeguard.events.records import (
 from saeguard.events.sink import Sink
 from saeguard.guard.request_verdicts import Verdicts
 from saeguard.guard.verdict import Coverage, balanced
-from saeguard.reload.reloader import ReloadStatus, Report
+from saeguard.reload.reload_state import ReloadStatus, Report
 from saeguard.vllm.settings import Settings
 
 log = structlog.get_logger("saeguard")
