@@ -153,6 +153,8 @@ class Engine:
 
     def clamp(self, _request: Record) -> Record:
         """Compare the greedy tokens with Transformers', clamped and not, on this device."""
+        if not self.tokens:
+            self.greedy({})
         model, sae = look_at(Path(self.spec["engine"]["model"])), Path(self.spec["sae"])
         texts = list(zip(self.spec["prompts"], self.tokens, strict=True))
         dtype = self.spec["engine"]["dtype"]

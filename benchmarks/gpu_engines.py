@@ -62,7 +62,8 @@ class Plan:
         """Yield the names of all pieces."""
         for runner in self.runners:
             yield from (f"{runner} {state}, start" for state in self.states)
-            yield f"{runner}, tokens"
+            if "plain" in self.states:
+                yield f"{runner}, tokens"
             if "clamping" in self.states:
                 yield f"{runner}, clamp"
             yield f"{runner}, steps"
@@ -218,6 +219,8 @@ def _environment(plan: Plan, runner: str, state: str) -> dict[str, str]:
 def _tokens(plan: Plan, runner: str, children: Mapping[str, Child], until: float) -> None:
     """Compare greedy tokens of each state with the unguarded engine's."""
     piece = f"{runner}, tokens"
+    if "plain" not in plan.states:
+        return
     if "plain" not in children:
         _close(plan, piece, NOT_RUN, error="there is no unguarded engine to compare with")
         return

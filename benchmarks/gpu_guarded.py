@@ -17,8 +17,9 @@ from tests.models import random_policies, write_feature_set, write_policy
 LATENTS, WATCHED, CLAMPED = 16_384, 32, 4
 THRESHOLD = 1e-4
 """Activations from which latents show: about every second does on any token."""
-CLAMPED_TO = 6.0
-"""The activation that clamped latents are set to; rows of the decoder are of length 1."""
+CLAMPED_TO = 100.0
+"""The activation that clamped latents are set to. Rows of the decoder are of length 1, the demo's
+residual is about 100 long: with 20, no text changes."""
 BOS = 1
 """The token that the feature set excludes."""
 

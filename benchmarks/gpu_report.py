@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu_engines import STATES
 from benchmarks.gpu_record import FAILED, HELD, NOT_RUN, Record
 
 STEPS = ("step_us", "device_us", "graph_us")
@@ -99,7 +100,9 @@ def _steps(rows: Sequence[Record]) -> Iterable[Sequence[Any]]:
     for r in rows:
         if "step_us" in r and r["round"] > 0:
             blocks.setdefault((r["runner"], r["batch"], r["guard"]), []).append(r)
-    for (runner, batch, guard), some in sorted(blocks.items(), key=lambda item: item[0][:2]):
+    for (runner, batch, guard), some in sorted(
+        blocks.items(), key=lambda item: (*item[0][:2], STATES.index(item[0][2]))
+    ):
         step, device, graph = (_median(some, key) for key in STEPS)
         plain = blocks.get((runner, batch, "plain"), [])
         parts = [
