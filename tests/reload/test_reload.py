@@ -281,9 +281,9 @@ def test_clamps_come_back_between_two_passes(
     update = server.updates.take({"r": Admitted(first, frozenset())})
     assert (update.dropped, update.swap) == ((), None)
     worker.apply_update(update)
-    with pytest.raises(RuntimeError, match=r"carried out swap 3 .* believes 7"):
+    with pytest.raises(RuntimeError, match=r"at swap 3 .* expects swap 7"):
         worker.apply_update(update._replace(after=7))
-    with pytest.raises(RuntimeError, match=r"clamps \['other'\], which this rank does not have"):
+    with pytest.raises(RuntimeError, match=r"this rank lacks the clamps \['other'\]"):
         worker.apply_update(server.updates.take({"r": Admitted("other", frozenset())}))
 
 
