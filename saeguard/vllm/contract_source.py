@@ -40,7 +40,7 @@ class Source:
 
     path: Path
     text_of: Callable[[str], str | None]
-    """Returns a file by its path inside the wheel or folder, None if there is none."""
+    """Returns a file by its path inside the wheel or folder, None if the file is missing."""
     parsed: dict[str, tuple[ast.Module, bool] | None] = field(default_factory=dict)
     """Modules parsed before, by name; whether each is a package."""
 
@@ -49,7 +49,7 @@ def open_source(path: Path) -> Source:
     """Open a wheel, a folder that holds the package `vllm`, or that package's own folder.
 
     Raises:
-        SourceError: it is none of them.
+        SourceError: it is something else.
     """
     if path.is_file() and zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)

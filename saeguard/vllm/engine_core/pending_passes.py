@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saeguard.errors import CannotRunError
 from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.hits import Hit
 from saeguard.guard.state import State
@@ -17,7 +18,7 @@ PASSES = 16
 """Forward passes judged together, unless a request ends before."""
 
 
-class ForwardPassError(RuntimeError):
+class ForwardPassError(CannotRunError):
     """The model's process runs another watch list than the engine core."""
 
 
