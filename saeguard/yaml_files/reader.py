@@ -226,13 +226,11 @@ class _Reader:
             self._report("anchor", message, start)
         if event.tag is not None:
             self._report("tag", f"the tag {show(event.tag)} is not allowed; remove it", start)
-        match event:
-            case yaml.ScalarEvent():
-                return self._scalar(event)
-            case yaml.SequenceStartEvent():
-                return self._sequence(events, loc)
-            case _:
-                return self._mapping(events, loc)
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return self._sequence(events, loc)
+        return self._mapping(events, loc)
 
     def _mark(self, event: Any) -> Mark:
         at, end = event.start_mark, event.end_mark
