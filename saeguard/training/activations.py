@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from saeguard.errors import SaeguardError
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.residuals import batches, on_output, padded
 from saeguard.training.texts import Chunks
@@ -132,7 +133,7 @@ def _forward(
             yield rows, taken.pop()
 
 
-class _Reached(Exception):  # noqa: N818 - not an error
+class _Reached(SaeguardError):  # noqa: N818 - not an error
     """The layer that is wanted has been computed; the ones behind it are not."""
 
 
