@@ -56,7 +56,8 @@ def start(lists: Versions, name: str, prompt: int, keys: tuple[bytes, ...] = ())
     """Admit a request under the present list, and return that."""
     pin = lists.pin()
     enforced = [p.mode == "enforce" for p in pin.version.watchlist.policies]
-    lists.admit(name, prompt, keys, pin=pin, enforced=enforced, roles=coded(["user"] * prompt))
+    roles = coded(["user"] * prompt)
+    pin.version.ledger.admit(name, prompt, keys, enforced=enforced, roles=roles)
     return pin.version
 
 
@@ -107,8 +108,10 @@ def test_each_request_keeps_its_list() -> None:
         most = max(most, len(lists.live))
         for name in [n for n, (f, *_) in texts.items() if done[n] == len(f)]:
             f, prompt, version = texts.pop(name)
-            assert lists.of(name) is version
-            assert same(lists.finish(name, len(f)), plain(version.watchlist, f, prompt))
+            assert lists[name] is version
+            assert same(
+                lists[name].ledger.finish(name, len(f)), plain(version.watchlist, f, prompt)
+            )
             checked += 1
         lists.retire()
     assert checked > 50
@@ -124,11 +127,12 @@ def test_a_list_stays_for_whom_it_was_pinned() -> None:
     lists.publish(a_list(2, 1))
     assert lists.retire() == ()
     assert pin.version is first
-    lists.admit("r", 3, (), pin=pin, enforced=[False] * 3, roles=coded(["user"] * 3))
+    roles = coded(["user"] * 3)
+    pin.version.ledger.admit("r", 3, (), enforced=[False] * 3, roles=roles)
     del pin
     gc.collect()
     assert lists.retire() == ()
-    lists.finish("r", 3)
+    lists["r"].ledger.finish("r", 3)
     assert lists.retire() == (first,)
     assert lists.live == (lists.current,)
 
@@ -153,8 +157,10 @@ def test_taps_that_were_not_told_saw_nothing() -> None:
     f = random_activations(seeded(1), 2)
     seen = forward_pass({"old": (0, f), "new": (0, f)}, swaps=6)
     lists.ingest(seen, np.array([2, 2]))
-    assert all(v.coverage.skipped.get("error") is None for v in lists.finish("old", 2))
-    wrong = lists.coverage("new", 2)
+    assert all(
+        v.coverage.skipped.get("error") is None for v in lists["old"].ledger.finish("old", 2)
+    )
+    wrong = lists["new"].ledger.coverage("new", 2)
     assert (wrong.evaluated, wrong.skipped) == (0, {"error": 2})
 
 
@@ -167,21 +173,21 @@ def test_what_another_list_saw_of_a_cached_prefix() -> None:
     start(lists, "first", 8, keys)
     seen = forward_pass({"first": (0, f)})
     lists.ingest(seen, np.array([8]))
-    lists.finish("first", 8)
+    lists["first"].ledger.finish("first", 8)
     assert len(prefix_store) == 2
     for number, needs, evaluated in ((1, 0, 9), (2, 2, 1), (3, 2, 1), (4, 0, 9)):
         lists.publish(a_list(5 + number, number, prefix_store=prefix_store, needs=needs))
         name = f"r{number}"
         start(lists, name, 9, keys)
         lists.ingest(forward_pass({name: (8, f[:1])}), np.array([1]))
-        assert lists.coverage(name, 9).evaluated == evaluated, number
+        assert lists[name].ledger.coverage(name, 9).evaluated == evaluated, number
         if evaluated == 9:
             whole = np.concatenate([f, f[:1]])
             expected = plain(lists.current.watchlist, whole, 9)
-            assert same(lists.finish(name, 9), expected)
+            assert same(lists[name].ledger.finish(name, 9), expected)
         else:
-            assert lists.coverage(name, 9).skipped == {"prefix_cached": 8}
-            lists.finish(name, 9)
+            assert lists[name].ledger.coverage(name, 9).skipped == {"prefix_cached": 8}
+            lists[name].ledger.finish(name, 9)
 
 
 def test_an_older_list_does_not_overwrite_what_a_newer_one_saw() -> None:
