@@ -146,7 +146,7 @@ class Bench:
                 guards.engine.finish(name, "length")
             said[state]["finish_ns"] = SPENT["engine.finish"] // len(names)
             guards.worker.release(names)
-        self.llm.llm_engine.abort_request(names)
+        self.llm.llm_engine.abort_request(names, internal=True)
         while self.core.scheduler.has_requests():
             self.step()
         return said
