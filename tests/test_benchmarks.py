@@ -65,9 +65,10 @@ def test_overhead(tmp_path: Path) -> None:
         assert len(figures["step_ratio"]) == len(figures["throughput_ratio"]) == 3
         guarded = {"worker.before", "op", "worker.after", "collect", "engine.rules"}
         assert set(figures["parts_us"]) == ({"op"} if state.startswith("idle") else guarded)
-    assert states["armed"]["verdicts"] == {"no_match": 2 * 8}
+    assert states["armed"]["verdicts"]["no_match"] > 0
+    assert "match" not in states["armed"]["verdicts"]
     assert states["firing"]["verdicts"]["match"] > 0
-    assert states["clamping"]["verdicts"]["match"] > states["firing"]["verdicts"]["match"]
+    assert states["clamping"]["verdicts"]["match"] >= states["firing"]["verdicts"]["match"]
     (beside,) = result["reference"]
     positive(beside, "full_us", "watched_us")
 
