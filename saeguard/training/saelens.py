@@ -70,7 +70,11 @@ def _make_sae(settings: Settings, device: str) -> Any:
         ),
     }
     if settings.kind == "batchtopk":
-        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=settings.k, **common))
+        from saeguard.training.sparse_step import SparseBatchTopK  # noqa: PLC0415 - as above
+
+        # Accelerators multiply dense matrices faster than they gather rows.
+        made = SparseBatchTopK if device == "cpu" else BatchTopKTrainingSAE
+        return made(BatchTopKTrainingSAEConfig(k=settings.k, **common))
     return JumpReLUTrainingSAE(
         JumpReLUTrainingSAEConfig(
             # Gemma Scope 2: a penalty on the distance from the L0 that is wanted.

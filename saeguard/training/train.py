@@ -174,7 +174,7 @@ def _progress(settings: Settings, trainer: Any, out: Any, speed: float) -> Progr
         steps=settings.steps,
         tokens=trainer.n_training_samples,
         loss=float(out.losses["mse_loss"].detach()) / settings.d_in,
-        l0=float((out.feature_acts != 0).sum()) / settings.batch,
+        l0=float(out.feature_acts.bool().float().sum()) / settings.batch,
         dead=float(trainer.dead_neurons.float().mean()),
         tokens_per_second=speed,
     )
