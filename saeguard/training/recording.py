@@ -87,17 +87,19 @@ def open_recording(folder: Path, settings: Mapping[str, Any], seed: int) -> Reco
     """Open a recording for training.
 
     Raises:
-        TrainingError: there is none, or it is of something else.
+        TrainingError: the folder holds no recording, or another one.
     """
     index = read_index(folder)
     _same(folder, index["settings"], settings)
     if not index["shards"]:
-        raise TrainingError(f"{folder / INDEX}: shards: there is none yet; record first")
+        raise TrainingError(
+            f"{folder / INDEX}: shards: found [], expected at least one; record first"
+        )
     return Recorded(folder, tuple(index["shards"]), seed)
 
 
 def recorded_bound(folder: Path) -> float | None:
-    """Return the norm above which a recording in `folder` leaves tokens out; None if there is none.
+    """Return the norm above which the recording in `folder` leaves tokens out; None without one.
 
     A recording that goes on must leave out what it left out before, to the last bit.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def _make_sae(settings: Settings, device: str) -> Any:
     if settings.kind == "batchtopk":
         from saeguard.training.sparse_step import SparseBatchTopK  # noqa: PLC0415 - as above
 
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         # Accelerators multiply dense matrices faster than they gather rows.
         made = SparseBatchTopK if device == "cpu" else BatchTopKTrainingSAE
         return made(BatchTopKTrainingSAEConfig(k=settings.k, **common))

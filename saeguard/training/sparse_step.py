@@ -15,6 +15,8 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 LOOSE = 0.7
 """Of the last threshold: from where on the largest activations are searched."""
+PAIRS = 4096
+"""(row, latent) pairs that are gathered at once; more would not stay in the cache."""
 
 
 class SparseBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]
@@ -29,8 +31,10 @@ class SparseBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]
             rows, latents = self._largest(z, int(self.cfg.k * len(x)))
             fired = z[rows, latents]
         pre = fired / norms[latents]
-        acts = _Active.apply(x - self.b_dec, self.W_enc, self.b_enc, pre, rows, latents)
-        y = _Sum.apply(acts, self.W_dec, rows, latents, len(x)) + self.b_dec
+        active: Any = _Active.apply
+        total: Any = _Sum.apply
+        acts = active(x - self.b_dec, self.W_enc, self.b_enc, pre, rows, latents)
+        y = total(acts, self.W_dec, rows, latents, len(x)) + self.b_dec
         losses = {"mse_loss": (y - x).pow(2).sum(-1).mean()}
         losses["auxiliary_reconstruction_loss"] = self._revive(step_input, y)
         with torch.no_grad():
@@ -75,7 +79,8 @@ class SparseBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]
         acts = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
         guess = (acts / W_dec.norm(dim=-1)) @ W_dec
         miss = (guess - (x - y).detach()).pow(2).sum(-1).mean()
-        return self.cfg.aux_loss_coefficient * min(len(at) / k, 1.0) * miss
+        loss: torch.Tensor = self.cfg.aux_loss_coefficient * min(len(at) / k, 1.0) * miss
+        return loss
 
 
 class _Active(torch.autograd.Function):
@@ -115,9 +120,8 @@ def _pairs(
     x: torch.Tensor, W: torch.Tensor, rows: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
     """Return `x[row] @ W[latent]` of each pair."""
-    parts = [
-        (x[r] * W[n]).sum(1) for r, n in zip(rows.split(4096), latents.split(4096), strict=True)
-    ]
+    starts = range(0, len(rows), PAIRS)
+    parts = [(x[rows[i : i + PAIRS]] * W[latents[i : i + PAIRS]]).sum(1) for i in starts]
     return torch.cat(parts)
 
 
