@@ -203,7 +203,7 @@ def test_what_is_not_remembered_is_counted(lost: bool) -> None:
     ledger.ingest(forward_pass([(text, 0, text.f[:13])]), np.array([13]))
     ledger.finish("r", 14)
     if lost:
-        kept._seen.pop(keys[1])
+        kept._blocks.pop(keys[1])
 
     ledger.admit("r", 13, keys=keys)
     ledger.ingest(forward_pass([(text, 12, text.f[12:13])]), np.array([1]))
