@@ -128,9 +128,9 @@ def read_manifest(path: Path, public_pem: bytes) -> Manifest:
     Raises:
         BundleError: it is missing, malformed, or not signed with this key.
     """
+    key = load_public_key(public_pem)
     from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - an extra
 
-    key = load_public_key(public_pem)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)

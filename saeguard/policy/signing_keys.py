@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from saeguard.errors import CannotRunError
 from saeguard.policy.errors import BundleError
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def load_public_key(pem: bytes) -> Ed25519PublicKey:
     """Return the key that bundles are verified with.
 
     Raises:
-        BundleError: it is not a public key for Ed25519, or `cryptography` is missing.
+        BundleError: it is not a public key for Ed25519.
+        CannotRunError: `cryptography` is missing.
     """
     try:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - an extra
@@ -64,7 +66,7 @@ def load_public_key(pem: bytes) -> Ed25519PublicKey:
             load_pem_public_key,
         )
     except ImportError as error:
-        raise BundleError(
+        raise CannotRunError(
             "signed bundles need the package `cryptography`: pip install 'saeguard[sign]'"
         ) from error
     try:

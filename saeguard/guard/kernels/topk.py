@@ -39,7 +39,7 @@ def apply_topk(
     f: torch.Tensor,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """Leave of `f` what fires, in place, as `saeguard.guard.topk.settle` does.
+    """Leave of `f` what fires, in place, as `saeguard.guard.topk.apply_topk` does.
 
     Args:
         ranked: the block of columns, its competitors and buffers.
