@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from saeguard.features.value import shares_of
 from saeguard.guard.compiled_rules import is_sampled
 from saeguard.guard.evaluate import CACHED, UNTRACKED, Tokens, advance, skip
 from saeguard.guard.forward_pass import ForwardPass, in_step
@@ -56,9 +57,8 @@ class Ledger:
         self._width = max(len(watchlist.policies), len(self._rules.terms.trace))
         self._slot: dict[str, int] = {}
         self._free = list(range(slots))[::-1]
-        block = 0 if prefix_store is None else prefix_store.block
+        block, columns = (0, 0) if prefix_store is None else (prefix_store.block, watchlist.columns)
         self._together = block or sys.maxsize
-        columns = watchlist.columns if block else 0
         self._empty = make_state(self._rules, 1, block=block, columns=columns)
         self._state = blank(self._empty, slots)
 
@@ -260,7 +260,7 @@ class Ledger:
     def _shares(self, f: np.ndarray, *, ran: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return shares [rows, features], and [rows] bool: whether a row could be read."""
         with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite are marked
-            shares = self.watchlist.shares(f)
+            shares = shares_of(self.watchlist.mix, self.watchlist.low, self.watchlist.span, f)
         return shares, np.isfinite(f).all(axis=1) if ran else np.zeros(len(f), bool)
 
     def _advance(self, ids: Sequence[str], slots: np.ndarray, tokens: Tokens) -> list[Hit]:

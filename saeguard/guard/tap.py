@@ -97,6 +97,15 @@ def tap_output(
     return output
 
 
+def tap_hook(layer: int) -> Callable[[Any, Any, Any], Any]:
+    """Return a forward hook that taps a decoder layer; torch.compile traces it into the graph."""
+
+    def saeguard_tap(_module: Any, _args: Any, output: Any) -> Any:
+        return tap_output(output, layer)
+
+    return saeguard_tap
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """Return [tokens, d_in] for [1, tokens, d_in], the shape in layers of Transformers' own.
 

@@ -142,12 +142,11 @@ class TestFailsClosed:
     def test_tap_reads_half_the_residual(self, sound: models.Guarded, tmp_path: Path) -> None:
         """A tap that forgets the residual half, as four others shipped it: the self-test knows."""
         prelude = (
-            "import torch, saeguard.vllm.worker.layers as layers\n"
-            "import saeguard.guard.tap\n"
+            "import torch, saeguard.guard.tap as tap\n"
             "def half(output, layer):\n"
             "    torch.ops.saeguard.tap(output[0], None, layer)\n"
             "    return output\n"
-            "layers.tap_output = half\n"
+            "tap.tap_output = half\n"
         )
         refused(start(tmp_path, sound, prelude=prelude), "self-test", "does not read the residual")
 

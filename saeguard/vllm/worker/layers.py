@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from saeguard.errors import CannotRunError
-from saeguard.guard.tap import tap_output
+from saeguard.guard.tap import tap_hook
 from saeguard.vllm.patches import assumes, reads
 
 if TYPE_CHECKING:
@@ -67,8 +67,4 @@ def is_here(layer: nn.Module) -> bool:
 
 def hook_layer(layers: nn.ModuleList, index: int) -> Any:
     """Put the tap behind layer `index`; torch.compile traces the hook into the graph."""
-
-    def saeguard_tap(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return tap_output(output, index)
-
-    return layers[index].register_forward_hook(saeguard_tap)
+    return layers[index].register_forward_hook(tap_hook(index))
