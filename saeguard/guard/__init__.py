@@ -1,1 +1,1 @@
-"""The engine-neutral core: watch list, tap, clamp, rules, ledger, verdicts."""
+"""The core, which knows no engine: watch list, tap, clamps, rules, ledger, verdicts."""

@@ -1,4 +1,4 @@
-"""Selections' `over`: aggregates of a feature's shares over several tokens."""
+"""Aggregate a feature's shares over several tokens, for selections with `over`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def aggregate(
     shares: np.ndarray,
     looked: np.ndarray,
 ) -> np.ndarray:
-    """Return the aggregates at each token, and update their state.
+    """Return the value of each aggregate at each token, and update the state.
 
     Args:
         over: the aggregates to compute.
@@ -61,7 +61,7 @@ def aggregate(
 
 
 def pass_over(over: Aggregates, s: State, slot: int, first: int, end: int) -> None:
-    """Advance the aggregates of one slot over the skipped tokens `first`, ... before `end`."""
+    """Advance the aggregates of one slot over the skipped tokens at `first` to `end - 1`."""
     windowed = s.past.shape[-1]
     if windowed:
         missed = np.arange(max(first, end - over.longest), end)
@@ -74,10 +74,10 @@ def pass_over(over: Aggregates, s: State, slot: int, first: int, end: int) -> No
 def of_last(
     line: np.ndarray, n: int, combine: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Return at each entry from the n-th on the last `n` entries combined.
+    """Return the combination of each `n` consecutive entries, at the last of them.
 
-    Runs of 1, 2, 4, ... entries are combined from two halves each, and `n` entries from the runs of
-    its binary digits. A running sum would round differently depending on how a text was chunked.
+    Runs of 1, 2, 4, ... entries are combined from two shorter runs, and `n` entries from the runs
+    of its binary digits. A running sum would round differently if a text were chunked differently.
 
     Args:
         line: [requests, n - 1 + tokens, columns].

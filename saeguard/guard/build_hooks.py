@@ -1,4 +1,4 @@
-"""Read the encoder rows that the policies watch, layer by layer."""
+"""Read the encoder rows that the policies need, one hook per layer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from saeguard.sae import SaeError, read_rows
 from saeguard.sae.encoder import NORMS
 
 ADDING = frozenset({"mean", "average"})
-"""Aggregates that every activation changes, however small it is."""
+"""Aggregates that any activation changes, however small it is."""
 ROUNDING = 1e-5
-"""How far, relatively, a screen threshold lies below its exact value, since the rules round."""
+"""Relative distance of a screen threshold below its exact value, since the rules round."""
 
 RowKey: TypeAlias = tuple[str, int | str]
-"""A watched row: feature set, and latent or probe."""
+"""Identifies an encoder row: its feature set, and its latent or probe."""
 
 
 def read_hooks(
@@ -29,7 +29,7 @@ def read_hooks(
     feature_sets: Mapping[str, FeatureSet],
     policies: Sequence[Policy],
 ) -> tuple[tuple[Hook, ...], dict[RowKey, int]]:
-    """Return one hook a layer, and the column of each row among those of all hooks.
+    """Return one hook per layer, and the column of each encoder row, counted over all hooks.
 
     Args:
         used: by `feature_set/feature`, the features that the policies read or clamp.
@@ -37,7 +37,7 @@ def read_hooks(
         policies: all of them.
 
     Raises:
-        WatchListError: a checkpoint or probe cannot be read, or its width is another.
+        WatchListError: a checkpoint or probe cannot be read, or has another width.
     """
     rows = dict.fromkeys(
         (name.rsplit("/", 1)[0], key)
@@ -57,7 +57,7 @@ def read_hooks(
 
 
 def probe_key(probe: ProbeRef) -> str:
-    """Return the name of a probe's row."""
+    """Return the name of a probe's encoder row."""
     return f"{probe.path}#{probe.name}"
 
 
@@ -120,7 +120,7 @@ def _read_probe(probe: ProbeRef, d_in: int) -> tuple[torch.Tensor, torch.Tensor]
 def _screens(
     latents: Sequence[int], set_id: str, features: FeatureSet, policies: Sequence[Policy]
 ) -> torch.Tensor:
-    """Return the lowest activation at which each latent can make some policy match."""
+    """Return the screen threshold of each latent of a feature set, [latents] float32."""
     lowest = []
     exact: set[int] = set()
     for policy in policies:
@@ -144,17 +144,17 @@ def screen_thresholds(
 ) -> torch.Tensor:
     """Return the screen threshold of each latent, [latents] float32.
 
-    A feature's value `sum(weight * f)` exceeds `v` only if one of its `n` positive terms
-    exceeds `v / n`; ranks only ever take away.
+    A feature's value `sum(weight * f)` exceeds `v` only if one of its `n` positive terms exceeds
+    `v / n`. The ranking can only set activations to 0, so no positive term grows.
 
     Args:
-        latents: the watched ones.
+        latents: the watched latents.
         lowest: features with the lowest value that any policy compares them with.
-        exact: latents of which every activation counts: an edit takes it off, a mean adds it up.
+        exact: latents that need every activation: a clamp subtracts it, or a mean adds it up.
     """
     out = dict.fromkeys(latents, torch.inf)
     for feature, value in lowest:
-        # What holds in silence can be ended by any latent, so all of them matter.
+        # A selection with a negative value holds while nothing fires, so any latent matters.
         positive = [
             term for term in feature.detect if term.weight > 0 or (value < 0 and term.weight)
         ]

@@ -127,7 +127,7 @@ def _rules(
 
 
 def _mix(used: Used, column: Mapping[RowKey, int]) -> Mix:
-    """Return how the watched latents make the features."""
+    """Return the columns and weights that add up to each feature."""
     parts: list[list[tuple[int, float]]] = []
     for name, (_, feature) in used.items():
         set_id = name.rsplit("/", 1)[0]

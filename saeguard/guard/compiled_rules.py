@@ -25,7 +25,7 @@ class RulesError(InputError):
 
 
 class Aggregates(NamedTuple):
-    """Selections' `over`: aggregates of a window first, then those that one number carries on."""
+    """The aggregates of `over`: those of a window first, then averages and maxima so far."""
 
     feature: np.ndarray
     """[A] feature column."""
@@ -34,37 +34,45 @@ class Aggregates(NamedTuple):
     missing: np.ndarray
     """[A] value of a token that does not count: 0 in a sum, -inf in a maximum."""
     windows: tuple[tuple[Aggregate, int, slice], ...]
-    """(`mean` or `max`, tokens, which aggregates)."""
+    """(`mean` or `max`, tokens of the window, the aggregates of that kind and length)."""
     longest: int
     """Tokens of the longest window, 0 without any."""
     average: slice
+    """The averages with a half-life."""
     decay: np.ndarray
     """[averages] the fraction of a value that is left one token later, `2 ** (-1 / half-life)`."""
     peak: slice
+    """The maxima over the request so far."""
 
 
 class Windowed(NamedTuple):
     """Policies with `for: k of n tokens` where n is above 1."""
 
     policy: np.ndarray
+    """Their indices among all policies."""
     groups: tuple[tuple[int, int, np.ndarray], ...]
-    """(k, n, which of `policy`)."""
+    """(k, n, indices into `policy`)."""
     longest: int
+    """Largest n, 1 without such a policy."""
 
 
 class Counted(NamedTuple):
     """Policies with `for: k tokens in the request`."""
 
     policy: np.ndarray
+    """Their indices among all policies."""
     k: np.ndarray
 
 
 class Terms(NamedTuple):
-    """The distinct selections, each within a scope, whose activity verdicts report."""
+    """The distinct pairs of selection and scope; verdicts report how often each one fired."""
 
     trace: np.ndarray
+    """[Q] the compared value, see `Rules.trace`."""
     above: np.ndarray
+    """[Q] float64 threshold."""
     scope: np.ndarray
+    """[Q] index into `SCOPES`."""
     of: np.ndarray
     """[selections of all policies] term of each selection, policy by policy, in `detect` order."""
     start: np.ndarray
@@ -81,21 +89,22 @@ class Rules(NamedTuple):
 
     policies: tuple[Policy, ...]
     features: int
+    """Number of features."""
     aggregates: Aggregates
     trace: np.ndarray
     """[selections] the compared value: a feature, or `features` + the index of an aggregate."""
     above: np.ndarray
-    """[selections] float64."""
+    """[selections, 1] float64 threshold."""
     program: Program
     scope: np.ndarray
     """[P] index into `SCOPES`."""
     keep: np.ndarray
-    """[P] tokens for which a match keeps the policy on."""
+    """[P] number of tokens for which a match keeps the policy on."""
     windowed: Windowed
     counted: Counted
     terms: Terms
     sampled: bool
-    """Whether some policy looks at a sample of the requests."""
+    """Whether some policy looks at a sample of the requests only."""
     clamps: np.ndarray
     """[P] bool: the policy's action is a clamp, which the device carries out."""
     approximate: tuple[bool, ...]
@@ -112,7 +121,7 @@ def compile_rules(
     Args:
         policies: in the watch list's order.
         column: `feature_set/feature` -> its column among the shares.
-        approximate: the features whose latents fire by fixed thresholds in aggregate_of of ranks.
+        approximate: the features whose latents fire by fixed thresholds in place of ranks.
 
     Raises:
         RulesError: the conditions have too many parts.
@@ -174,7 +183,7 @@ AggregateKey = tuple[Over, int, Scope]
 
 
 def _aggregates(policies: Sequence[Policy], column: Mapping[str, int]) -> dict[AggregateKey, None]:
-    """Return the distinct aggregates, those of one kind and length side by side."""
+    """Return the distinct aggregates, sorted by kind and length."""
     kinds: tuple[Aggregate, ...] = ("mean", "max", "average", "peak")
     found = {
         (s.over, column[f"{policy.feature_set}/{s.feature}"], policy.scope)
@@ -227,7 +236,7 @@ def _counted(policies: Sequence[Policy]) -> Counted:
 def is_sampled(policy: Policy, request_id: str) -> bool:
     """Return whether the policy looks at a request; every process returns the same answer.
 
-    It is a hash of the policy's id and the request's. So a policy's shadow and enforced variants
+    A hash of the policy's id and the request's decides. So a policy's shadow and enforced variants
     look at the same requests, and other policies at other requests.
     """
     if policy.sample >= 1:

@@ -1,4 +1,4 @@
-"""Conditions compiled to one arithmetic program, which gives each policy's evidence at each token.
+"""Compile all conditions to one arithmetic program, which gives each policy's evidence per token.
 
 A selection's evidence is `share / above`, so the selection holds if its evidence exceeds 1.
 Conditions follow Zadeh's min-max logic (Zadeh 1965, Fuzzy sets): `and` is the minimum, `or` the
@@ -31,7 +31,7 @@ Op: TypeAlias = Literal["min", "max", "points"]
 
 
 class Step(NamedTuple):
-    """Nodes that are computed together, from the nodes at the rows of `index`."""
+    """Nodes of one kind that are computed together, from the earlier nodes that `index` lists."""
 
     op: Op
     index: Any
@@ -51,16 +51,16 @@ class Program(NamedTuple):
     """The selections that are used with `not`."""
     steps: tuple[Step, ...]
     out: Any
-    """[P] the node that holds each policy's evidence."""
+    """[P] index of the node that holds each policy's evidence."""
     size: int
     """Number of nodes."""
 
 
 def compile_program(conditions: Sequence[tuple[Expr, Mapping[str, int]]]) -> Program:
-    """Compile conditions.
+    """Compile conditions to a program.
 
     Args:
-        conditions: each with the number of each of its selections.
+        conditions: of each policy: the condition, and the index of each selection that it names.
     """
     nodes = _Nodes()
     out = [nodes.add(expr, names, negate=False) for expr, names in conditions]
@@ -110,7 +110,7 @@ def evidence(program: Program, ratio: Any) -> Any:
 
 
 def _points(terms: Any, step: Step, xp: Any) -> Any:
-    """Return the largest value that terms worth `k` points reach, [nodes, N].
+    """Return the largest value that terms of at least `k` points in all reach, [nodes, N].
 
     It tries each term's value: terms are few, and sorting them costs more.
     """
@@ -153,7 +153,7 @@ Node: TypeAlias = tuple[Any, ...]
 
 @dataclass(slots=True)
 class _Nodes:
-    """Distinct nodes and their depths."""
+    """Collects the distinct nodes of conditions, with the depth of each."""
 
     level: dict[Node, int] = field(default_factory=dict)
     number: dict[Node, int] = field(default_factory=dict)
@@ -181,7 +181,7 @@ class _Nodes:
         *,
         negate: bool,
     ) -> Node:
-        """Add a node that holds if terms worth `k` points hold; with `negate`, its negation."""
+        """Add a node that holds if terms of `k` points in all hold; with `negate`, its negation."""
         total = sum(points for points, _ in given)
         if negate:
             k = total - k + 1
@@ -208,7 +208,7 @@ class _Nodes:
         return node
 
     def order(self, node: Node) -> tuple[int, str, int, int]:
-        """Return depth, kind, number of terms as a power of two, and number."""
+        """Return the sort key: depth, kind, number of terms as a power of two, and number."""
         return (
             self.level[node],
             node[0],

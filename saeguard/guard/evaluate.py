@@ -1,7 +1,7 @@
-"""Evaluate the rules, as `saeguard.guard.judge` defines them, on blocks of tokens.
+"""Evaluate the rules on blocks of tokens; `saeguard.guard.judge` defines the semantics.
 
-A block holds consecutive tokens of each of several requests: one token of each request that
-decodes, the same over several forward passes, or a chunk of one request's prompt.
+A block holds consecutive tokens of each of several requests: the next token of each decoding
+request, their tokens of several forward passes, or a chunk of one request's prompt.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Tokens(NamedTuple):
     """[requests, tokens] bool, False if the token's activations could not be read."""
 
     def take(self, rows: np.ndarray | None) -> Tokens:
-        """Return the tokens at `rows` [requests, tokens] of a block without requests.
+        """Return the tokens at `rows` [requests, tokens] of a block whose arrays are [rows, ...].
 
-        None returns the whole block as one request.
+        With None, the whole block becomes one request.
         """
         return Tokens(*(part[rows] for part in self))
 
@@ -51,10 +51,10 @@ class Scored(NamedTuple):
     looked: np.ndarray
     """[requests, tokens, scopes] bool: the token is in the scope and evaluated."""
     evidence: np.ndarray
-    """[requests, tokens, P]; -inf if the token is out of scope or not evaluated."""
+    """[requests, tokens, P]; -inf if the token is out of scope, not evaluated or not sampled."""
     score: np.ndarray
-    """[requests, tokens, P]. A score that is no match and below the request's highest score so far
-    may be -inf instead, which saves computing it."""
+    """[requests, tokens, P]. It may be -inf instead of a score that is no match and not above the
+    request's highest score, which saves computing it."""
 
 
 def roles_at(s: State, at: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -96,11 +96,11 @@ def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scor
 
 
 def _of_window(w: Windowed, s: State, at: np.ndarray, position: np.ndarray, e: np.ndarray) -> None:
-    """Replace evidence by the k-th largest of the last n, in place.
+    """Replace the evidence at each token by the k-th largest of its window, in place.
 
     A window's k-th largest value can exceed the previous window's only if the new token's evidence
     does. So if no evidence in the block exceeds the request's highest score, and that score is no
-    match, the block's windows need no evaluation. That holds for nearly all blocks.
+    match, the block's windows are not evaluated. That is so for nearly all blocks.
     """
     x = e[..., w.policy]
     before = s.score[at[:, None], w.policy]
@@ -120,7 +120,7 @@ def _of_window(w: Windowed, s: State, at: np.ndarray, position: np.ndarray, e: n
 
 
 def _of_request(counted: Counted, s: State, at: np.ndarray, e: np.ndarray) -> None:
-    """Replace evidence by the k-th largest of the request so far, in place.
+    """Replace the evidence at each token by the k-th largest of the request so far, in place.
 
     This score never falls, so its highest value is that of the last token. For the other tokens it
     only matters whether the score exceeds the threshold, which a count of tokens above it decides.
@@ -157,7 +157,7 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
     _record_activity(rules, s, at, position, scored)
 
     match = scored.score > THRESHOLD
-    # Few requests and policies match here or are still on.
+    # Few pairs of request and policy match in this block or are still on.
     r, p = np.nonzero(match.any(axis=1) | (s.on_until[at] >= position[:, :1]))
     if not len(r):
         return None

@@ -1,4 +1,4 @@
-"""One forward pass: the layout of its rows for the op, and its activations for the rules."""
+"""One forward pass: the layout of its rows, which the tap reads, and what the tap read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_SLOT = 0
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Persistent per-row buffers that the op reads, so that captured graphs stay valid.
+    """Persistent per-row buffers that the tap's op reads, so that captured graphs stay valid.
 
     `clamp_slot`, `position` and `offset` are [max_tokens] int64; `eligible` is [max_tokens] bool.
     """
@@ -34,7 +34,7 @@ class Rows:
 
 
 def allocate_rows(max_tokens: int, device: torch.device) -> Rows:
-    """Allocate the layout for passes of up to `max_tokens` rows, padding included."""
+    """Allocate the row buffers for passes of up to `max_tokens` rows, padding included."""
     layout = torch.zeros(4, max_tokens, dtype=torch.int64, device=device)
     return Rows(
         clamp_slot=layout[0],
@@ -53,14 +53,14 @@ def lay_out(
     positions: torch.Tensor,
     role: np.ndarray,
 ) -> None:
-    """Write the layout of the next forward pass.
+    """Write the layout of the next forward pass to the row buffers.
 
     Args:
         rows: the buffers.
         slots: clamp slot of each request, in row order.
         query_start: [requests + 1] first row of each request, then the number of rows.
-        positions: [rows] int64 on the device. There they are exact, also while the host does not
-            know yet how many drafts were accepted.
+        positions: [rows] int64 on the device, where they are exact. The host may not know yet how
+            many drafts were accepted.
         role: [rows] indices into `ROLES`; a draft has the role `output`, whatever its position.
     """
     counts = np.diff(query_start)
@@ -107,7 +107,7 @@ class ForwardPass:
     acted_by: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of_requests(self, which: Sequence[int]) -> ForwardPass:
-        """Return the part of the pass that belongs to some of its requests."""
+        """Return the part of the pass that belongs to the requests at the indices `which`."""
         start, end = self.query_start[:-1][which], self.query_start[1:][which]
         rows = np.concatenate([np.arange(a, b) for a, b in zip(start, end, strict=True)])
         return replace(
@@ -123,10 +123,10 @@ class ForwardPass:
 
 
 def in_step(passes: Sequence[tuple[ForwardPass, np.ndarray, object]]) -> int:
-    """Return the number of leading passes that bring the next token of the same requests.
+    """Return how many leading passes bring one token each of the same requests; at least 1.
 
     Args:
-        passes: each with [requests] the number of rows that count.
+        passes: each with [requests] the number of rows that count, as `Ledger.ingest` takes it.
     """
     first = passes[0][0]
     requests = len(first.request_ids)

@@ -1,4 +1,4 @@
-"""Hits: policies that matched a request for the first time, or could not read a token."""
+"""Find hits: policies that match a request for the first time, or could not read a token."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from saeguard.guard.state import State
 
 
 class Hit(NamedTuple):
-    """One policy that needs attention after a forward pass."""
+    """One policy's first match on a request, or its first unread token in a block."""
 
     request_id: str
     policy: int
     """Index into the watch list's policies."""
     position: int
     error: bool = False
-    """Whether a token in scope could not be read, rather than matched."""
+    """True if a token in scope could not be read, False if the policy matched."""
 
 
 def matched(ids: Sequence[str], first: np.ndarray | None) -> list[Hit]:
@@ -39,7 +39,7 @@ def unread(
     tokens: Tokens,
     wanted: np.ndarray,
 ) -> list[Hit]:
-    """Return the policies that could not read a token in their scope.
+    """Return a hit for each policy that could not read a token in its scope.
 
     Args:
         rules: the compiled policies.
@@ -47,7 +47,7 @@ def unread(
         slots: [requests].
         ids: of the requests.
         tokens: the block.
-        wanted: [P] bool: the policies that ask for it.
+        wanted: [P] bool: the policies to look at.
     """
     if tokens.finite.all() or not wanted.any():
         return []

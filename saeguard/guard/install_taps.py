@@ -20,20 +20,20 @@ from saeguard.sae.rows import EncoderRows
 
 
 class Write(NamedTuple):
-    """Encoder rows to write into columns of one layer's tap; NumPy arrays, which can be pickled."""
+    """Encoder rows to write into columns of one layer's tap, as arrays that can be pickled."""
 
     layer: int
     columns: np.ndarray
-    """[rows] int64, within the layer."""
+    """[encoder rows] int64, within the layer."""
     rows: Mapping[str, np.ndarray]
-    """By name of a `Hook`'s tensor: [rows, ...]. The name `screen` stands for screen thresholds of
-    latents that fire by rank; these only lower what is there."""
+    """By name of a `Hook`'s tensor: [encoder rows, ...]. The name `screen` holds screen thresholds
+    of latents that fire by rank; they can lower those in the tap, never raise them."""
 
 
 def install_taps(
     watchlist: WatchList, *, max_tokens: int, slots: int, device: torch.device
 ) -> tuple[Tap, ...]:
-    """Move the watch list to `device` and install one tap a layer.
+    """Put the watch list's encoder rows and clamps on `device`, one tap per layer.
 
     Args:
         watchlist: the compiled policies.
@@ -77,7 +77,7 @@ def install_taps(
 
 
 def kernels_for(device: torch.device) -> Kernels | None:
-    """Return the Triton launches if the device is a GPU and Triton is installed."""
+    """Return the Triton launches, None if the device is no GPU or Triton is not installed."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     tap = importlib.import_module("saeguard.guard.kernels.tap")
@@ -103,7 +103,7 @@ def add_clamps(taps: Iterable[Tap], digest: str, watchlist: WatchList, *, slots:
 
 
 def set_floors(tap: Tap) -> None:
-    """Write the activation from which the tap reports each latent."""
+    """Write the floor of each latent, the activation from which the tap reports it."""
     tap.floor.copy_(tap.theta)
     for ranked in tap.ranked:
         set_floor(ranked, tap.floor)

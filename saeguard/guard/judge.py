@@ -1,6 +1,6 @@
 """Judge one whole text: from feature shares to one verdict per policy.
 
-The semantics, which serving follows token by token (docs/policy-language.md has them in words):
+These semantics hold for serving too, token by token (docs/policy-language.md explains them):
 
 - A selection compares the feature's share at a token, or with `over` an aggregate of the shares of
   several tokens. Tokens that are out of scope or not evaluated do not count in the aggregate.
@@ -32,13 +32,13 @@ def judge(
     prompt_tokens: int,
     roles: np.ndarray | None = None,
 ) -> Verdict:
-    """Judge one policy on traces of feature shares, one value per token, all evaluated."""
+    """Judge one policy on the shares of its features, one value per token, all tokens evaluated."""
     rules, traces = alone(policy, shares)
     return judge_text(rules, traces, np.ones(len(traces), bool), prompt_tokens, roles)[0]
 
 
 def alone(policy: Policy, shares: Mapping[str, np.ndarray]) -> tuple[Rules, np.ndarray]:
-    """Return the rules of one policy, and its features' traces as shares [tokens, features]."""
+    """Return the rules of one policy, and the shares of its features [tokens, features]."""
     names = list(dict.fromkeys(s.feature for s in policy.detect.values()))
     rules = compile_rules([policy], {f"{policy.feature_set}/{n}": i for i, n in enumerate(names)})
     return rules, np.stack([np.asarray(shares[n], np.float64) for n in names], axis=1)
@@ -51,13 +51,13 @@ def score_text(
     prompt_tokens: int,
     roles: np.ndarray | None = None,
 ) -> Scored:
-    """Return evidence and score of each token of one text, as arrays of one request."""
+    """Return evidence and score of each token of one text, as a block of one request."""
     state, block = _block(rules, shares, evaluable, prompt_tokens, roles)
     return score_tokens(rules, state, np.zeros(1, np.int64), block)
 
 
 def on_tokens(match: np.ndarray, keep: int) -> np.ndarray:
-    """Return [tokens] bool: whether the policy matched here or within the last `keep` tokens."""
+    """Return [tokens] bool: whether the policy matched here or at one of the `keep` before."""
     last = np.where(match, np.arange(len(match)), -keep - 1)
     on: np.ndarray = np.arange(len(match)) - np.maximum.accumulate(last) <= keep
     return on
@@ -83,7 +83,7 @@ def clamped_tokens(
 
 
 def strongest(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Return the verdicts that took the strongest action that was taken; several if they tie."""
+    """Return the verdicts with the strongest action taken on a request; several if they tie."""
     top = strongest_action(v.acted for v in verdicts)
     return [v for v in verdicts if v.acted is not None and v.acted == top]
 
@@ -100,7 +100,7 @@ def judge_text(
     Args:
         rules: the compiled policies.
         shares: [tokens, features] float32.
-        evaluable: [tokens] bool; tokens left out count as `special_token`.
+        evaluable: [tokens] bool; the other tokens count as `special_token`.
         prompt_tokens: number of prompt tokens.
         roles: [prompt_tokens] role of each prompt token, see `saeguard.guard.roles.assign`.
 

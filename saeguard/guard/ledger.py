@@ -1,4 +1,4 @@
-"""The ledger: every request in flight, which of its tokens were evaluated, and what was found."""
+"""The ledger: the requests in flight, their evaluated tokens, and what the rules found."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
 
 CELLS = 2**15
-"""Most numbers in an array of a block of several passes; larger arrays leave the CPU's caches."""
+"""Most numbers in one array of a block; larger arrays do not fit the CPU's caches."""
 
 ValidPass: TypeAlias = tuple[ForwardPass, np.ndarray, Container[str]]
 """A forward pass, its `valid` rows and the requests `entering`, as `Ledger.ingest` takes them."""
 
 
 class Ledger:
-    """The requests in flight: `admit`, `ingest` forward passes, `finish` into verdicts."""
+    """Judges requests in flight: `admit` them, `ingest` forward passes, `finish` into verdicts."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Ledger:
         enforced: Sequence[bool] | None = None,
         roles: np.ndarray | None = None,
     ) -> None:
-        """Start a request without evaluated tokens.
+        """Start a request; none of its tokens is evaluated yet.
 
         Args:
             request_id: the engine's own id, never the client's.
@@ -114,10 +114,10 @@ class Ledger:
 
         Args:
             forward_pass: the rows and their activations.
-            valid: [requests] number of leading rows that count: rejected drafts lie behind them,
+            valid: [requests] number of leading rows that count: rejected drafts come after them,
                 and it is 0 for a request that has ended.
-            entering: requests that start or resume in this pass, and may skip tokens whose KV is
-                cached. Any other gap is a lost pass. None: requests without evaluated tokens.
+            entering: requests that start or resume in this pass. They may skip tokens whose KV is
+                cached; any other gap is a lost pass. None: requests without evaluated tokens.
 
         Returns:
             The policies that matched for the first time, and the policies with `on_error: stop`
@@ -172,7 +172,7 @@ class Ledger:
         return hits
 
     def _ingest_run(self, passes: Sequence[ValidPass]) -> list[Hit]:
-        """Advance requests that bring one token in each of several passes, and nothing else."""
+        """Advance requests by passes that bring one token of each request."""
         run = [forward_pass for forward_pass, _, _ in passes]
         slots, expected = self._slots(run[0]), run[0].positions
         if (slots < 0).any() or (self._state.next[slots] != expected).any():
@@ -195,7 +195,7 @@ class Ledger:
     def _ingest_alone(
         self, forward_pass: ForwardPass, block: Tokens, request_id: str, slot: int, rows: np.ndarray
     ) -> list[Hit]:
-        """Advance one request by consecutive rows, except by those evaluated before.
+        """Advance one request by those of its consecutive rows that were not evaluated before.
 
         Tokens that are computed again after a preemption are recorded again, since the prefix store
         may have dropped them with the cache's block.
@@ -223,7 +223,7 @@ class Ledger:
         return verdicts
 
     def forget(self, request_id: str) -> None:
-        """End a request, and record the last of its full blocks."""
+        """End a request; store its full blocks whose block hash is known."""
         slot = self._slot.pop(request_id)
         if self._prefixes is not None:
             self._prefixes.store()
@@ -231,11 +231,11 @@ class Ledger:
         self._free.append(slot)
 
     def coverage(self, request_id: str, tokens: int) -> Coverage:
-        """Return the coverage of the whole request, whatever the policies' scopes."""
+        """Return the coverage of all tokens of a request, whatever the policies' scopes."""
         return add(coverages(self._state, self._slot[request_id], tokens))
 
     def next_position(self, request_id: str) -> int:
-        """Return the first position of a request that was neither evaluated nor skipped yet."""
+        """Return a request's first position that was neither evaluated nor skipped yet."""
         return int(self._state.next[self._slot[request_id]])
 
     def enforces(self, request_id: str, policy: int) -> bool:
@@ -248,7 +248,7 @@ class Ledger:
         return copy_slot(self._state, self._slot[request_id])
 
     def restore(self, request_id: str, saved: State) -> None:
-        """Undo what was ingested of a request since `save`."""
+        """Set a request's state back to what `save` returned."""
         slot = self._slot[request_id]
         write_slot(self._state, slot, saved)
         if self._prefixes is not None:
@@ -281,8 +281,8 @@ class Ledger:
     def _pass_over(self, request_id: str, slot: int, position: int, *, enters: bool) -> list[Hit]:
         """Evaluate or skip the tokens before `position`, which this pass did not compute.
 
-        A request that starts or resumes read their KV from the prefix cache, so their latents are
-        recalled from the prefix store. Otherwise a pass was lost, and its tokens are untracked.
+        If the request starts or resumes, their KV came from the prefix cache, so their latents are
+        recalled from the prefix store. Otherwise a pass was lost, and they count as untracked.
         """
         hits, store = list[Hit](), self.prefix_store
         if enters and self._prefixes is not None and store is not None:

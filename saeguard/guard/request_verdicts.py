@@ -1,4 +1,4 @@
-"""The verdicts of one request and their coverage, from its state."""
+"""Build the verdicts of one request, and their coverage, from its state."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def coverages(s: State, slot: int, tokens: int) -> list[Coverage]:
 
 
 def _count(s: State, slot: int, first: int, end: int) -> list[int]:
-    """Return the number of tokens `first`, ... before `end` of each role."""
+    """Return the number of tokens of each role at positions `first` to `end - 1`."""
     if first >= end:
         return [0] * len(ROLES)
     role = roles_at(s, np.array([slot]), np.arange(first, end)[None])
@@ -69,8 +69,8 @@ def add(parts: Sequence[Coverage]) -> Coverage:
 class Verdicts(Sequence[Verdict]):
     """The verdicts of one request, held as arrays; each `Verdict` is built when it is read.
 
-    Each request ends with one verdict for each of up to thousands of policies, most of which only
-    the event log reads.
+    A request has a verdict of each policy, and there may be thousands of policies. Only the event
+    log reads most of these verdicts.
     """
 
     rules: Rules
@@ -95,7 +95,7 @@ class Verdicts(Sequence[Verdict]):
     peak: np.ndarray
     peak_at: np.ndarray
     coverages: tuple[Coverage, ...]
-    """By scope; then by scope again, for policies that do not sample the request."""
+    """By scope; then by scope again, for policies whose sample leaves the request out."""
     waived: Mapping[int, str] = field(default_factory=dict)
     """By policy: id of the exception that waived its action."""
 
@@ -139,13 +139,13 @@ class Verdicts(Sequence[Verdict]):
         return all(map(balanced, self.coverages))
 
     def tally(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return which policies there are verdicts of, and of which `events.counts.KINDS`."""
+        """Return the policies that have verdicts, and for each its `events.metrics.KINDS` index."""
         enforced = self.enforced.copy()
         enforced[list(self.waived)] = True
         return self.which, (len(OUTCOMES) * enforced + self.outcome)[self.which]
 
     def decided(self, applies: Sequence[bool], waived: Mapping[int, str]) -> Verdicts:
-        """Return the verdicts of the policies that apply, with exceptions that waived actions."""
+        """Return the verdicts of the applicable policies, with exceptions that waive actions."""
         return replace(self, which=np.flatnonzero(applies), waived=waived)
 
     def of_policy(self, i: int) -> Verdict:
@@ -175,7 +175,7 @@ class Verdicts(Sequence[Verdict]):
         )
 
     def _features(self, i: int) -> dict[str, Fired]:
-        """Return each feature's activity; of several selections, that which held on most tokens."""
+        """Return each feature's activity, by the selection of it that fired on most tokens."""
         fired: dict[str, Fired] = {}
         selections = self.rules.policies[i].detect.values()
         for selection, q in zip(selections, self.rules.terms.of_policy(i), strict=True):

@@ -1,6 +1,6 @@
 """The role that wrote each token, and the scopes that look at a role.
 
-All output is the assistant's: the model cannot leave that scope by writing another role's marks.
+All output has the role `output`: the model cannot leave its scope by writing another role's marks.
 Tokens that the chat template wrote around the prompt's messages have the role `template`.
 """
 
@@ -35,7 +35,7 @@ MEMBERS = np.array([[role in LOOKS[scope] for scope in SCOPES] for role in ROLES
 
 
 def in_scopes(role: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Return [..., scopes] bool: the token is in the scope and usable; in the order of `SCOPES`."""
+    """Return [..., scopes] bool, in the order of `SCOPES`: the token is in the scope and usable."""
     looked: np.ndarray = MEMBERS[role] & usable[..., None]
     return looked
 

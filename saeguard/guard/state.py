@@ -1,4 +1,4 @@
-"""The rules' state of all requests in flight: arrays with one row a slot of the ledger."""
+"""The rules' state of all requests in flight: arrays with one entry per slot of the ledger."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class State:
     prompt: np.ndarray
     """[slots] prompt tokens."""
     roles: np.ndarray
-    """[slots] of arrays [prompt tokens], indices into `ROLES`; None if no policy needs them."""
+    """[slots] arrays [prompt tokens] of indices into `ROLES`; None if no policy needs them."""
     counts: np.ndarray
-    """[slots, roles, 5] tokens evaluated, and skipped by reason; see `evaluate.EVALUATED`."""
+    """[slots, roles, 5] tokens evaluated, then skipped by reason; see `evaluate.EVALUATED`."""
     score: np.ndarray
-    """[slots, P] highest score."""
+    """[slots, P] highest score so far."""
     first: np.ndarray
     """[slots, P] position of the first match, -1 before it."""
     matched: np.ndarray
     """[slots, P] tokens on which the policy was on."""
     on_until: np.ndarray
-    """[slots, P] last position kept on by the latest match."""
+    """[slots, P] last position at which the matches so far keep the policy on, or -1."""
     acted: np.ndarray
     """[slots, P] bool: a clamp edited a row."""
     enforced: np.ndarray
@@ -40,7 +40,7 @@ class State:
     ring: np.ndarray
     """[slots, longest window, windowed] evidence by `position % longest window`."""
     best: np.ndarray
-    """[slots, largest k, counted] the highest evidence so far."""
+    """[slots, largest k, counted] the largest evidence values so far, ascending."""
     past: np.ndarray
     """[slots, longest, aggregates of a window] shares by `position % longest`."""
     level: np.ndarray
@@ -50,11 +50,11 @@ class State:
     peak: np.ndarray
     """[slots, Q] highest share."""
     peak_at: np.ndarray
-    """[slots, Q] its position."""
+    """[slots, Q] position of the highest share."""
     recorded: np.ndarray
-    """[slots] the position behind the last row that was recorded in `recent`."""
+    """[slots] the position after the last row that was recorded."""
     whole_from: np.ndarray
-    """[slots] the first position from which every row up to `recorded` was read."""
+    """[slots] the position from which on every row before `recorded` was read."""
     recent: np.ndarray
     """[slots, 2 blocks, columns] activations of the unfinished block, by `position % (2 * block)`.
     There is room for two blocks, since several passes are recorded at once."""
@@ -69,7 +69,7 @@ def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) ->
         rules: the compiled policies.
         slots: requests.
         block: tokens of a block of the prefix cache, 0 without a cache.
-        columns: watched rows.
+        columns: encoder rows, over all layers.
     """
     policies, terms, over = len(rules.policies), len(rules.terms.trace), rules.aggregates
     windowed = max((which.stop for *_, which in over.windows), default=0)
@@ -132,7 +132,7 @@ def copy_slot(state: State, slot: int) -> State:
 
 
 def grown(state: State, more: State) -> State:
-    """Return a state with the slots of both."""
+    """Return a state with the slots of both, those of `state` first."""
     return State(
         *(np.concatenate([getattr(s, f.name) for s in (state, more)]) for f in fields(State))
     )

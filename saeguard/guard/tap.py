@@ -34,7 +34,7 @@ class Kernels(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """One layer's watched rows and output buffers, on the model's device."""
+    """One layer's encoder rows and output buffers, on the model's device."""
 
     layer: int
     W: torch.Tensor
@@ -48,9 +48,9 @@ class Tap:
     """[max_tokens, watched] float32: activations of the last forward pass."""
     halves: torch.Tensor
     """[] float32: 1 if the two values that a decoder layer returns add up to the residual stream,
-    0 if the next layer ignores the second. The start-up self-test finds out."""
+    0 if the next layer ignores the second. The start-up self-test measures which."""
     ticks: torch.Tensor
-    """[] int64: how often the op ran since it was set to 0, which happens before each pass."""
+    """[] int64: number of runs of the op since the pass began."""
     rows: Rows
     clamps: dict[str, Clamp]
     """By `clamps_digest`: the clamps of each watch list with requests in flight. It changes between
@@ -107,7 +107,7 @@ def tap_hook(layer: int) -> Callable[[Any, Any, Any], Any]:
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return [tokens, d_in] for [1, tokens, d_in], the shape in layers of Transformers' own.
+    """Return [tokens, d_in] for [1, tokens, d_in], the shape in Transformers' own layers.
 
     A tensor with any other third dimension stays as it is, and the product or the self-test
     refuses it.
@@ -172,7 +172,7 @@ def read(
     Args:
         tap: the layer's tap.
         hidden: [rows, d_in], any floating dtype.
-        residual: the second value of the decoder layer, alike; None if it returns one tensor.
+        residual: the second value of the decoder layer, of the same shape; None without one.
         f: [rows, watched] float32.
     """
     if tap.kernels is not None:
@@ -182,7 +182,7 @@ def read(
         x = torch.addcmul(x, residual.float(), tap.halves)
     scale = column_scales(tap.norm, x)
     pre_activations(tap, x, scale, out=f)
-    # A product rather than a choice, so that NaN stays NaN and is seen.
+    # A product rather than a choice, so that NaN stays NaN and counts as an error.
     f.mul_(f > tap.floor)
     for ranked in tap.ranked:
         apply_topk(ranked, x, f)
@@ -196,7 +196,7 @@ def _read_by_kernels(
     residual: torch.Tensor | None,
     f: torch.Tensor,
 ) -> torch.Tensor | None:
-    """Do the same in one launch, and a few more for latents that fire by rank."""
+    """Do the same as `read` in one launch, and in six more per block that fires by rank."""
     scale = None if tap.scale is None else tap.scale[: len(f)]
     W = tap.W.t()
     kernels.read(hidden, residual, tap.halves, W, tap.b, tap.theta, f, tap.norm, scale)

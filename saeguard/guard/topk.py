@@ -1,10 +1,10 @@
-"""Latents that fire by rank: TopK and groupmax SAEs behind the tap.
+"""Decide on which tokens the watched latents of TopK and groupmax SAEs fire.
 
-The rank of a watched latent matters only on tokens where its activation is high enough for some
-policy. Each watched latent has a screen threshold, the lowest activation at which any policy could
-notice it. If no watched latent of a token exceeds its screen threshold, no policy can match there
-whatever the ranks are, and the token's activations are written as 0. On the few tokens that pass
-the screen, every watched latent is ranked exactly.
+Such a latent fires if its rank among its competitors is high enough. The rank matters only on
+tokens on which the latent's activation is high enough for some policy. So each watched latent has a
+screen threshold, the lowest activation at which any policy could notice it. If no watched latent of
+a token exceeds its screen threshold, the ranks change no decision, and the token's activations are
+written as 0. On the few tokens that pass the screen, every watched latent is ranked exactly.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ class RankedRows:
 
     source: SaeInfo | Encoder
     columns: slice
-    """Among the hook's."""
+    """Among the columns of the hook."""
     latents: tuple[int, ...]
     screen: torch.Tensor
-    """[latents] float32 screen thresholds; +inf for a latent that alone makes no policy match."""
+    """[latents] float32 screen thresholds; +inf for a latent that can raise no feature that a
+    selection compares."""
 
     @property
     def competitors(self) -> str:
-        """Return the identity of the latents that these compete with."""
+        """Return a string that identifies the latents with which these compete."""
         source = self.source
         return f"{source.sha256} {source.k}" if isinstance(source, SaeInfo) else str(id(source))
 
@@ -64,7 +65,7 @@ def make_ranked(
     *,
     allocate_buffers: Callable[[Competitors, int], TopKBuffers] | None = None,
 ) -> Ranked:
-    """Load the competitors of a block of columns to the device.
+    """Return a block of columns on the device, with the encoder rows of all its competitors.
 
     Args:
         part: the block.
@@ -99,7 +100,7 @@ def make_ranked(
 def load_competitors(
     source: SaeInfo | Encoder, latents: tuple[int, ...], device: torch.device
 ) -> Competitors:
-    """Return the competitors of `latents` on the device; a process reads them once."""
+    """Return the competitors of `latents` on the device; the result is cached."""
     return read_competitors(source, latents, device)
 
 
@@ -107,7 +108,7 @@ def set_floor(ranked: Ranked, floor: torch.Tensor) -> None:
     """Write the floors of the block's columns into `floor` [watched] float32.
 
     A floor is the larger of the SAE's threshold and the screen threshold. So the comparison that
-    the tap makes anyway also screens the tokens.
+    the tap makes anyway also screens the tokens. With `show_all`, it is the SAE's threshold.
     """
     theta = ranked.rows.theta
     high = torch.maximum(theta, ranked.screen)
@@ -115,7 +116,7 @@ def set_floor(ranked: Ranked, floor: torch.Tensor) -> None:
 
 
 def apply_topk(ranked: Ranked, x: torch.Tensor, f: torch.Tensor) -> None:
-    """Keep of `f` [rows, watched] the latents that fire by rank, in place.
+    """Set the latents in `f` [rows, watched] that do not fire by rank to 0, in place.
 
     Args:
         ranked: the block of columns and its competitors.

@@ -1,4 +1,4 @@
-"""Verdicts, and how many of the tokens each of them rests on."""
+"""Verdicts, and the coverage of each: how many tokens were evaluated or skipped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from saeguard.policy.types import Action, Mode, Severity
 
 Outcome: TypeAlias = Literal["match", "no_match", "error", "not_evaluated"]
-"""The four verdicts. `no_match` holds for the tokens that the coverage counts as evaluated."""
+"""The four verdicts. `no_match` holds only for the tokens that the coverage counts as evaluated."""
 
 Reason: TypeAlias = Literal[
     "not_forwarded",
@@ -23,7 +23,7 @@ Reason: TypeAlias = Literal[
 """The reasons why a token was not evaluated; a closed list."""
 
 THRESHOLD = 1.0
-"""A policy matches if its score exceeds this, since evidence is the share over its threshold."""
+"""A policy matches if its score exceeds this, since evidence is a share over its threshold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,16 @@ class Fired:
     """One feature's activity within a request, in shares."""
 
     count: int
-    """Tokens above the policy's threshold."""
+    """Tokens above the selection's threshold."""
     max: float
+    """Highest share."""
     at: int
     """Position of the maximum, counted from the first prompt token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one policy concluded of one request."""
+    """One policy's result on one request."""
 
     policy: str
     digest: str
@@ -72,8 +73,8 @@ class Verdict:
     """Id of the exception that waived the action."""
     error: str | None = None
     approximate: bool = False
-    """Whether fixed thresholds replaced the ranks of a TopK SAE's latents. Such a latent can fire
-    against its rank, as often as the feature set says."""
+    """Whether fixed thresholds replaced the ranks of a TopK SAE's latents. Such a latent may fire
+    on other tokens than by rank; the feature set states how often."""
     message: str | None = None
     """The text that replaces the output if the policy stopped the request."""
 

@@ -1,4 +1,4 @@
-"""The watch list: what the loaded policies compile to. `build_watchlist` makes it."""
+"""The watch list: what the loaded policies compile to; see `build_watchlist`."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ class Hook:
     layer: int
     d_in: int
     W: torch.Tensor
-    """[rows, d_in] float32, one contiguous row per watched latent or probe."""
+    """[encoder rows, d_in] float32, one contiguous row per watched latent or probe."""
     b: torch.Tensor
-    """[rows] float32."""
+    """[encoder rows] float32."""
     theta: torch.Tensor
-    """[rows] float32: `f = pre * (pre > theta)`; -inf for probes, which have no activation."""
+    """[encoder rows] float32: `f = z * (z > theta)`; -inf for probes, which have no threshold."""
     first_column: int
     """The first of this hook's columns among those of all hooks."""
     norm: torch.Tensor | None = None
-    """[rows] int64, indices into `NORMS`: how each token is normalised; None if it never is."""
+    """[encoder rows] int64, indices into `NORMS`: how the SAE normalises each token; None if no SAE
+    does."""
     ranked: tuple[RankedRows, ...] = ()
-    """The rows of TopK and groupmax SAEs, whose latents fire by rank."""
+    """The encoder rows of TopK and groupmax SAEs, whose latents fire by rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClampRows:
     """The latents that one layer's clamp policies edit: `f` becomes `min(scale * f + target, cap)`.
 
-    The residual changes by that difference times `W_dec` only.
+    The residual changes by the change of `f` times `W_dec`, and by nothing else.
     """
 
     layer: int
@@ -61,9 +62,9 @@ class ClampRows:
     W_dec: torch.Tensor
     """[clamped, d_in] float32."""
     scale: torch.Tensor | None = None
-    """[clamped] float32; None: 0."""
+    """[clamped] float32; None for 0."""
     cap: torch.Tensor | None = None
-    """[clamped] float32; None: infinite."""
+    """[clamped] float32; None for infinity."""
 
     def to(self, device: torch.device) -> ClampRows:
         """Return a copy on `device`."""
@@ -84,7 +85,7 @@ class ClampRows:
 
 @dataclass(frozen=True, slots=True)
 class WatchList:
-    """Everything the guard needs at run time, compiled from the policies once."""
+    """Everything that the guard needs at run time, compiled once from policies and feature sets."""
 
     policies: tuple[Policy, ...]
     hooks: tuple[Hook, ...]
@@ -101,7 +102,7 @@ class WatchList:
     models: tuple[ModelRef, ...]
     """The models that the feature sets were made for."""
     digest: str
-    """sha256 of the policies, feature sets and checkpoints: of all that verdicts depend on."""
+    """sha256 of policies, feature sets and checkpoints: of everything that verdicts depend on."""
     approximations: Mapping[str, Approximation] = field(default_factory=dict)
     """By feature set: the fixed thresholds that replace ranks."""
 
@@ -116,11 +117,11 @@ class WatchList:
         return shares
 
     def latents(self, feature: int) -> tuple[tuple[int, float], ...]:
-        """Return column and weight of each latent of a feature."""
+        """Return the column and weight of each latent of a feature."""
         return tuple((int(c[feature]), float(w[feature])) for c, w in self.mix if feature < len(c))
 
     def nbytes(self) -> int:
-        """Return the bytes of the weights."""
+        """Return the bytes that the weights take."""
         tensors = [t for h in self.hooks for t in (h.W, h.b, h.theta)]
         tensors += [
             t for c in self.clamps for t in (c.target, c.W_dec, c.scale, c.cap) if t is not None

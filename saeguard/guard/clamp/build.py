@@ -1,4 +1,4 @@
-"""Compile the clamp policies of each layer to the latents that they edit."""
+"""Compile each layer's clamp policies to the latents that they edit, and to how."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_clamps(
         policies: in the watch list's order.
         feature_sets: by the name that policies use.
         hooks: the encoder rows of each layer.
-        column: of each row among those of all hooks.
+        column: of each encoder row, counted over all hooks.
         may_enforce: ids of shadow policies that a request may have enforced.
 
     Raises:
@@ -94,7 +94,7 @@ def build_clamps(
 def _edit(
     policy: Policy, clamp: Clamp, feature: Feature, weight: float
 ) -> tuple[float, float, float]:
-    """Return scale, shift and cap of a latent that is `weight` of a clamped feature."""
+    """Return scale, shift and cap of the edit of a latent with this weight in its feature."""
     share = weight * (feature.low + clamp.amount * (feature.high - feature.low))
     if clamp.how == "at_most" and weight < 0:
         raise WatchListError(

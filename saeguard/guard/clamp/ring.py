@@ -1,8 +1,9 @@
 """Per-request state on the device, by position: windows, counts and averages over rows.
 
-A forward pass brings consecutive rows of several requests. The values of earlier passes lie in a
-ring by position, long enough to step back behind rejected drafts. A position that is computed again
-overwrites its values. There is no loop over rows and no synchronisation with the host.
+A forward pass brings consecutive rows of several requests. A ring holds the values of earlier
+passes by position. It is long enough to go back before rejected drafts. A position that is
+computed again overwrites its values. There is no loop over rows and no synchronisation with the
+host.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Here(NamedTuple):
     slot: torch.Tensor
     position: torch.Tensor
     offset: torch.Tensor
-    """Rows since the first of its request in this pass."""
+    """[rows] rows since the request's first row in this pass."""
     row: torch.Tensor
 
 
@@ -30,14 +31,14 @@ def here(slot: torch.Tensor, position: torch.Tensor, offset: torch.Tensor) -> He
 def windows(
     x: torch.Tensor, ring: torch.Tensor, at: Here, n: int, missing: torch.Tensor
 ) -> torch.Tensor:
-    """Return [rows, n, columns]: each row's value and the n - 1 before it.
+    """Return [rows, n, columns]: the values at each row's position and the n - 1 before it.
 
     Args:
         x: [rows, columns].
         ring: [slots, size, columns] values of earlier passes.
         at: the layout.
         n: length of the windows.
-        missing: [columns] or a scalar, for positions before the first.
+        missing: [columns] or a scalar, the value at positions below 0.
     """
     back = torch.arange(n, device=x.device)
     then = at.position[:, None] - back
@@ -48,13 +49,13 @@ def windows(
 
 
 def before(ring: torch.Tensor, at: Here, initial: torch.Tensor) -> torch.Tensor:
-    """Return [rows, columns]: the value at the position before the request's first row here."""
+    """Return [rows, columns]: the ring's value just before the request's first row in this pass."""
     last = at.position - at.offset - 1
     return torch.where((last >= 0)[:, None], ring[at.slot, last % ring.shape[1]], initial)
 
 
 def write(ring: torch.Tensor, x: torch.Tensor, at: Here) -> None:
-    """Write the last rows of each request to its ring; older ones would fall on the same cells."""
+    """Write each request's last `size` rows to its ring; earlier rows would hit the same cells."""
     size, n = ring.shape[1], len(x)
     # A row is among the last `size` rows of its request if the row `size` further on is another's.
     ahead = (at.row + size).clamp(max=n - 1)
@@ -65,16 +66,16 @@ def write(ring: torch.Tensor, x: torch.Tensor, at: Here) -> None:
 
 
 def counted(x: torch.Tensor, at: Here, start: torch.Tensor) -> torch.Tensor:
-    """Return the number of the request's rows that are true so far, [rows, columns] int64."""
+    """Return how many of the request's rows are true up to each row, [rows, columns] int64."""
     total = x.cumsum(0)
     first = at.row - at.offset
     return total - total[first] + x[first] + start
 
 
 def latest(x: torch.Tensor, at: Here, start: torch.Tensor) -> torch.Tensor:
-    """Return the position of the request's latest true row so far, [rows, columns], else -1."""
-    # Rows of one request are neighbours: numbers that grow from request to request keep the
-    # running maximum from reaching into the next one.
+    """Return the position of the request's latest true row up to each row, -1 without one."""
+    # The rows of one request are neighbours. A number that grows from request to request keeps the
+    # running maximum of one request out of the next.
     own = ((at.row - at.offset) << 40)[:, None]
     found = torch.where(x, at.position[:, None] + 1, 0)
     return torch.maximum((own + found).cummax(0).values - own - 1, start)
@@ -93,7 +94,7 @@ def averaged(x: torch.Tensor, at: Here, decay: torch.Tensor, start: torch.Tensor
 
 
 def highest(x: torch.Tensor, at: Here, start: torch.Tensor) -> torch.Tensor:
-    """Return the request's highest value so far, by doubling."""
+    """Return the request's highest value up to each row, by doubling."""
     step = 1
     while step < len(x):
         earlier = torch.cat([x[:step], x[:-step]])

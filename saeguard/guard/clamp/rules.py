@@ -1,9 +1,9 @@
-"""Clamps inside the forward pass: evaluate clamp policies and edit latents of the residual.
+"""Evaluate clamp policies inside the forward pass, and edit latents in the residual stream.
 
 The whole rule runs on the device: a match found on the host would be one or two steps late, and
 the same text must get the same edit however it was chunked. The state is indexed by clamp slot and
-position, so a position that is computed again, after preemption or behind a rejected draft,
-overwrites its state.
+position, so a position that is computed again, after a preemption or a rejected draft, overwrites
+its state.
 
 The residual becomes `x + (edited - f) @ W_dec`: it changes along the clamped decoder rows only, and
 the SAE's reconstruction error stays (Templeton et al. 2024, "Scaling Monosemanticity").
@@ -28,7 +28,7 @@ from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 
 FOREVER = torch.iinfo(torch.int64).max
 MAX_DRAFTS = 64
-"""Most speculated tokens per step; the state can step back behind so many."""
+"""Most speculated tokens per step; the state can go back that many positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Clamp:
     """One layer's clamp policies: rules, edits and per-request state, all on the device."""
 
     policies: tuple[int, ...]
-    """Indices into the watch list's."""
+    """Indices into the watch list's policies."""
     rules: Rules
     """Compiled from these policies only."""
     program: Program
@@ -56,9 +56,9 @@ class Clamp:
     groups: tuple[tuple[int, int, torch.Tensor], ...]
     """(k, n, rules with that window)."""
     feature: torch.Tensor
-    """[aggregates] its feature."""
+    """[aggregates] the feature that it aggregates."""
     owned: torch.Tensor
-    """[aggregates] a rule with the aggregate's scope."""
+    """[aggregates] the index of a rule that has the aggregate's scope."""
     missing: torch.Tensor
     """[aggregates] the value of a token that is out of scope or not evaluated."""
     decay: torch.Tensor
@@ -72,11 +72,11 @@ class Clamp:
     looks: torch.Tensor
     """[roles, rules] bool: whether the rule looks at the role."""
     last: torch.Tensor
-    """[slots, ring, rules] int64: position of the latest match up to a position, or -1."""
+    """[slots, ring, rules] int64: position of the latest match up to each position, or -1."""
     held: torch.Tensor
-    """[slots, ring, rules] int64: tokens up to a position at which the condition holds."""
+    """[slots, ring, rules] int64: tokens up to each position on which the condition holds."""
     ring: torch.Tensor
-    """[slots, ring, rules] float64: evidence; empty if every window is one token."""
+    """[slots, ring, windowed rules] float64: evidence; empty if every window is one token."""
     past: torch.Tensor
     """[slots, ring, aggregates of a window] float64 shares."""
     level: torch.Tensor
@@ -168,7 +168,7 @@ def make_clamp(
 
 
 def admit(clamp: Clamp, slot: int, enforced: Sequence[bool]) -> None:
-    """Start a request in a clamp slot; `enforced` says which rules may edit it."""
+    """Start a request in a clamp slot; `enforced` holds which rules may edit it."""
     clamp.enforced[slot] = torch.tensor(enforced, device=clamp.enforced.device)
     clamp.last[slot] = -1
     clamp.held[slot] = 0
@@ -185,7 +185,7 @@ def apply(
     rows: Rows,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """Edit the rows for which a clamp is on, in place.
+    """Edit the rows on which a clamp is on, in place.
 
     Args:
         clamp: rules and state; the rings and `acted` are updated.
@@ -198,7 +198,7 @@ def apply(
     n = hidden.shape[0]
     at = ring.here(rows.clamp_slot[:n], rows.position[:n], rows.offset[:n])
     position = at.position[:, None]
-    # A row that is not finite gives no evidence, as on the host, and the edit would be unknown.
+    # A row that is not finite gives no evidence, as on the host, and its edit would be undefined.
     readable = f.isfinite().all(dim=1)
     enforced = clamp.enforced[at.slot]
     looked = clamp.looks[rows.role[:n]] & (rows.eligible[:n] & readable)[:, None]

@@ -18,12 +18,12 @@ WIDEST = 64
 """Most rows and columns of a tile; `tl.dot` needs 16 at least."""
 INNER = 32
 WARPS = 8
-"""With 4, products in float32 spill registers (tests/kernels/check_compiles.py)."""
+"""Warps of a program. With 4, float32 products spill (tests/kernels/check_compiles.py)."""
 
 
 @triton.jit
 def load_rows(hidden, residual, halves, row, stride_h, stride_r, k, inside, SECOND: tl.constexpr):
-    """Load a part of the residual stream in float32: [rows, inner]."""
+    """Load a tile of the residual stream, [rows, inner] float32; `SECOND` adds `residual`."""
     x = tl.load(hidden + row[:, None] * stride_h + k[None, :], mask=inside, other=0.0)
     x = x.to(tl.float32)
     if SECOND:
@@ -99,7 +99,7 @@ def _tap_kernel(
         tl.store(to, scale, mask=here[:, None] & mine[None, :])
     z += tl.load(b + column, mask=mine, other=0.0)[None, :]
     fires = z > tl.load(theta + column, mask=mine, other=0.0)[None, :]
-    # A product rather than a choice, so that NaN stays NaN and is seen.
+    # A product rather than a choice, so that NaN stays NaN and counts as an error.
     z = z * fires.to(tl.float32)
     to = f + at[:, None] * stride_f + column[None, :]
     tl.store(to, z, mask=here[:, None] & mine[None, :])
@@ -156,7 +156,7 @@ def read(
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> None:
-    """Write the activations of one forward pass.
+    """Launch the kernel that writes the watched activations of one forward pass to `f`.
 
     Args:
         hidden: [rows, d_in], any floating dtype, last axis contiguous.

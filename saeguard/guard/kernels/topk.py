@@ -39,7 +39,7 @@ def apply_topk(
     f: torch.Tensor,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """Leave of `f` what fires, in place, as `saeguard.guard.topk.apply_topk` does.
+    """Set the latents in `f` that do not fire by rank to 0, as `guard.topk.apply_topk` does.
 
     Args:
         ranked: the block of columns, its competitors and buffers.
@@ -85,7 +85,7 @@ def apply_topk(
         *strides,
         f.stride(0),
         *buffers.extent,
-        # Wider than `Reach` by what rounding can do to the length itself.
+        # Wider than in `Reach`, since the kernel's own norm of a token is rounded too.
         (d_in + 16) * 2.0**-24,
         **kind,
         TILE=ROWS,

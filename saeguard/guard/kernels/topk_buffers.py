@@ -1,4 +1,4 @@
-"""The buffers in which the TopK kernels count; no Triton is needed to allocate them."""
+"""Counters and lists that the TopK kernels write; allocating them needs no Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAIRS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class TopKBuffers:
-    """Counters and lists of one forward pass.
+    """What the TopK kernels count and list in one forward pass.
 
     The listed tokens are those that passed the screen; `entry` is a token's index among them.
     """
@@ -26,11 +26,11 @@ class TopKBuffers:
     open: torch.Tensor
     """[max_tokens] int32 entry of each listed token that is not decided yet."""
     margin: torch.Tensor
-    """[max_tokens] float32 by entry, see `saeguard.sae.topk_all.Reach`."""
+    """[max_tokens] float32 by entry: gaps that float32 cannot decide, see `sae.topk_all.Reach`."""
     above: torch.Tensor
-    """[max_tokens, watched] int32 by entry: competitors above."""
+    """[max_tokens, watched] int32 by entry: competitors surely above the latent."""
     near: torch.Tensor
-    """[max_tokens, watched] int32 by entry: competitors too close to decide."""
+    """[max_tokens, watched] int32 by entry: competitors too close to decide in float32."""
     pair: torch.Tensor
     """[PAIRS, 2] int32: index into the flattened `above`, and the competitor."""
     extent: tuple[float, float]

@@ -6,11 +6,12 @@
    sets the watched latents of every other token to 0.
 2. `compare_kernel` counts, for each watched latent of a listed token, the competitors that lie
    surely above it, and those too close to decide in float32.
-3. `conclude_kernel` sets latents that have lost to 0, and lists the tokens that are still open.
+3. `conclude_kernel` sets latents that do not fire to 0, and lists the tokens with undecided latents
+   as open.
 4. `compare_kernel` again lists the close pairs of the open tokens, and `exact_kernel` compares each
    pair in float64.
-5. `conclude_kernel` again sets latents that have lost to 0. If the pairs did not fit the buffer, it
-   writes NaN for the latents that remain undecided.
+5. `conclude_kernel` again sets latents that do not fire to 0. If the pairs did not fit the buffer,
+   it writes NaN for the latents that remain undecided.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def conclude_kernel(
     TILE: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Set lost latents to 0; list the open tokens, or with `LAST` write NaN for undecided ones."""
+    """Set latents that do not fire to 0; list open tokens; with `LAST`, NaN for undecided."""
     tokens = tl.load(counters + (OPEN if LAST else LISTED))
     first = tl.program_id(0) * TILE
     if first < tokens:
@@ -273,7 +274,7 @@ def exact_kernel(
         competitor = tl.load(pair + 2 * i + 1)
         mine = tl.load(own + to % watched).to(tl.int32)
         at = tl.load(listed + to // watched).to(tl.int64)
-        # Both in one tensor: equal rows must come out equal, bit for bit.
+        # Both in one tensor: equal encoder rows must give equal products, bit for bit.
         latent = tl.where(which == 0, mine, competitor).to(tl.int64)
         z = tl.zeros((2,), tl.float64)
         for first in range(0, d_in, K):

@@ -1,1 +1,1 @@
-"""The fired latents of tokens in vLLM's prefix cache."""
+"""Record and recall the fired latents of tokens in vLLM's prefix cache."""

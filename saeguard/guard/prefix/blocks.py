@@ -19,7 +19,7 @@ class FullBlock(NamedTuple):
 
     slot: int
     number: int
-    """Among the blocks of its request."""
+    """Index among the blocks of its request."""
     f: np.ndarray
     """[block, columns] float32."""
     eligible: np.ndarray
@@ -27,7 +27,7 @@ class FullBlock(NamedTuple):
 
 
 class PrefixBlocks:
-    """The full blocks of requests in flight, on their way to the prefix store."""
+    """Collects the full blocks of requests in flight until the prefix store takes them."""
 
     def __init__(self, prefix_store: PrefixStore | PrefixView) -> None:
         """Start without requests."""
@@ -35,7 +35,7 @@ class PrefixBlocks:
         self._keys: dict[int, Sequence[bytes]] = {}
         """By slot: the block hashes of its full blocks, a list that the engine extends."""
         self._unkeyed: list[FullBlock] = []
-        """Full blocks whose block hash the engine has not made yet."""
+        """Full blocks that wait for the engine to compute their block hash."""
 
     def admit(self, slot: int, keys: Sequence[bytes]) -> None:
         """Start a request."""
@@ -47,7 +47,7 @@ class PrefixBlocks:
         self._keys.pop(slot)
 
     def take_back(self, slot: int, position: int) -> None:
-        """Drop the blocks of a request that reach beyond `position`."""
+        """Drop the waiting blocks of a request that reach beyond `position`."""
         block = self.prefix_store.block
         self._unkeyed = [
             full
@@ -58,11 +58,11 @@ class PrefixBlocks:
     def recall(
         self, slot: int, first: int, end: int
     ) -> tuple[int, tuple[np.ndarray, np.ndarray] | None]:
-        """Return what the prefix store holds of cached tokens `first`, ... before `end`.
+        """Return what the prefix store holds of the cached tokens at `first` to `end - 1`.
 
         Returns:
-            The position behind the tokens returned; and their activations and `eligible`, or None
-            if the prefix store does not hold the tokens up to there.
+            The position after the tokens answered for; and their activations and `eligible`, or
+            None if the prefix store does not hold these tokens.
         """
         block = self.prefix_store.block
         keys, i = self._keys[slot], first // block
@@ -89,7 +89,7 @@ class PrefixBlocks:
         *,
         ran: bool,
     ) -> None:
-        """Record at most a block of consecutive rows of each of several slots.
+        """Record consecutive rows of each of several slots, at most one block per slot.
 
         Args:
             s: the state.
@@ -124,7 +124,7 @@ class PrefixBlocks:
         *,
         ran: bool,
     ) -> None:
-        """Record consecutive rows of one slot; those of an unfinished block wait in the state."""
+        """Record consecutive rows of one slot; rows of an unfinished block wait in the state."""
         block = self.prefix_store.block
         first, end = int(position[0]), int(position[-1]) + 1
         if first != s.recorded[slot]:
@@ -146,7 +146,10 @@ class PrefixBlocks:
         self.store()
 
     def store(self) -> None:
-        """Move the blocks that have a block hash to the prefix store; drafts have none yet."""
+        """Move the full blocks that have a block hash by now to the prefix store.
+
+        A block with draft tokens has none yet.
+        """
         if not self._unkeyed:
             return
         ready = [full for full in self._unkeyed if full.number < len(self._keys[full.slot])]
@@ -168,7 +171,7 @@ class PrefixBlocks:
         s.recent_eligible[slot, inside] = eligible[: len(inside)]
 
     def _complete(self, s: State, slot: int, index: int) -> None:
-        """Take a block whose last row was recorded, if none of its rows is missing."""
+        """Add a block whose last row was just recorded, if all of its rows were read."""
         block = self.prefix_store.block
         if s.whole_from[slot] <= index * block:
             rows = slice(index % 2 * block, (index % 2 + 1) * block)

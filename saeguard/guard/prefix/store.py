@@ -1,4 +1,4 @@
-"""The fired latents of blocks in vLLM's prefix cache, by vLLM's own block hash.
+"""Store the fired latents of blocks in vLLM's prefix cache, by vLLM's own block hash.
 
 A prefix-cache hit skips the forward pass, so the tap does not read those tokens again. vLLM finds a
 hit by a hash of everything that the block's KV depends on: every token up to its end, adapter,
@@ -32,7 +32,7 @@ class StoredBlock(NamedTuple):
     value: np.ndarray
     """[fired] float32."""
     eligible: np.ndarray
-    """[block / 8] uint8, a bit a token: not excluded by id."""
+    """[block / 8] uint8, one bit per token: it is not excluded by id."""
     made: int = 0
     """Number of the last swap before the block was read."""
 
@@ -43,7 +43,7 @@ class StoredBlock(NamedTuple):
 
 
 class PrefixStore:
-    """Watched activations of whole blocks, bounded in entries by the KV cache and in bytes."""
+    """Watched activations of full blocks, limited by the size of the KV cache and in bytes."""
 
     def __init__(
         self,
@@ -57,11 +57,11 @@ class PrefixStore:
         """Start empty.
 
         Args:
-            block: tokens a key stands for.
-            columns: watched rows.
-            blocks: keys that the KV cache can hold at once.
+            block: tokens of a block, which one key identifies.
+            columns: encoder rows, over all layers.
+            blocks: number of blocks that the KV cache holds.
             limit_bytes: most bytes of all entries; the oldest entries are dropped first.
-            in_cache: whether the KV cache still has a key; such entries are kept.
+            in_cache: returns whether the KV cache still has a key; such entries are not swept out.
         """
         self.block = block
         self.columns = columns
@@ -79,7 +79,7 @@ class PrefixStore:
 
     @property
     def worst_bytes(self) -> int:
-        """Return the bytes of all entries if every latent fired on every token of the cache."""
+        """Return the bytes that a full cache needs if every latent fires on every token."""
         block = 8 * self.block * self.columns + self.block // 8 + ENTRY_BYTES
         return self.blocks * block
 
@@ -136,8 +136,8 @@ class PrefixStore:
         self._blocks.pop(key, None)
         self.nbytes += stored.nbytes - (old.nbytes if old else 0)
         self._blocks[key] = stored
-        # At most `blocks` entries can be in the cache. If there are twice as many, one of the few
-        # oldest is not, and finding it takes no walk over all entries.
+        # The KV cache has at most `blocks` of the entries. If there are twice as many, examine a
+        # few of the oldest and drop those that it no longer has, without a walk over all.
         for _ in range(SWEEP if len(self._blocks) > 2 * self.blocks else 0):
             oldest = next(iter(self._blocks))
             if self._in_cache(oldest):
@@ -155,7 +155,7 @@ class PrefixView(NamedTuple):
 
     prefix_store: PrefixStore
     made: int
-    """Number of the swap that brought the version; its passes hold all columns written then."""
+    """Number of the swap that brought the version; its passes hold the columns written by then."""
     needs: int
     """Number of the swap after which every forward pass holds all columns that it reads."""
 

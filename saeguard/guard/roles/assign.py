@@ -1,8 +1,8 @@
-"""Assign a role to each token of a prompt, from the token ids alone: from what the model reads.
+"""Assign a role to each token of a prompt, from the token ids alone.
 
 A message reaches from its start mark to the next one. Text before the first start mark, or in a
-prompt without any, is the user's: text that is sent around the chat template stays in scope. Text
-after an end mark that no start mark follows belongs to the message before it.
+prompt without any, is the user's, so text that bypasses the chat template stays in scope. Text
+between an end mark and the next start mark belongs to the message before it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
 
 START = -1
-"""Stands for the beginning of the text, for templates that mark a first message by nothing else."""
+"""Stands for the beginning of the text: some templates put no token before the first message."""
 
 
 class StartMark(NamedTuple):
-    """The tokens by which a chat template starts a message of a role; a role may have several."""
+    """Tokens by which a chat template starts a message of a role; a role may have several marks."""
 
     role: int
     """Index into `ROLES`."""
@@ -41,7 +41,7 @@ class RoleMarks(NamedTuple):
 
     starts: tuple[StartMark, ...]
     ends: tuple[tuple[int, ...], ...]
-    """Token ids that the template writes before a start mark, or last."""
+    """Token ids that the template writes before a start mark, or at the end of the text."""
 
     @property
     def roles(self) -> frozenset[int]:
@@ -98,7 +98,7 @@ def roles_of(marks: RoleMarks, tokens: np.ndarray) -> np.ndarray:
 
 
 def _find_starts(marks: RoleMarks, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the first token, the one behind the last, and the role of each start mark."""
+    """Return the first position, the position after the last, and the role of each start mark."""
     found = [(np.empty(0, np.int64),) * 3]
     for mark in marks.starts:
         core, rest = np.array(mark.core), np.array(mark.rest, np.int64)
@@ -112,7 +112,7 @@ def _find_starts(marks: RoleMarks, ids: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _behind(ids: np.ndarray, at: np.ndarray, end_mark: tuple[int, ...]) -> np.ndarray:
-    """Return where an end mark that ends before `at` begins; `at` itself without an end mark."""
+    """Return where the end mark that ends just before `at` begins; `at` if there is none."""
     where = at[:, None] - len(end_mark) + np.arange(len(end_mark))
     whole = _alike(ids, where, np.array(end_mark, np.int64)) == len(end_mark)
     begins: np.ndarray = np.where(whole, at - len(end_mark), at)

@@ -1,9 +1,9 @@
 """Read from a chat template the token ids that delimit messages: its role marks.
 
 The template renders conversations whose contents are known, so every other token is the template's.
-`find_marks` looks for the tokens that identify a role. They must begin with a token that ordinary
-text cannot become, and must give the right role to every token of further conversations with
-awkward contents. A template that fails is refused.
+`find_marks` looks for the tokens that identify a role. They must begin with a special token, which
+ordinary text cannot produce. They must also give the right role to every token of further
+conversations with awkward contents. A template that fails is refused.
 """
 
 from __future__ import annotations
@@ -39,23 +39,24 @@ ODD = (
 )
 """Contents whose tokens might merge with a template's marks; each role writes each of them."""
 CLOCKS = ("01 Jan 2001", "28 Feb 2034")
-"""Dates for templates that write the current date."""
+"""Two dates, for templates that write the current date."""
 
 
 class Rendered(NamedTuple):
-    """A conversation as token ids, and the message whose content each of them holds."""
+    """A rendered conversation as token ids, and the message that each token belongs to."""
 
     ids: tuple[int, ...]
     owner: np.ndarray
     """[tokens] index of the message; -1 for tokens that the template wrote."""
     roles: tuple[int, ...]
-    """By message; one more if the template starts an answer of the assistant at the end."""
+    """By message; one more if the template opens an answer of the assistant at the end."""
 
 
 def read_template(tokenizer: Any) -> RoleMarks:
     """Return the role marks of the tokenizer's chat template.
 
-    A role that the template refuses, or merges into another role's message, gets no marks.
+    If the template refuses messages of `tool` or `system`, or merges them into another role's, that
+    role gets no marks.
 
     Args:
         tokenizer: a fast tokenizer of Transformers.
@@ -134,7 +135,7 @@ def _text(
 
 
 def _gaps(tokenizer: Any, shape: tuple[str, ...], clock: str, *, prompt: bool) -> list[str] | None:
-    """Return what the template writes around the contents; None if it refuses the conversation."""
+    """Return the template's text around the contents; None if it refuses the conversation."""
     try:
         text = _text(tokenizer, shape, PLAIN, clock, prompt=prompt)
     except Exception:  # noqa: BLE001 - a template may raise anything
@@ -181,7 +182,7 @@ def _render(
 
 
 def _parts(rendered: Rendered) -> Iterator[Part]:
-    """Yield what the template wrote before each content, and after the last."""
+    """Yield the tokens that the template wrote before each content, and after the last."""
     edge = 0
     messages = int(rendered.owner.max()) + 1
     for i in range(messages):

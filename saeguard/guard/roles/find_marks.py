@@ -1,4 +1,4 @@
-"""Find the role marks of a chat template in the conversations that it rendered."""
+"""Find the role marks of a chat template in conversations that it rendered."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Part(NamedTuple):
     """The tokens that a template writes before a content, or after the last."""
 
     role: int | None
-    """Of the content that follows, an index into `ROLES`; None after the last."""
+    """Role of the content that follows, an index into `ROLES`; None after the last content."""
     ids: tuple[int, ...]
 
 
@@ -28,9 +28,9 @@ def find_marks(plain: Sequence[Part], every: Sequence[Part], special: set[int]) 
     """Return the role marks of a chat template.
 
     Args:
-        plain: parts of conversations with plain contents, which merge with no mark.
+        plain: parts of conversations with plain contents, whose tokens do not merge with marks.
         every: parts of all conversations.
-        special: tokens that ordinary text cannot become, and `START`.
+        special: tokens that ordinary text cannot produce, and `START`.
 
     Raises:
         TemplateError: no run that begins with a special token identifies a role.
@@ -52,7 +52,7 @@ def find_marks(plain: Sequence[Part], every: Sequence[Part], special: set[int]) 
 
 
 def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """Return (role, core) pairs: runs of tokens that identify a role; a part's last counts."""
+    """Return (role, core) pairs: runs of tokens that identify a role; a part's last run decides."""
     cores: list[tuple[int, tuple[int, ...]]] = []
     open_ = [part for part in parts if _role_after(part, cores) is None]
     while open_:
@@ -77,14 +77,14 @@ def _cores(parts: Sequence[Part], special: set[int]) -> list[tuple[int, tuple[in
 
 
 def _candidates(part: Part, special: set[int]) -> Iterator[tuple[int, ...]]:
-    """Yield the runs of a part that begin with a special token, the later beginnings first."""
+    """Yield the runs of a part that begin with a special token; those that begin later first."""
     for i in reversed(range(len(part.ids))):
         if part.ids[i] in special:
             yield from (part.ids[i:j] for j in range(i + 1, len(part.ids) + 1))
 
 
 def _role_after(part: Part, cores: Sequence[tuple[int, tuple[int, ...]]]) -> int | None:
-    """Return the role of the content that follows a part, according to the cores."""
+    """Return the role that the cores give to the content after a part; None if none is in it."""
     found = [
         (at + len(core), at, role) for role, core in cores for at in _positions(part.ids, core)
     ]
@@ -97,7 +97,7 @@ def _behind(
     core: tuple[int, ...],
     cores: Sequence[tuple[int, tuple[int, ...]]],
 ) -> list[tuple[int, ...]]:
-    """Return what follows the core in the parts of its role that it identifies."""
+    """Return the tokens after the core, in each part of its role that contains it."""
     return [
         part.ids[positions[-1] + len(core) :]
         for part in parts
