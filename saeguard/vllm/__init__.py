@@ -1,1 +1,1 @@
-"""Everything that knows vLLM; `CONTRACT.md` lists which internals."""
+"""Everything that knows vLLM; `CONTRACT.md` lists the internals that it relies on."""

@@ -1,7 +1,7 @@
-"""The attributes that the guard hangs on vLLM's objects, one name and one type for each kind.
+"""The attributes that the guard sets on vLLM's objects, one name and one type for each kind.
 
-vLLM carries its own objects between the scheduler, the workers and the API server; what the guard
-has to say about one travels with it.
+vLLM carries its own objects between the scheduler, the workers and the API server. The guard's data
+about such an object travels with it.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class Attribute(Generic[T]):
 
 
 WORKER_GUARD: Attribute[WorkerGuard] = Attribute("saeguard_worker")
-"""Of a model runner."""
+"""Set on a model runner."""
 ENGINE_GUARD: Attribute[EngineGuard] = Attribute("saeguard_engine")
-"""Of the `Scheduler` and its `KVCacheManager`."""
+"""Set on the `Scheduler` and its `KVCacheManager`."""
 ADMISSION: Attribute[Admission] = Attribute("saeguard_admission")
-"""Of a scheduler's `Request`: which policies judge it."""
+"""Set on a scheduler's `Request`: which policies judge it."""
 WORKER_UPDATE: Attribute[WorkerUpdate] = Attribute("saeguard_update")
-"""Of a `SchedulerOutput`, from the engine core to every rank."""
+"""Set on a `SchedulerOutput`, which goes from the engine core to every rank."""
 FORWARD_PASS: Attribute[ForwardPass] = Attribute("saeguard_pass")
-"""Of a `ModelRunnerOutput`, from the last rank to the engine core."""
+"""Set on a `ModelRunnerOutput`, which goes from the last pipeline stage to the engine core."""
 REQUEST_VERDICTS: Attribute[Mapping[str, Any]] = Attribute("saeguard_verdicts")
-"""Of a `RequestState` of the API server: the response's object, until its choice is built."""
+"""Set on a `RequestState` of the API server: the `saeguard` object, until its choice is built."""
 CHOICE_VERDICTS: Attribute[Mapping[str, Any]] = Attribute("saeguard")
-"""Of a `CompletionOutput`: the response's object. Public: `output.outputs[0].saeguard`."""
+"""Set on a `CompletionOutput`: the `saeguard` object. Public: `output.outputs[0].saeguard`."""

@@ -1,8 +1,9 @@
 """Check that the installed vLLM has every internal that the guard relies on.
 
-The internals are declared beside the code that uses them; see `saeguard.vllm.patches`. Checked are
-that each name can be imported, that a callable takes what it is given, and that a class declares,
-computes or assigns what is read from its instances. `CONTRACT.md` lists them for people.
+The internals are declared beside the code that uses them; see `saeguard.vllm.patches`. The check
+imports each name. It compares the parameters of each callable with the arguments that the guard
+gives. And it looks in each class for the attributes that the guard reads from instances: they must
+be declared, computed or assigned. `CONTRACT.md` lists the internals for people.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def check(internals: Iterable[Internal] | None = None) -> None:
 
 
 def missing(internal: Internal) -> str | None:
-    """Return what the installed vLLM lacks of one internal, None if it has all of it."""
+    """Return the message about what the installed vLLM lacks of one internal, None if complete."""
     try:
         target: Any = importlib.import_module(internal.module)
     except ImportError as error:
@@ -60,12 +61,12 @@ def missing(internal: Internal) -> str | None:
 
 
 def absent(internal: Internal) -> str:
-    """Return the message for a name that does not exist."""
+    """Return the message about a name that does not exist."""
     return f"{internal.module}.{internal.name} does not exist"
 
 
 def wrong_parameters(internal: Internal, found: Sequence[str]) -> str | None:
-    """Return how a callable's parameters differ from those given, None if they fit."""
+    """Return the message about parameters that a callable lacks or orders otherwise, or None."""
     where = f"{internal.module}.{internal.name}"
     found = [p for p in found if p != "self"]
     lacking = [p for p in (*internal.leading, *internal.named) if p not in found]
@@ -83,7 +84,10 @@ def wanted(internal: Internal) -> tuple[str, ...]:
 
 
 def lacking_fields(internal: Internal, absent_fields: Sequence[str]) -> str | None:
-    """Return which fields a class lacks, None if it has one of each alternative and the rest."""
+    """Return the message about fields that a class lacks, None if it lacks none.
+
+    It must have every field, and all of at least one group of alternatives.
+    """
     lacking = [f for f in internal.fields if f in absent_fields]
     if internal.either and all(set(option) & set(absent_fields) for option in internal.either):
         lacking.append(" or ".join("+".join(option) for option in internal.either))
@@ -96,7 +100,7 @@ def lacking_fields(internal: Internal, absent_fields: Sequence[str]) -> str | No
 
 
 def _has(cls: type, field: str) -> bool:
-    """Return whether instances of a class have a field, as far as the class itself shows."""
+    """Return whether a class or a base declares, computes or assigns a field of its instances."""
     declared = {
         *getattr(cls, "__dataclass_fields__", ()),
         *getattr(cls, "__pydantic_fields__", ()),

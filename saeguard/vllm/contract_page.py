@@ -1,4 +1,4 @@
-"""Write `CONTRACT.md`, the list of vLLM's internals for people, from what the modules declare.
+"""Write `CONTRACT.md`, the list of vLLM's internals, from the declarations in the modules.
 
 `python -m saeguard.vllm.contract_page` (`make contract`) writes it; a test compares.
 """

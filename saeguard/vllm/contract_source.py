@@ -28,7 +28,7 @@ class SourceError(InputError):
 
 
 class Definition(NamedTuple):
-    """A name's definition, and the module that it stands in."""
+    """A name's definition, and the module that contains it."""
 
     node: ast.AST
     module: str
@@ -80,13 +80,13 @@ def version_of(source: Source) -> str:
 
 
 def missing_from(source: Source, internals: Iterable[Internal] | None = None) -> list[str]:
-    """Return what a source lacks of the registered internals, or of those given."""
+    """Return a message for each internal that a source lacks; all registered ones by default."""
     found = (_missing(source, i) for i in (INTERNALS if internals is None else internals))
     return list(dict.fromkeys(what for what in found if what is not None))
 
 
 def _missing(source: Source, internal: Internal) -> str | None:
-    """Return what a source lacks of one internal; the messages are those of `contract.missing`."""
+    """Return the message about what a source lacks of one internal, as `contract.missing` does."""
     package = internal.module.split(".")[0]
     if package != "vllm" and _module(source, package) is None:
         return None
@@ -116,7 +116,7 @@ def _module(source: Source, name: str) -> ast.Module | None:
 
 
 def _find(source: Source, module: str, name: str, hops: int = FURTHEST) -> Definition | None:
-    """Return the definition of a name, nested ones joined by dots."""
+    """Return the definition of a name; a dotted name is looked up part by part."""
     first, _, rest = name.partition(".")
     found = _top_level(source, module, first, hops)
     for part in rest.split(".") if rest else ():

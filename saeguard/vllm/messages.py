@@ -1,6 +1,6 @@
-"""What vLLM's processes share of the guard: the names under which they exchange messages.
+"""Names under which the guard's parts in vLLM's processes exchange data.
 
-The worker, the engine core and the API server import nothing of one another.
+The packages `worker`, `engine_core` and `api_server` do not import each other.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ KEY = "saeguard"
 """Names the guard in `--additional-config`, in an output's `kv_transfer_params` (where the engine
 core puts a request's verdicts for the API server) and in response bodies."""
 COUNTS = "counts"
-"""In that object: changes of the running totals, which the API server takes out again."""
+"""In the verdicts' object: changes of the running totals, which the API server removes."""
 MESSAGE = "message"
-"""In that object: the text that the client gets in place of a stopped request's."""
+"""In the verdicts' object: the text that replaces the output of a stopped request."""
 
 ENFORCE = "saeguard_enforce"
 """In a request's extra arguments: shadow policies that it asks to have enforced."""

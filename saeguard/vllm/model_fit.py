@@ -19,11 +19,11 @@ reads(
 
 
 def check_models(config: Any, models: Iterable[ModelRef]) -> ModelShape:
-    """Return the shape of the model served, after comparing it with what feature sets ask for.
+    """Return the shape of the served model, after checking that the feature sets were made for it.
 
     Args:
         config: vLLM's `ModelConfig`.
-        models: what the feature sets were made for.
+        models: the models that the feature sets were made for.
 
     Raises:
         ModelFitError: names both shapes, or both digests.

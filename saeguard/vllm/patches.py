@@ -1,6 +1,6 @@
-"""The registry of what the guard patches and reads in vLLM, and how the patches are installed.
+"""Register what the guard patches and reads in vLLM, and install the patches.
 
-A wrapper stands where it is used and names the method that it is put around:
+A wrapper is defined in the module that needs it, and names the method that it wraps:
 
     @patch("vllm.v1.core.sched.scheduler:Scheduler.add_request", why="...")
     def add_request(original: Original, scheduler: Any, request: Any) -> Any:
@@ -10,11 +10,12 @@ A wrapper stands where it is used and names the method that it is put around:
 Its parameters after the first two are named after parameters of vLLM's method, and hold what vLLM
 passes for them, by position or by name. `original()` calls the method exactly as vLLM did;
 `original(request=other)` replaces that argument. All other arguments pass through untouched,
-because versions of vLLM differ in them. A method is called through, never replaced.
+because versions of vLLM differ in them. A wrapper calls the method; it never replaces it.
 
-What else a module relies on is declared at its top with `reads`, `calls` and `assumes`. The
+A module declares at its top what else it relies on, with `reads`, `calls` and `assumes`. The
 declarations are the contract: `saeguard.vllm.contract` checks the installed vLLM against them,
-`saeguard.vllm.contract_source` the source text of another, and `CONTRACT.md` is made of them.
+`saeguard.vllm.contract_source` checks the source text of another, and `CONTRACT.md` is written from
+them.
 """
 
 from __future__ import annotations
@@ -41,25 +42,25 @@ CALLED_WITH = 2
 
 @dataclass(frozen=True, slots=True)
 class Internal:
-    """One of vLLM's internals: what is used of it, by which module, and why."""
+    """One of vLLM's internals: what the guard uses of it, in which module, and why."""
 
     target: str
     """`module:name`, where the name may be nested."""
     user: str
-    """The module of ours that relies on it."""
+    """The guard's module that relies on it."""
     why: str
     differs: str = ""
     """What differs between versions of vLLM."""
     fields: tuple[str, ...] = ()
-    """Of a class: what its instances have."""
+    """Of a class: attributes of its instances."""
     either: tuple[tuple[str, ...], ...] = ()
-    """Of a class: alternatives, one of which its instances have as a whole."""
+    """Of a class: alternative groups of attributes; its instances have all of at least one."""
     leading: tuple[str, ...] = ()
     """Of a callable: its first parameters, `self` aside, in this order."""
     named: tuple[str, ...] = ()
     """Of a callable: parameters at any position."""
     wrapper: str | None = None
-    """The function of `user` that is put around it."""
+    """Name of the function in `user` that wraps it."""
 
     @property
     def module(self) -> str:
@@ -73,7 +74,7 @@ class Internal:
 
 
 class Assumption(NamedTuple):
-    """What the guard relies on and only a running engine can show."""
+    """A property of vLLM that the guard relies on and that only a running engine can show."""
 
     what: str
     user: str
@@ -126,7 +127,7 @@ def reads(
         target: `module:name`; any object if no field is named.
         fields: attributes, properties and methods.
         why: what they are used for.
-        either: alternatives, one of which must be there as a whole.
+        either: alternative groups of fields; all of at least one group must exist.
         differs: what differs between versions of vLLM.
     """
     INTERNALS.append(Internal(target, _user(), why, differs, fields=fields, either=either))
@@ -148,7 +149,7 @@ def calls(
 
 
 def assumes(what: str, *, why: str, differs: str = "") -> None:
-    """Declare what the calling module relies on and no check of names and parameters can show."""
+    """Declare a property of vLLM that no check of names and parameters can show."""
     ASSUMPTIONS.append(Assumption(what, _user(), why, differs))
 
 
@@ -180,8 +181,8 @@ def install() -> None:
 def _patch_module(internals: list[Internal], module: ModuleType) -> None:
     """Patch a module that was just imported.
 
-    What is missing is left out: a server with the guard configured runs `contract.check`, which
-    refuses to start, and a server without it must not suffer.
+    A missing method is skipped. If the guard is configured, `contract.check` then refuses to start;
+    a server without the guard must not be affected.
     """
     for internal in internals:
         assert internal.wrapper is not None
@@ -197,11 +198,11 @@ def _patch_module(internals: list[Internal], module: ModuleType) -> None:
 
 
 class _Place(NamedTuple):
-    """Where a call of vLLM's holds an argument that a wrapper takes."""
+    """Position and default of one of vLLM's parameters that a wrapper takes."""
 
     name: str
     position: int
-    """Behind `self`; past every call's last one for a parameter that goes by name only."""
+    """Index after `self`; larger than that of any argument if the parameter is keyword-only."""
     default: Any
 
 
@@ -222,7 +223,7 @@ def _places(target: Any, wrapper: Callable[..., Any]) -> tuple[_Place, ...] | No
 
 
 def _around(wrapper: Callable[..., Any], places: tuple[_Place, ...]) -> Callable[..., Any]:
-    """Return the wrapper as wrapt calls it."""
+    """Return a function that wrapt can call and that calls the wrapper."""
     positions = {place.name: place.position for place in places}
     # vLLM calls some methods for every request in every step, mostly with just these arguments.
     leads = list(positions.values()) == list(range(len(places)))

@@ -1,4 +1,4 @@
-"""What each rank reports when the engine core asks it."""
+"""Report the self-test's result of a rank, when the engine core asks for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server's first watch list: read, verified, compiled, laid out over the taps' columns."""
+"""Read, verify and compile a server's first watch list, and lay out the taps' columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = structlog.get_logger("saeguard")
 
 
 def source_of(settings: Settings) -> policy_source.Source:
-    """Return where policies come from; reads the access file and the public key.
+    """Return the settings about policies, with the access file and the public key read.
 
     Raises:
         ConfigError: the key cannot be read, or a setting lacks another that it needs.
@@ -74,7 +74,7 @@ def load(settings: Settings) -> policy_source.Loaded:
 
 
 def check_manifest(settings: Settings, manifest: Manifest | None) -> None:
-    """Refuse a bundle that is older than one that was in use here.
+    """Refuse a bundle that is older than one that this server has used.
 
     Raises:
         BundleError: names both revisions, or the signature is missing.

@@ -1,1 +1,1 @@
-"""What runs in vLLM's API server process."""
+"""The guard's code in vLLM's API server processes."""

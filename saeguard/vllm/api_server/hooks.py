@@ -1,4 +1,4 @@
-"""The API server's side: verdicts go from the engine's outputs into response bodies.
+"""Patches of the API server: they put verdicts from the engine's outputs into responses.
 
 A verdict travels with its own request's output, so it reaches the API server that serves the
 request, whatever the topology.
@@ -55,7 +55,7 @@ assumes("response models allow extra fields", why="the `saeguard` object of resp
     differs="takes `weight_version`, too, from 0.32; passed through",
 )
 def process_outputs(original: Original, _processor: Any, engine_core_outputs: Any) -> Any:
-    """Take changes of the running totals out of a step's outputs, and add them to the metrics."""
+    """Remove changes of the running totals from a step's outputs, and add them to the metrics."""
     for output in engine_core_outputs:
         params = output.kv_transfer_params
         if params and KEY in params:
@@ -69,7 +69,7 @@ def process_outputs(original: Original, _processor: Any, engine_core_outputs: An
     differs="takes `error`, too, from 0.32; passed through",
 )
 def make_request_output(original: Original, state: Any, kv_transfer_params: Any) -> Any:
-    """Keep a request's verdicts for its choice, and show vLLM the parameters without them."""
+    """Keep a request's verdicts for its choice, and pass vLLM the parameters without them."""
     if not kv_transfer_params or KEY not in kv_transfer_params:
         return original()
     REQUEST_VERDICTS.set(state, kv_transfer_params[KEY])
@@ -79,7 +79,7 @@ def make_request_output(original: Original, state: Any, kv_transfer_params: Any)
 
 @patch(f"{OUTPUTS}:RequestState._new_completion_output", why="the verdict of each choice")
 def new_completion_output(original: Original, state: Any) -> Any:
-    """Hang a request's verdicts on its last `CompletionOutput`."""
+    """Set a request's verdicts on its last `CompletionOutput`."""
     output = original()
     verdicts = REQUEST_VERDICTS.get(state)
     if verdicts is not None and output.finish_reason is not None:
@@ -103,7 +103,7 @@ def add_output(original: Original, output: Any, next_output: Any) -> None:
     why="the `saeguard` object of responses",
 )
 async def chat_full(original: Original, _serving: Any, result_generator: Any) -> Any:
-    """Add the verdicts to a chat completion that is returned at once."""
+    """Add the verdicts to a chat completion that is not streamed."""
     found: ByChoice = {}
 
     async def watch() -> AsyncIterator[Any]:
@@ -141,7 +141,7 @@ async def chat_stream(original: Original, _serving: Any, result_generator: Any) 
     why="the `saeguard` object of responses",
 )
 def completion_full(original: Original, _serving: Any, final_res_batch: Any) -> Any:
-    """Add the verdicts to a completion that is returned at once; prompts follow one another."""
+    """Add the verdicts to a completion that is not streamed; it may have several prompts."""
     body = original()
     found: ByChoice = {}
     offset = 0

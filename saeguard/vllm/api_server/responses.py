@@ -1,4 +1,4 @@
-"""The `saeguard` object of OpenAI-compatible bodies, and a policy's message in place of a text.
+"""Add the `saeguard` object to response bodies, and replace stopped texts by a policy's message.
 
 Bodies may carry extra fields, which the unmodified OpenAI client keeps in `model_extra`:
 `response.saeguard["flagged"]`.
@@ -18,14 +18,14 @@ DATA = "data: "
 """Prefix of a server-sent chunk."""
 
 ByChoice: TypeAlias = dict[int, Mapping[str, Any]]
-"""By choice index: what the engine core answered about it."""
+"""By choice index: the `saeguard` object that the engine core made for it."""
 
 
 def collect(found: ByChoice, output: Any, offset: int = 0) -> None:
     """Collect the verdicts of the choices that a `RequestOutput` finishes.
 
     Args:
-        found: where they are added.
+        found: the verdicts by choice, which are added to.
         output: of one request.
         offset: index of the request's first choice in the response.
     """
@@ -36,12 +36,12 @@ def collect(found: ByChoice, output: Any, offset: int = 0) -> None:
 
 
 def summarise(found: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """Join the verdicts of a response's choices, None if there are none.
+    """Return one `saeguard` object for a response's choices, None if there are no verdicts.
 
     If the response has several choices, each verdict names its own.
 
     Args:
-        found: (choice index, what the engine core answered about it).
+        found: (choice index, its `saeguard` object).
     """
     parts = sorted(found, key=lambda part: part[0])
     if not parts:
@@ -59,7 +59,7 @@ def summarise(found: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Any] 
 
 
 def replace_texts(choices: Iterable[Any], found: Mapping[int, Mapping[str, Any]]) -> None:
-    """Put a policy's message in place of the text of each choice that it stopped.
+    """Replace the text of each choice that a policy stopped by the policy's message.
 
     Everything else that repeats the text is removed: reasoning, tool calls, token ids,
     probabilities.
@@ -87,7 +87,7 @@ def replace_texts(choices: Iterable[Any], found: Mapping[int, Mapping[str, Any]]
 def annotate(line: str, found: Mapping[int, Mapping[str, Any]]) -> str:
     """Add the verdicts to a server-sent chunk that finishes a choice; return others unchanged.
 
-    A policy's message is the last piece of the text: the client has what came before.
+    A policy's message is the last piece of the text, since the client has received the others.
     """
     if not found or not line.startswith(DATA) or '"finish_reason":"' not in line.replace(": ", ":"):
         return line

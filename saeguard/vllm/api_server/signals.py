@@ -1,4 +1,4 @@
-"""SIGHUP to the server reaches its engine cores: `saeguard reload` may signal either."""
+"""Pass SIGHUP on from the server's process to its engine cores, which reload the policies."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ assumes(
     why="the operator knows this process, and its engine cores have started by then",
 )
 def forward_signals(original: Original, _engine: Any, vllm_config: Any) -> None:
-    """Build the engine's client, then pass SIGHUP on to the engine cores.
+    """Build the engine's client, then pass later SIGHUPs on to the engine cores.
 
-    Several API servers that share engine cores are not their parents; `saeguard reload` signals
-    the engine cores itself then.
+    If several API servers share engine cores, they are not the parents of the engine cores. Then
+    only `saeguard reload` reaches the engine cores, because it signals them itself.
     """
     original()
     if settings_of(vllm_config) is None:

@@ -1,8 +1,8 @@
-"""In the API server: which tenant a request belongs to, and what it may ask for.
+"""Find the tenant of a request, and refuse what the request may not ask for.
 
-The API key of an HTTP request is kept, as a digest, for as long as the request is handled. Every
-route into the engine goes through `AsyncLLM.add_request`. There the tenant is written into the
-request's extra arguments, over anything that a client sent under that name.
+This runs in the API server. It keeps the digest of an HTTP request's API key while the request is
+handled. Every route into the engine goes through `AsyncLLM.add_request`. There the tenant is
+written into the request's extra arguments, over anything that a client sent under that name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saeguard.yaml_files.findings import did_you_mean
 from saeguard.yaml_files.findings import show as quoted
 
 HEADERS = (b"authorization", b"x-api-key")
-"""Where OpenAI's and Anthropic's clients put the key."""
+"""Headers in which OpenAI's and Anthropic's clients send the key."""
 
 KEY: ContextVar[bytes | None] = ContextVar("saeguard_key", default=None)
 """Digest of the API key of the HTTP request that is being handled."""
@@ -43,7 +43,7 @@ assumes(
 
 @patch("starlette.applications:Starlette.__call__", why="the API key of an HTTP request")
 async def call(original: Original, _app: Any, scope: Any) -> Any:
-    """Keep the key's digest while the HTTP request is handled."""
+    """Keep the digest of the API key while its HTTP request is handled."""
     token = KEY.set(key_of(scope.get("headers", ())))
     try:
         return await original()
@@ -71,7 +71,7 @@ def key_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
 async def add_request(
     original: Original, engine: Any, prompt: Any, params: Any, lora_request: Any
 ) -> Any:
-    """Name the request's tenant, and refuse what the request may not ask for.
+    """Write the tenant into a request, and refuse what the request may not ask for.
 
     Raises:
         ValueError: it asks for too much, on a route that `hooks.create` does not wrap; vLLM answers
@@ -145,9 +145,9 @@ def _refusal(
 
 @lru_cache(maxsize=4)
 def _access(settings: Settings) -> Access:
-    """Return the access file as it was when first needed.
+    """Return the access file, read once per process.
 
-    The engine core reads it at start, too: a change needs a restart.
+    The engine core too reads it only at start, so a change needs a restart.
     """
     return access_of(settings)
 
@@ -158,5 +158,5 @@ def _open(events: str, queue: int) -> Sink:
 
 
 def _sink(settings: Settings) -> Sink | None:
-    """Return this process' own sink to the event log, opened at the first event."""
+    """Return this process' own sink to the event log, None if there is no event log."""
     return None if settings.events is None else _open(settings.events, settings.event_queue)

@@ -1,1 +1,1 @@
-"""What runs in vLLM's engine core process."""
+"""The guard's code in vLLM's engine core processes."""

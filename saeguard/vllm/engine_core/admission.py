@@ -1,4 +1,4 @@
-"""Which policies judge a request, decided before the request enters the scheduler."""
+"""Decide which policies judge a request, before it enters the scheduler."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from saeguard.policy.access import Access, Decision, decide
 from saeguard.reload.versions import Pin
 
 KINDS = 1024
-"""Kinds of requests whose decision is kept; clients can vary what they ask for without limit."""
+"""Most cached decisions. Clients can ask for any number of combinations, so a limit is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What was decided about one request."""
+    """The decision about one request: its version, tenant, policies and clamps."""
 
     pin: Pin
     """Holds the version that judges the request."""
@@ -23,7 +23,7 @@ class Admission:
     enforced: frozenset[tuple[str, str]]
     """Id and mode of each policy that clamps the request if it matches."""
     recomputes: bool
-    """Whether cached tokens that its version has not seen are computed again."""
+    """Whether cached tokens without a record for its version are computed again."""
 
     @property
     def clamps(self) -> str:
@@ -32,7 +32,7 @@ class Admission:
 
     @property
     def edits(self) -> str:
-        """Return what must go into the key of its KV cache; empty if no policy may edit it."""
+        """Return a text for the cache salt that identifies the clamps; empty if none may edit."""
         if not self.enforced:
             return ""
         return "\n".join([self.clamps, *(f"{name} {mode}" for name, mode in sorted(self.enforced))])
@@ -48,7 +48,7 @@ def admission_of(
     may_enforce: frozenset[str],
     today: date,
 ) -> Admission:
-    """Return the decision about a request; the arguments are those of `policy.access.decide`."""
+    """Return the decision about a request; see `policy.access.decide` for the arguments."""
     policies, known = pin.version.watchlist.policies, pin.version.decided
     key = tenant, model, asked, today
     settled = known.get(key)  # read once: another thread may clear the table

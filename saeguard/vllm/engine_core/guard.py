@@ -1,4 +1,4 @@
-"""One engine core's guard: the requests in flight, from their admission to their verdicts."""
+"""One engine core's guard: it follows requests from their admission to their verdicts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from saeguard.vllm.settings import Settings, access_of
 from saeguard.vllm.startup import Started
 
 EARLY = frozenset({"abort", "error"})
-"""Reasons for which a request ends with forward passes of it still under way."""
+"""Reasons to end a request while forward passes with it may still be under way."""
 
 reads(
     "vllm.v1.request:Request",
@@ -62,7 +62,7 @@ class EngineGuard:
         prefix_store: PrefixStore | None = None,
         marks: RoleMarks | str = "its chat template was not read",
     ) -> None:
-        """Start with no request in flight; open the event log if the operator wants one.
+        """Start with no request in flight; open the event log if one is configured.
 
         Args:
             started: the first watch list.
@@ -100,11 +100,12 @@ class EngineGuard:
         self.passes = PendingPasses(self.versions, self.requests, started.watchlist.digest)
         self.admitted: dict[str, Admission] = {}
         self.departed: dict[str, Any] = {}
-        """Requests that ended before their forward passes were judged: others may read their KV."""
+        """Requests that ended before all their forward passes were judged. Their rows are still
+        recorded, since other requests may read their KV."""
         self.self_test: dict[str, Coverage] = {}
         """Coverage of the self-test's requests that have ended."""
         self._roles: dict[str, np.ndarray] = {}
-        """Of requests that no worker update has named yet."""
+        """Roles of prompt tokens, of requests that no worker update has named yet."""
 
     @property
     def watchlist(self) -> WatchList:
@@ -114,7 +115,7 @@ class EngineGuard:
     # --- a request comes ------------------------------------------------------------------------
 
     def admission(self, sampling_params: Any, lora_request: Any) -> Admission:
-        """Decide which policies judge a request on its way in; called by any thread."""
+        """Decide which policies judge an arriving request; any thread may call this."""
         pin = self.versions.pin()
         extra = getattr(sampling_params, "extra_args", None) or {}
         tenant = extra.get(TENANT)
@@ -150,10 +151,10 @@ class EngineGuard:
         )
 
     def _roles_of(self, request: Any, watchlist: WatchList) -> np.ndarray | None:
-        """Return [prompt tokens] the role of each token, None if no policy's scope is a role.
+        """Return the role of each prompt token, [tokens]; None if no policy's scope is a role.
 
-        A prompt of embeddings has no template. All of it is the user's, as any text is that goes
-        through no template.
+        A prompt of embeddings has no chat template. All of it is the user's, as is any text that
+        bypasses the template.
         """
         if not watchlist.rules.by_role:
             return None
@@ -163,7 +164,7 @@ class EngineGuard:
         return roles_of(self.marks, np.asarray(request.prompt_token_ids))
 
     def worker_update(self, new_requests: Iterable[str]) -> WorkerUpdate:
-        """Return what the workers are sent with the step that was just scheduled."""
+        """Return the worker update for the step that was just scheduled."""
         known = ((r, self.admitted.get(r)) for r in new_requests)
         return self.updates.take(
             {
@@ -196,7 +197,7 @@ class EngineGuard:
         self._roles.pop(request_id, None)
         ledger = admission.pin.version.ledger
         coverage = ledger.coverage(request_id, request.num_tokens)
-        # Rows that are scheduled and not judged yet: others may read the KV that they leave.
+        # Rows may be scheduled and not judged yet; others may read the KV that these rows leave.
         more = reason in EARLY or ledger.next_position(request_id) < request.num_computed_tokens
         verdicts = self._verdicts(request, admission, forget=not more)
         if more:
@@ -210,7 +211,7 @@ class EngineGuard:
         return response(verdicts, coverage_record(coverage), digest)
 
     def response_so_far(self, request_id: str) -> Mapping[str, Any] | None:
-        """Return the response as it is now, for ends that only the API server sees."""
+        """Return the response as of now, for requests that the API server may end on its own."""
         request = self.requests.get(request_id)
         if request is None:
             return None
@@ -226,7 +227,7 @@ class EngineGuard:
         return found.decided(admission.decision.applies, admission.decision.waived)
 
     def release(self, request_ids: Iterable[str]) -> None:
-        """Forget departed requests, once no forward pass with them is under way."""
+        """Forget departed requests; no forward pass with them is under way any more."""
         gone = [r for r in request_ids if r in self.departed]
         if gone:
             self.passes.catch_up()
@@ -235,7 +236,7 @@ class EngineGuard:
             self.versions[request_id].ledger.forget(request_id)
 
     def changed_totals(self) -> list[list[Any]]:
-        """Return how the running totals changed, for the API server's metrics."""
+        """Return the changes of the running totals, for the API server's metrics."""
         return self.telemetry.changed_totals(
             busy=bool(self.requests),
             unread_passes=self.passes.lost + self.versions.unwatched_passes,

@@ -1,4 +1,4 @@
-"""The life of an engine core and of its requests; `step.py` has what happens in between."""
+"""Patches for the start and end of engine cores and requests; `step.py` has those of a step."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def init(original: Original, scheduler: Any, vllm_config: Any) -> None:
 def role_marks_of(model_config: Any) -> RoleMarks | str:
     """Return how the model's chat template delimits messages, or why that is not known.
 
-    Also if no policy needs it: one that is loaded later may.
+    The template is read even if no policy needs it, since one that is loaded later may.
     """
     if model_config.tokenizer_mode == "mistral":
         return "with tokenizer_mode mistral there is no chat template to read"
@@ -119,7 +119,7 @@ def role_marks_of(model_config: Any) -> RoleMarks | str:
 
 @patch(f"{CORE}.__init__", why="nothing is served before the self-test has passed")
 def engine_core_init(original: Original, core: Any) -> None:
-    """Build the engine core and test it, if it runs in the process that asked for it."""
+    """Build the engine core and test it; `run_busy_loop` tests one with a process of its own."""
     original()
     _test_once(core)
 
@@ -132,7 +132,7 @@ def engine_core_init(original: Original, core: Any) -> None:
 def run_busy_loop(original: Original, core: Any) -> Any:
     """Test an engine core that has a process of its own, before it serves.
 
-    There vLLM loads plugins while `EngineCore.__init__` already runs, too late to patch it.
+    In such a process, vLLM loads plugins while `EngineCore.__init__` runs, too late to patch that.
     Requests wait until the loop begins, so none is served before the test. If the test fails, the
     parent process is ended, too: an API server that is still starting would wait forever.
     """
@@ -161,9 +161,9 @@ def _test_once(core: Any) -> None:
 def preprocess_add_request(original: Original, core: Any, request: Any) -> Any:
     """Decide which policies judge a request, and keep the KV of clamped requests apart.
 
-    The decision is made once; a version that arrives while the request is on its way judges later
-    requests. The prefix cache is keyed by the clamps. A clamped request reads no cached prefix,
-    because the state of its clamps is built from the tokens that pass through the model.
+    The decision is made once. A version that becomes current later judges later requests only. The
+    prefix cache is keyed by the clamps. A clamped request reads no cached prefix, because the state
+    of its clamps is built from the tokens that pass through the model.
     """
     guard = ENGINE_GUARD.get(core.scheduler)
     if guard is None or request.sampling_params is None:
@@ -189,7 +189,7 @@ def add_request(original: Original, scheduler: Any, request: Any) -> Any:
 
 @patch(f"{SCHEDULER}.finish_requests", why="requests that end early get their verdicts, too")
 def finish_requests(original: Original, scheduler: Any) -> Any:
-    """Judge requests that their client or an error has ended."""
+    """End the requests that a client or an error has ended, with verdicts and events."""
     result = original()
     guard = ENGINE_GUARD.get(scheduler)
     if guard is not None and guard.requests:

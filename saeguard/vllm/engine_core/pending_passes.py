@@ -1,4 +1,4 @@
-"""The forward passes of one engine core that wait to be judged, and the requests that must stop."""
+"""Queue the forward passes of an engine core, judge them, and mark requests that must stop."""
 
 from __future__ import annotations
 
@@ -15,31 +15,37 @@ from saeguard.reload.versions import Versions
 from saeguard.vllm.messages import SELF_TEST
 
 PASSES = 16
-"""Forward passes judged together, unless a request ends before."""
+"""Most forward passes that are judged together."""
 
 
 class ForwardPassError(CannotRunError):
-    """The model's process runs another watch list than the engine core."""
+    """The worker was started with another watch list than the engine core."""
 
 
 class Stop(NamedTuple):
-    """Why a request ends, and how much of it stays."""
+    """Why a request must end, and how many of its tokens stay."""
 
     policy: str
     tokens: int
-    """Tokens that stay: up to the one that fired, which the client has already."""
+    """Number of tokens that stay: up to the one that fired, which the client has already."""
     error: bool
 
 
 class PendingPasses:
-    """Brings forward passes to the rules, in order, and marks the requests that must stop."""
+    """Brings forward passes to the rules, in order, and marks the requests that must stop.
+
+    Without a policy that stops, no action needs a verdict in the step that made it, because clamps
+    decide on the device. So several forward passes wait and are judged together, while the rules'
+    code and state are in the processor's caches. That costs a fraction of returning to them after
+    every step.
+    """
 
     def __init__(self, versions: Versions, requests: Mapping[str, Any], first: str) -> None:
-        """Start with no forward pass.
+        """Start without forward passes.
 
         Args:
             versions: with the ledgers of the requests in flight.
-            requests: vLLM's own, in flight, by id; the engine guard keeps them.
+            requests: vLLM's requests in flight, by id; the engine guard maintains the mapping.
             first: digest of the watch list that the workers were started with.
         """
         self.versions = versions
@@ -48,11 +54,11 @@ class PendingPasses:
         self.stopping: dict[str, Stop] = {}
         """Requests that must stop, until the scheduler has stopped them."""
         self.lost = 0
-        """Forward passes that should have come with their step, and did not."""
+        """Number of forward passes that did not arrive with their step."""
         self._waiting: list[tuple[ForwardPass, np.ndarray, frozenset[str]]] = []
         """Forward passes not judged yet, with the rows that count and the requests that enter."""
         self._saved: list[tuple[int, State]] = []
-        """Of requests with drafts in this step: their state before it."""
+        """Index and earlier state of each request that has drafts in this step."""
         self._at_once = False
         """Whether this step's forward pass must be judged before the scheduler reads its output."""
 
@@ -63,7 +69,7 @@ class PendingPasses:
         entering: frozenset[str],
         drafted: Collection[str],
     ) -> None:
-        """Take in a step's forward pass; judge it now if a policy may stop its request.
+        """Queue a step's forward pass; judge it at once if any policy may stop a request.
 
         Args:
             forward_pass: what the taps read.
@@ -72,7 +78,7 @@ class PendingPasses:
             drafted: requests with draft tokens in this step, which may end within them.
 
         Raises:
-            ForwardPassError: worker and engine core were started with other watch lists.
+            ForwardPassError: worker and engine core were started with different watch lists.
         """
         if forward_pass.watchlist != self.first:
             raise ForwardPassError(
@@ -91,12 +97,9 @@ class PendingPasses:
             self.catch_up()
 
     def roll_back(self, forward_pass: ForwardPass) -> None:
-        """Drop the rows behind the end of each request that ended within its drafts.
+        """Drop the rows after the end of each request that ended within its drafts.
 
-        Without a policy that stops, no action needs a verdict in the step that made it, because
-        clamps decide on the device. So several forward passes wait and are judged together, while
-        the rules' code and state are in the processor's caches. That costs a fraction of returning
-        to them after every step.
+        If enough forward passes wait by then, they are judged.
         """
         firsts = forward_pass.positions[forward_pass.query_start[:-1]]
         if self._at_once:
@@ -124,13 +127,13 @@ class PendingPasses:
             self.catch_up()
 
     def catch_up(self) -> None:
-        """Judge the forward passes that wait."""
+        """Judge the queued forward passes."""
         waiting, self._waiting = self._waiting, []
         for hit in self.versions.ingest_all(waiting):
             self._consider(hit)
 
     def lose(self, request_ids: Iterable[str]) -> None:
-        """Count a forward pass that did not come; `on_error: stop` ends its requests."""
+        """Count a forward pass that did not arrive; `on_error: stop` ends its requests."""
         self.lost += 1
         for request_id in request_ids:
             if request_id in self.requests:
@@ -141,7 +144,7 @@ class PendingPasses:
                         self._consider(Hit(request_id, i, seen - 1, error=True))
 
     def _consider(self, hit: Hit) -> None:
-        """Mark a request as stopping, if the policy that hit stops and is enforced for it."""
+        """Mark a request as stopping, if the hit's policy is enforced and stops on such a hit."""
         if hit.request_id not in self.requests:
             return
         version = self.versions[hit.request_id]

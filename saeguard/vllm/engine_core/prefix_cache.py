@@ -1,4 +1,4 @@
-"""vLLM's prefix cache: a prefix store under the cache's own keys, and requests that skip it."""
+"""Tie the prefix store to vLLM's prefix cache, and let requests skip cached prefixes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ calls(
 
 
 def prefix_store_of(scheduler: Any, watchlist: WatchList, settings: Settings) -> PrefixStore | None:
-    """Return a store as large as the prefix cache, None if nothing is cached or watched."""
+    """Return a prefix store as large as the prefix cache; None if nothing is cached or watched."""
     manager = scheduler.kv_cache_manager
     if not manager.enable_caching or not watchlist.hooks:
         return None
@@ -89,9 +89,9 @@ def prefix_store_of(scheduler: Any, watchlist: WatchList, settings: Settings) ->
     differs="takes `max_cache_hit_length`, too, from 0.33; passed through",
 )
 def computed_blocks(original: Original, manager: Any, request: Any) -> Any:
-    """Find a request's cached prefix, or none if a policy needs tokens that the taps never read.
+    """Find a request's cached prefix; find none if a policy needs records that do not exist.
 
-    The whole prompt is then computed again, so that it passes the taps.
+    vLLM then computes the whole prompt again, so that the taps read it.
     """
     found = original()
     guard = ENGINE_GUARD.get(manager)
@@ -102,7 +102,7 @@ def computed_blocks(original: Original, manager: Any, request: Any) -> Any:
 
 @patch(f"{MANAGER}.reset_prefix_cache", why="dropping what was recorded of blocks that are gone")
 def reset_prefix_cache(original: Original, manager: Any) -> Any:
-    """Empty the prefix store with the cache: after a change of weights its records are wrong."""
+    """Empty the prefix store with the cache, since weights may have changed."""
     done = original()
     guard = ENGINE_GUARD.get(manager)
     if guard is not None and guard.prefix_store is not None and done:

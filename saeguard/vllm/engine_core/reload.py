@@ -1,4 +1,4 @@
-"""Reloading inside an engine core: when it begins, what it accepts, and the signal that asks."""
+"""Reload policies inside an engine core: start the reloader, handle SIGHUP, check watch lists."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ reads("vllm.config:CUDAGraphMode.NONE", why="captured graphs hold their clamps")
 
 
 def listen(guard: EngineGuard) -> None:
-    """Make SIGHUP ask for a reload, in an engine core that has a process of its own.
+    """Make SIGHUP request a reload, if the engine core has a process of its own.
 
     The handler is set before the server answers any request, so that a signal never ends the
-    process. A signal that comes before the first reading of the files is answered by that reading.
+    process. A signal that arrives before the first reading of the files needs no further reading.
     """
     own = multiprocessing.parent_process() is not None
     if own and threading.current_thread() is threading.main_thread():
@@ -51,7 +51,7 @@ def _ask(guard: EngineGuard, _signal: int, _frame: Any) -> None:
 
 
 def begin(core: Any, guard: EngineGuard) -> None:
-    """Watch the policy files from now on, if the operator wants it; the self-test has passed."""
+    """Start to watch the policy files, unless `reload` is off; called after the self-test."""
     settings = guard.settings
     if not settings.reload:
         return
@@ -73,7 +73,7 @@ def begin(core: Any, guard: EngineGuard) -> None:
 
 
 def _accept(config: Any, guard: EngineGuard, watchlist: WatchList) -> None:
-    """Refuse feature sets made for another model, and scopes that the chat template cannot tell.
+    """Refuse feature sets made for another model, and roles that the chat template does not mark.
 
     Raises:
         ModelFitError: names both shapes.

@@ -1,4 +1,4 @@
-"""What the client is told of a request's verdicts, and how it reaches the API server."""
+"""Build the `saeguard` object of a response, and send it to the API server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saeguard.vllm.messages import COUNTS, KEY, MESSAGE
 from saeguard.vllm.patches import assumes, reads
 
 VISIBLE = frozenset({"flag", "clamp", "stop"})
-"""Actions that the application sees; `log` and shadow verdicts are the operator's."""
+"""Actions that responses show; `log` and shadow verdicts are for the operator only."""
 SHOWN_TO_CLIENTS = frozenset(
     {
         "policy",
@@ -26,7 +26,7 @@ SHOWN_TO_CLIENTS = frozenset(
         "coverage",
     }
 )
-"""Keys of a verdict's record that a response holds, besides `action`: the action taken."""
+"""Keys of a verdict's record that a response shows, besides `action`, the action taken."""
 
 reads(
     "vllm.v1.engine:EngineCoreOutput",
@@ -42,7 +42,7 @@ assumes(
 
 
 def attach_response(output: Any, response: Mapping[str, Any], counts: list[list[Any]]) -> None:
-    """Put a response, and changes of the running totals, into a request's `EngineCoreOutput`."""
+    """Put a response and changes of the running totals into a request's `EngineCoreOutput`."""
     output.kv_transfer_params = {
         **(output.kv_transfer_params or {}),
         KEY: {**response, COUNTS: counts},

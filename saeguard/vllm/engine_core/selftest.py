@@ -1,8 +1,8 @@
 """The engine core's half of the start-up self-test: serve two requests before any other.
 
 The workers compare what the taps read with the residual stream; see
-`saeguard.vllm.worker.selftest`. Here every rank is asked for its result, and every token of both
-requests must be in the coverage.
+`saeguard.vllm.worker.selftest`. The engine core asks every rank for its result, and checks that the
+coverage contains every token of both requests.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def run(core: Any, guard: EngineGuard) -> None:
 def _check_coverage(coverage: Coverage | None) -> None:
     """Check that a request's tokens were evaluated, or skipped for one of two allowed reasons.
 
-    They are a prompt, one sampled token that is fed back, and one that the model never reads,
-    unless a draft foresaw it.
+    The tokens are the prompt, one sampled token that is fed back, and a last one, which the model
+    does not read unless a draft predicted it.
 
     Raises:
         SelfTestError: they were not.

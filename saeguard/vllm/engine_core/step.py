@@ -1,4 +1,4 @@
-"""One step of the engine: what goes to the workers with it, and what its forward pass leads to."""
+"""Patches of one engine step: send the worker update, judge the forward pass, stop requests."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ reads(
 
 @patch(f"{SCHEDULER}.schedule", why="worker updates travel with the step that they hold for")
 def schedule(original: Original, scheduler: Any) -> Any:
-    """Schedule a step, and add what the workers must know before its forward pass."""
+    """Schedule a step, and attach the worker update to it."""
     scheduled = original()
     guard = ENGINE_GUARD.get(scheduler)
     if guard is not None:
@@ -75,7 +75,7 @@ def schedule(original: Original, scheduler: Any) -> Any:
 def update_from_output(
     original: Original, scheduler: Any, scheduler_output: Any, model_runner_output: Any
 ) -> Any:
-    """Judge a step's forward pass, stop what must stop, let vLLM update, and answer."""
+    """Judge a step's forward pass, let vLLM update its requests, and attach verdicts to outputs."""
     guard = ENGINE_GUARD.get(scheduler)
     if guard is None:
         return original()
@@ -107,11 +107,11 @@ def _entering(scheduler_output: Any) -> frozenset[str]:
 def valid_rows(
     guard: EngineGuard, forward_pass: ForwardPass, scheduled: Any, output: Any
 ) -> np.ndarray:
-    """Return [requests] leading rows that count.
+    """Return how many of each request's leading rows count, [requests].
 
-    A request's rows hold its tokens as far as these are known. Behind them lie drafts, of which the
-    accepted ones count, and under asynchronous scheduling a token whose sampling a preemption took
-    back.
+    A request's rows begin with its known tokens, which count. After them come drafts, of which the
+    accepted ones count. Under asynchronous scheduling there can be one more row: of a token whose
+    sampling a preemption took back. It does not count.
     """
     valid = np.diff(forward_pass.query_start)
     drafts = scheduled.scheduled_spec_decode_tokens
@@ -130,17 +130,17 @@ def valid_rows(
 
 
 def _stale(request: Any) -> bool:
-    """Return whether vLLM drops a request's output of this step: it was preempted meanwhile."""
+    """Return whether vLLM drops a request's output of this step, because it was preempted."""
     if hasattr(request, "async_tokens_to_discard"):  # 0.26
         return bool(request.async_tokens_to_discard > 0)
     return bool(request.num_stale_output_tokens > 0 and request.drop_stale_output)
 
 
 def _stand_in(stopping: Iterable[str], output: Any) -> None:
-    """Give requests that must stop a sampled token, so that the scheduler updates them.
+    """Give each request that must stop a placeholder token, so that the scheduler updates it.
 
-    A prompt can match in any of its chunks, and all but the last sample nothing. `update_request`
-    drops the token before anything of it is kept.
+    A prompt can match in any of its chunks, and only the last chunk samples a token.
+    `update_request` drops the placeholder.
     """
     for request_id in stopping:
         if not output.sampled_token_ids:
@@ -158,7 +158,7 @@ def _stand_in(stopping: Iterable[str], output: Any) -> None:
 def update_request(
     original: Original, scheduler: Any, request: Any, new_token_ids: list[int]
 ) -> Any:
-    """Update a request; if it must stop, end it at the token that fired, as without drafts."""
+    """Update a request; if it must stop, end it right after the token that fired."""
     guard = ENGINE_GUARD.get(scheduler)
     stop = None if guard is None else guard.passes.stopping.pop(request.request_id, None)
     if stop is None:
@@ -173,7 +173,11 @@ def update_request(
 
 
 def _answer(guard: EngineGuard, outputs: Mapping[Any, Any]) -> None:
-    """Let a request's last output carry its verdicts, and changes of the running totals."""
+    """Attach a request's verdicts, and changes of the running totals, to its last output.
+
+    A request with stop strings gets its verdicts so far with every output, because the API server
+    may end it.
+    """
     for client in outputs.values():
         for output in client.outputs:
             response = None
@@ -186,6 +190,6 @@ def _answer(guard: EngineGuard, outputs: Mapping[Any, Any]) -> None:
 
 
 def _stops_outside(request: Any) -> bool:
-    """Return whether the API server can end a request on its own, by its stop strings."""
+    """Return whether a request has stop strings, by which the API server can end it."""
     params = getattr(request, "sampling_params", None)
     return bool(params is not None and params.stop)

@@ -1,4 +1,4 @@
-"""Events and running totals of one engine core."""
+"""Write the events of one engine core, and keep its running totals."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from saeguard.vllm.settings import Settings
 log = structlog.get_logger("saeguard")
 
 REPORT_S = 1.0
-"""Seconds that running totals wait, at most, while requests are in flight."""
+"""Least seconds between reports of the running totals while requests are in flight."""
 
 
 class Telemetry:
-    """Writes one engine core's events, and counts for the API server's metrics."""
+    """Writes one engine core's events, and keeps totals for the API server's metrics."""
 
     def __init__(self, settings: Settings, model: str) -> None:
-        """Open the event log if the operator wants one."""
+        """Open the event log if one is configured."""
         self.model = model
         self.sink = (
             Sink(Path(settings.events), capacity=settings.event_queue) if settings.events else None
@@ -69,7 +69,7 @@ class Telemetry:
             self.sink.put_all(events, len(verdicts))
 
     def reloaded(self, report: Report) -> None:
-        """Log a reload and write its event; called by the reloading thread."""
+        """Log a reload and write its event; the reloader's thread calls this."""
         fields = asdict(report)
         (log.info if report.error is None else log.error)("saeguard policy.reload", **fields)
         self._put(partial(reload_event, fields, model=self.model))
@@ -81,16 +81,16 @@ class Telemetry:
     def changed_totals(
         self, *, busy: bool, unread_passes: int, dropped: int | None, reloads: ReloadStatus | None
     ) -> list[list[Any]]:
-        """Return how the running totals changed since the last call, for the API server's metrics.
+        """Return the changes of the running totals since the last report, for `/metrics`.
 
-        With many policies, much changes with every request. So totals are reported once in
-        `REPORT_S`, and in full by the last of the requests in flight.
+        With many policies, every request changes many totals. So they are reported at most once in
+        `REPORT_S`, and always by the last of the requests in flight.
 
         Args:
             busy: whether further requests are in flight.
-            unread_passes: forward passes that brought nothing to the rules, so far.
-            dropped: what the prefix store has dropped so far; None without a store.
-            reloads: how reloading stands; None without it.
+            unread_passes: number of forward passes so far that were lost or that no tap read.
+            dropped: entries that the prefix store has dropped so far; None without a store.
+            reloads: the state of reloading; None without it.
         """
         now = time.monotonic()
         if busy and now - self._reported < REPORT_S:

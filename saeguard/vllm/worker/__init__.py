@@ -1,1 +1,1 @@
-"""What runs in vLLM's worker processes."""
+"""The guard's code in vLLM's worker processes."""

@@ -1,4 +1,4 @@
-"""Put taps behind a vLLM model's decoder layers, once it is loaded."""
+"""Hook taps after the decoder layers of a vLLM model that was just loaded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from saeguard.vllm.worker.layers import ModelError, decoder_layers, hook_layer, 
 log = structlog.get_logger("saeguard")
 
 SPARE_SLOTS = 2
-"""Clamp slots for this many times the running requests: preempted ones keep theirs."""
+"""Clamp slots per request that can run at once, since preempted requests keep theirs."""
 PADDING = 8
-"""Further rows of the buffers: vLLM pads what it captures."""
+"""Extra rows of the buffers, since vLLM pads captured batches."""
 
 reads(
     "vllm.config:VllmConfig",
@@ -91,7 +91,7 @@ def prepare(vllm_config: Any, settings: Settings) -> WatchList:
 
 
 def _mark_graph(vllm_config: Any, watchlist: WatchList) -> None:
-    """Enter what the guard traces into the model's graph into vLLM's compile hash."""
+    """Make vLLM's compile hash depend on the tapped layers and on the tap's fingerprint."""
     layers = ",".join(str(hook.layer) for hook in watchlist.hooks)
     vllm_config.additional_config[KEY] = {
         **vllm_config.additional_config[KEY],
@@ -100,7 +100,7 @@ def _mark_graph(vllm_config: Any, watchlist: WatchList) -> None:
 
 
 def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.device) -> WorkerGuard:
-    """Check that the watch list fits the model, and tap its layers.
+    """Check that the watch list fits the model, and hook the taps to its layers.
 
     Raises:
         ModelFitError: width, depth or weights do not fit; both values are in the message.

@@ -1,4 +1,4 @@
-"""Measure what the taps cost, for the line that is logged when the guard is ready."""
+"""Measure memory and time of the taps, for the log line "saeguard ready"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saeguard.vllm.worker.guard import WorkerGuard
 
 
 def measure_cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float]:
-    """Return the MiB that the taps hold, and the microseconds that a pass of `rows` rows takes."""
+    """Return the MiB that the taps hold, and their microseconds in a pass of `rows` rows."""
     tensors: set[torch.Tensor] = {guard.excluded}
     for tap in guard.taps:
         clamps = tap.clamps.values()

@@ -1,7 +1,7 @@
 """One worker's guard: it lays out each forward pass for the taps, and copies what they read.
 
-Both model runners use it. A forward pass goes `begin_pass`, the model, `end_pass`, which starts
-copying activations to the host, and `collect`, which waits for the copies.
+Both model runners use it. They call `begin_pass` before the model runs. After it, `end_pass` starts
+to copy the activations to the host, and `collect` waits for the copies.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Pending:
     request_ids: list[str]
     query_start: np.ndarray
     host: list[Reading]
-    """By hook, in the watch list's order."""
+    """One reading per hook, in the watch list's order."""
     eligible: torch.Tensor
     positions: torch.Tensor
     event: Any
@@ -54,44 +54,44 @@ class Pending:
 
 @dataclass(slots=True)
 class WorkerGuard:
-    """One worker's taps, and what it keeps between forward passes."""
+    """One worker's taps, and its state between forward passes."""
 
     watchlist: WatchList
     taps: tuple[Tap, ...]
-    """Of the layers that are on this pipeline stage."""
+    """The taps of the layers on this pipeline stage."""
     rows: Rows
     excluded: torch.Tensor
-    """[vocabulary] bool on the device."""
+    """[vocabulary + 1] bool on the device: the token id is excluded."""
     device: torch.device
     last_stage: bool = True
-    """Whether tokens are sampled here, so that forward passes are handed over from here."""
+    """Whether this is the last pipeline stage, which samples and hands forward passes over."""
     announced: dict[str, tuple[int, Admitted | None]] = field(default_factory=dict)
     """Prompt length and clamps of requests that have no clamp slot yet."""
     clamp_lists: dict[str, WatchList] = field(default_factory=dict)
-    """By digest of the clamps in the taps: the watch list that they were made of."""
+    """By digest of the clamps in the taps: the watch list that they were compiled from."""
     swaps: int = 0
-    """Number of the last swap of the watch list that the taps have made."""
+    """Number of the last swap that the taps have carried out."""
     slots: dict[str, int] = field(default_factory=dict)
     """Clamp slot by request id."""
     free: list[int] = field(default_factory=list)
-    """Clamp slots that no request has."""
+    """Free clamp slots."""
     prompts: dict[str, np.ndarray] = field(default_factory=dict)
-    """Of requests with a clamp slot: [prompt tokens] indices into `ROLES`."""
+    """By id of each request with a clamp slot: [prompt tokens] indices into `ROLES`."""
     computed: dict[str, int] = field(default_factory=dict)
-    """Of the requests of the next forward pass: tokens computed before it, drafts included."""
+    """By id of each request in the next forward pass: vLLM's `num_computed_tokens`."""
     current: Layout | None = None
-    """Of the forward pass under way."""
+    """Layout of the forward pass under way."""
     received: dict[int, Reading] = field(default_factory=dict)
     """What earlier pipeline stages read in the forward pass under way, by layer."""
     outgoing: dict[int, Reading] | None = None
-    """What the next pipeline stage is sent of a forward pass, by layer."""
+    """Readings to send to the next pipeline stage, by layer."""
     pending: Pending | None = None
     tested: bool = False
     """Whether the start-up self-test has passed on this rank."""
     failures: list[str] = field(default_factory=list)
-    """What the self-test found wrong on this rank."""
+    """Messages of the self-test about what is wrong on this rank."""
     observation: Observation | None = None
-    """What the self-test's uncompiled pass showed; None before and after the test."""
+    """What the self-test's uncompiled pass recorded; None before and after the test."""
 
     def admit(self, request_id: str) -> int:
         """Return a request's clamp slot, assigning one if it has none yet."""
@@ -117,7 +117,7 @@ class WorkerGuard:
         for tap in self.taps:
             for digest, clamp in tap.clamps.items():
                 policies = [self.clamp_lists[digest].policies[i] for i in clamp.policies]
-                # The self-test compares with what the next layer consumes: no edits before.
+                # The self-test compares with what the next layer consumes, so nothing edits before.
                 mine = admitted if self.tested and admitted and admitted.clamps == digest else None
                 clamping.admit(
                     clamp,
@@ -171,7 +171,7 @@ class WorkerGuard:
 
     @property
     def clamps(self) -> bool:
-        """Return whether any policy can edit."""
+        """Return whether the taps hold any clamps."""
         return any(tap.clamps for tap in self.taps)
 
     def begin_pass(
@@ -201,8 +201,8 @@ class WorkerGuard:
     def _roles(self, request_ids: list[str], query_start: np.ndarray) -> np.ndarray:
         """Return [rows] indices into `ROLES`.
 
-        A prompt's rows are found by the tokens computed before, which the engine core knows exactly
-        for prompts.
+        The number of computed tokens gives the position of a request's first row. It is exact while
+        a prompt is computed.
         """
         role = np.full(int(query_start[-1]), OUTPUT)
         for i, request_id in enumerate(request_ids):
@@ -213,7 +213,7 @@ class WorkerGuard:
         return role
 
     def end_pass(self) -> None:
-        """Start copying what the taps read; on an earlier pipeline stage, hold it for the next."""
+        """Start to copy what the taps read; on an earlier pipeline stage, keep it for the next."""
         assert self.current is not None
         layout, self.current = self.current, None
         n = int(layout.query_start[-1])
@@ -264,7 +264,7 @@ class WorkerGuard:
         )
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Start a copy that the next forward pass does not overwrite."""
+        """Start to copy a tensor to host memory that the next forward pass does not overwrite."""
         if self.device.type != "cuda":
             return tensor.clone()
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,4 +1,4 @@
-"""The patches that both model runners share, and what a runner does around a forward pass."""
+"""Patches that both model runners share, and the calls around a forward pass."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ assumes(
     differs="takes `model`, too, from 0.32; passed through",
 )
 def load_model(original: Original, runner: Any) -> Any:
-    """Compile the watch list, load the model, and tap it; without configuration only load it."""
+    """Compile the watch list, load the model, and tap it; without the guard, only load it."""
     settings = settings_of(runner.vllm_config)
     if settings is None:
         return original()
@@ -111,7 +111,7 @@ def sample_tokens(original: Original, runner: Any) -> Any:
 
 
 def receive(guard: WorkerGuard, scheduler_output: Any, intermediate_tensors: Any) -> None:
-    """Take in what came for a step, from the engine core and from the stages before this one."""
+    """Apply a step's worker update, and take the readings of earlier pipeline stages."""
     guard.received = pipeline_parallel.take(intermediate_tensors)
     guard.release(scheduler_output.finished_req_ids)
     update = WORKER_UPDATE.get(scheduler_output)
@@ -134,9 +134,9 @@ def begin(
     input_ids: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
-    """Prepare the taps for a forward pass over real requests; arguments as `begin_pass` has them.
+    """Prepare the taps for a forward pass over real requests; see `WorkerGuard.begin_pass`.
 
-    The self-test's first request is also observed.
+    In the self-test's first request, start to record what the layers consume.
     """
     guard.begin_pass(request_ids, query_start, input_ids, positions)
     if not guard.tested and request_ids[0].startswith(SELF_TEST):
@@ -147,7 +147,7 @@ def begin(
 
 
 def end(runner: Any, guard: WorkerGuard) -> None:
-    """Start copying what the taps read; in the self-test, compare it first."""
+    """Start to copy what the taps read; in the self-test, compare it first."""
     if guard.current is None:
         return
     request_id = guard.current.request_ids[0]
@@ -189,9 +189,9 @@ def _log_ready(runner: Any, guard: WorkerGuard) -> None:
 
 
 def hand_over(guard: WorkerGuard, result: Any) -> Any:
-    """Attach the pending forward pass to a runner's output, now or when its copies have arrived.
+    """Attach the pending forward pass to a runner's output, or to what its `get_output` returns.
 
-    A pipeline stage that is not the last sends its readings on with its intermediate tensors.
+    An earlier pipeline stage adds its readings to its intermediate tensors instead.
     """
     if guard.outgoing is not None:
         readings, guard.outgoing = guard.outgoing, None

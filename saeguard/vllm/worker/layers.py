@@ -1,4 +1,4 @@
-"""Find the decoder layers of a vLLM model, and hook the tap behind one."""
+"""Find the decoder layers of a vLLM model, and hook a tap after one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ assumes(
 
 
 class ModelError(CannotRunError):
-    """The guard cannot serve this kind of model, or does not find its layers."""
+    """The guard does not support this kind of model, or does not find its layers."""
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     """Return the model's decoder layers, in order; those of other pipeline ranks are placeholders.
 
-    They are the outermost list as long as the configuration says, which holds for every family
+    They are the outermost `ModuleList` whose length is `num_layers`. That holds for every family
     looked at: `model.layers`, `transformer.h`, `gpt_neox.layers`, `language_model...`.
 
     Raises:
@@ -66,5 +66,5 @@ def is_here(layer: nn.Module) -> bool:
 
 
 def hook_layer(layers: nn.ModuleList, index: int) -> Any:
-    """Put the tap behind layer `index`; torch.compile traces the hook into the graph."""
+    """Hook the tap after layer `index`; torch.compile traces the hook into the graph."""
     return layers[index].register_forward_hook(tap_hook(index))

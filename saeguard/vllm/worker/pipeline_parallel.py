@@ -15,9 +15,9 @@ import torch
 from saeguard.vllm.patches import assumes, calls, reads
 
 PREFIX = "saeguard."
-"""Of the entries' keys, followed by the layer and by what the entry holds."""
+"""Prefix of the guard's keys; the layer and the name of the entry follow."""
 ACTED = "acted."
-"""Begins the rest of the key where the entry says which rows were edited."""
+"""Prefix of the name of an entry that holds which rows were edited; a clamps digest follows."""
 
 reads(
     "vllm.sequence:IntermediateTensors",
@@ -48,7 +48,7 @@ class Reading(NamedTuple):
     """[rows, clamp policies] bool, whether a row was edited, by digest of the clamps."""
 
     def copy(self) -> Reading:
-        """Return a copy, which the next run of the tap does not change.
+        """Return a copy that the next run of the tap does not change.
 
         vLLM waits for a send before the next pass over requests, but not before a dummy pass.
         """
@@ -57,7 +57,7 @@ class Reading(NamedTuple):
 
 
 def take(intermediate: Any) -> dict[int, Reading]:
-    """Return the earlier stages' readings by layer, taken out of the tensors that they sent.
+    """Remove the earlier stages' readings from the tensors that they sent; return them by layer.
 
     Args:
         intermediate: an `IntermediateTensors`, or None on the first stage.
@@ -81,7 +81,7 @@ def take(intermediate: Any) -> dict[int, Reading]:
 
 
 def put(intermediate: Any, readings: dict[int, Reading]) -> Any:
-    """Return a copy of intermediate tensors with readings, by layer, added."""
+    """Return a copy of intermediate tensors to which readings by layer are added."""
     entries: dict[str, torch.Tensor] = {}
     for layer, reading in readings.items():
         entries[f"{PREFIX}{layer}.f"] = reading.f

@@ -1,4 +1,4 @@
-"""Model Runner V1 (`vllm.v1.worker.gpu_model_runner`): where a forward pass begins and ends."""
+"""Patches of Model Runner V1 (`vllm.v1.worker.gpu_model_runner`) around a forward pass."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ assumes(
 def execute_model(
     original: Original, runner: Any, scheduler_output: Any, intermediate_tensors: Any
 ) -> Any:
-    """Apply what came with the step; a pipeline stage that samples nothing hands over here."""
+    """Apply the step's worker update, run the step, and hand over if there is an output.
+
+    If tokens are sampled, `sample_tokens` hands over instead.
+    """
     guard = WORKER_GUARD.get(runner)
     if guard is None:
         return original()

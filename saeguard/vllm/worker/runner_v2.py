@@ -1,4 +1,4 @@
-"""Model Runner V2 (`vllm.v1.worker.gpu.model_runner`): where a forward pass begins and ends."""
+"""Patches of Model Runner V2 (`vllm.v1.worker.gpu.model_runner`) around a forward pass."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ calls(
 def execute_model(
     original: Original, runner: Any, scheduler_output: Any, intermediate_tensors: Any
 ) -> Any:
-    """Apply what came with the step, and copy what the taps read; dummy runs come by here, too."""
+    """Apply the step's worker update, and copy what the taps read; dummy runs pass here too."""
     guard = WORKER_GUARD.get(runner)
     if guard is None:
         return original()
@@ -52,7 +52,7 @@ def execute_model(
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Keep one pass of the self-test from replaying a captured graph, which runs no hook."""
+    """Keep the self-test's first pass from replaying a captured graph, which runs no hooks."""
     from vllm.v1.worker.gpu import model_runner
 
     dispatch = model_runner.dispatch_cg_and_sync_dp

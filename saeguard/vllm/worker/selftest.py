@@ -1,7 +1,7 @@
-"""The worker's half of the start-up self-test: does each tap read the residual stream?
+"""The worker's half of the start-up self-test: check that each tap reads the residual stream.
 
 A stale compile cache, an unsupported model family, a hook that tracing dropped, an internal that
-vLLM moved: all of these make a guard that never matches, and none raises an error. So the engine
+vLLM moved: each of these makes a guard that never matches, and none raises an error. So the engine
 core serves one short prompt twice before any request.
 
 The first time, the prompt bypasses the compiled graph, and hooks record what the next layer
@@ -55,7 +55,7 @@ assumes(
 
 
 class Observation:
-    """What the uncompiled pass of the self-test shows, to compare the served pass with."""
+    """What the layers consume in the self-test's uncompiled pass; the served pass must agree."""
 
     def __init__(self) -> None:
         """Start with nothing recorded."""
@@ -64,7 +64,7 @@ class Observation:
         self.returned: dict[int, tuple[torch.Tensor, ...]] = {}
         """By layer: the values that the layer returned."""
         self.sent: dict[int, tuple[torch.Tensor, ...]] = {}
-        """By last layer of a pipeline stage: the values that the next stage is sent."""
+        """By last layer of a pipeline stage: the values that are sent to the next stage."""
         self._hooks: list[Any] = []
 
     def start(self, model: Any, depth: int, taps: tuple[Tap, ...]) -> None:
@@ -84,7 +84,8 @@ class Observation:
     def choose_halves(self, taps: tuple[Tap, ...]) -> None:
         """Set for each tap whether to add the second value that its layer returns.
 
-        The last layer of a pipeline stage has no next layer to show it; the layer before it does.
+        The last layer of a pipeline stage has no next layer on this rank; the layer before it
+        decides.
 
         Raises:
             SelfTestError: a tap did not run.
@@ -149,8 +150,8 @@ class Observation:
 def _show_unranked(taps: tuple[Tap, ...], *, shown: bool) -> None:
     """Make the taps report latents by threshold alone, or by rank again.
 
-    At any one token most latents of a TopK SAE are silent for their rank. Without ranks the
-    comparison covers them all.
+    On any one token, rank keeps most latents of a TopK SAE from firing. Without ranks, the
+    comparison covers all of them.
     """
     for tap in taps:
         for ranked in tap.ranked:
@@ -184,7 +185,7 @@ def observe_layers(
         layer, last = tap.layer, tap.layer + 1 == len(layers)
         if not last and not is_here(layers[layer + 1]):
             handles.append(model.register_forward_hook(_keep_sent(layer, seen)))
-            layer -= 1  # shows how this layer's two values are to be read
+            layer -= 1  # shows how to read the two values of this layer
             if layer < 0 or not is_here(layers[layer]):
                 continue
         consumer = model if last else layers[layer + 1]
@@ -202,7 +203,7 @@ def _keep_sent(layer: int, seen: Observation) -> Any:
 def _observe_layer(
     tapped: nn.Module, consumer: nn.Module, layer: int, seen: Observation
 ) -> list[Any]:
-    """Record what a layer returns, and the residual stream as the first module behind it has it."""
+    """Record what a layer returns, and the residual stream that the first module after it reads."""
     first: list[nn.Module | None] = []
 
     def arm(_module: nn.Module, _args: Any, output: Any) -> None:
