@@ -1,11 +1,11 @@
-"""The columns of the taps and the encoder rows in them, so that a watch list can be swapped.
+"""Assign the columns of the taps to encoder rows, so that a watch list can be swapped.
 
-The buffers are allocated once, for more rows than the first watch list needs. A row keeps its
-column as long as a live version reads it; a new row takes a free column. So a swap only writes
-columns that no version reads yet, and compiled or captured graphs stay valid.
+The buffers are allocated once, for more encoder rows than the first watch list needs. An encoder
+row keeps its column as long as a live version reads it; a new one takes a free column. So a swap
+only writes columns that no version reads yet, and compiled or captured graphs stay valid.
 
-A row is identified by its content. If two feature sets name one latent, or a file has only moved,
-nothing needs to be written.
+An encoder row is identified by its content. If two feature sets name one latent, or a file has only
+moved, nothing needs to be written.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ RowId: TypeAlias = bytes
 """Digest of everything that the tap holds for one encoder row."""
 
 SPARE = 32
-"""Least number of free columns of a layer, if the operator sets no capacity."""
+"""Least number of free columns of a layer, if no capacity is configured."""
 
 
 class CapacityError(WatchListError):
-    """A watch list needs more rows than the taps were allocated for, or another layer."""
+    """A watch list does not fit the taps: too many encoder rows, another layer or kind of SAE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +38,19 @@ class Columns:
     layer: int
     d_in: int
     first: int
-    """The first of them among the columns of a forward pass."""
+    """Index of its first column among the columns of a forward pass."""
     held: tuple[RowId | None, ...]
-    """By column: the row in it; None if it was never written."""
+    """By column: the encoder row in it; None if it was never written."""
     since: tuple[int, ...]
     """By column: number of the swap that wrote it."""
     normed: bool = False
     """Whether the tap can normalise tokens, which some SAEs need."""
     ranked: frozenset[int] = frozenset()
-    """Columns of latents that fire by rank; no other rows may take them."""
+    """Columns of latents that fire by rank; no other encoder rows may take them."""
 
 
 def row_tensors(hook: Hook) -> dict[str, torch.Tensor]:
-    """Return the hook's tensors that have one entry a row, by name."""
+    """Return the hook's tensors that have one entry per encoder row, by name."""
     values = {f.name: getattr(hook, f.name) for f in fields(hook)}
     rows = hook.W.shape[0]
     return {
@@ -61,12 +61,12 @@ def row_tensors(hook: Hook) -> dict[str, torch.Tensor]:
 
 
 def at_rows(columns: slice) -> range:
-    """Return the rows of a block of columns."""
+    """Return the indices of the encoder rows in a block of a hook's columns."""
     return range(columns.start, columns.stop)
 
 
 def row_ids(hook: Hook) -> tuple[RowId, ...]:
-    """Return the id of each row of a hook."""
+    """Return the id of each encoder row of a hook."""
     by_name = {name: t.contiguous().numpy() for name, t in row_tensors(hook).items()}
     by_name.setdefault("norm", np.zeros(hook.W.shape[0], np.int64))
     arrays = [array for _, array in sorted(by_name.items())]
@@ -81,14 +81,15 @@ def row_ids(hook: Hook) -> tuple[RowId, ...]:
 
 
 def allocate(watchlist: WatchList, capacity: int | None) -> tuple[Columns, ...]:
-    """Return the columns of a server's first watch list: its rows in order, then free columns.
+    """Return the columns of a server's first watch list: its encoder rows, then free columns.
 
     Args:
         watchlist: as compiled.
-        capacity: columns of each layer's tap; None for 1.5 times as many as the rows.
+        capacity: columns of each layer's tap; None for 1.5 times as many as there are encoder
+            rows, and at least `SPARE` more.
 
     Raises:
-        CapacityError: the watch list has more rows than `capacity`.
+        CapacityError: the watch list has more encoder rows than `capacity` at one layer.
     """
     columns: list[Columns] = []
     first = 0
@@ -118,14 +119,14 @@ def check_fits(
     ids: Sequence[Sequence[RowId]],
     present: Mapping[int, frozenset[int]],
 ) -> None:
-    """Check that a watch list can be served beside the current one, if no other version is live.
+    """Check that the taps can hold a watch list beside the current one, if no other is live.
 
-    Requests that arrive while rows are written still belong to the current version.
+    The current version is still needed: it judges requests that arrive during the swap.
 
     Args:
         columns: of the taps.
         hooks: of the watch list; only layer, width, norm and ranked columns matter.
-        ids: the rows of each hook.
+        ids: the encoder rows of each hook.
         present: by layer, the columns that the current version reads.
 
     Raises:
@@ -172,13 +173,13 @@ def check_fits(
 
 
 class Assigned(NamedTuple):
-    """The columns of a watch list's rows."""
+    """The columns of a watch list's encoder rows."""
 
     columns: tuple[Columns, ...]
     at: tuple[np.ndarray, ...]
-    """By hook: column of each of its rows, within the layer."""
+    """By hook: column of each of its encoder rows, within the layer."""
     missing: tuple[np.ndarray, ...]
-    """By hook: indices of its rows that must be written."""
+    """By hook: indices of its encoder rows that must be written."""
 
 
 def assign_columns(
@@ -188,12 +189,12 @@ def assign_columns(
     in_use: Mapping[int, frozenset[int]],
     number: int,
 ) -> Assigned | None:
-    """Return columns for a watch list's rows; None if the live versions leave too few.
+    """Return columns for a watch list's encoder rows; None if live versions leave too few free.
 
     Args:
         columns: of the taps.
         hooks: of the watch list; only layer and ranked columns matter.
-        ids: the rows of each hook.
+        ids: the encoder rows of each hook.
         in_use: by layer, the columns that must not be written.
         number: of the swap.
     """
@@ -232,15 +233,16 @@ def over_tap_columns(
     at: Sequence[np.ndarray],
     blank: Iterable[Hook] = (),
 ) -> WatchList:
-    """Return the watch list over the taps' columns: every layer, padded to its capacity.
+    """Return the watch list in terms of the taps' columns: every layer, padded to its capacity.
 
-    No feature reads a column that holds none of its rows. Padding is zeros, which never fire.
+    Padding is zeros, which never fire. No feature reads a column that holds no encoder row of its
+    own.
 
     Args:
         watchlist: as compiled.
         columns: of the taps.
-        at: by hook, the column of each row.
-        blank: hooks of an earlier version, for layers that the watch list does not read.
+        at: by hook, the column of each encoder row.
+        blank: hooks of an earlier version, used for layers that the watch list does not read.
     """
     moved = np.zeros(max(watchlist.columns, 1), np.intp)
     by_layer = {hook.layer: (hook, where) for hook, where in zip(watchlist.hooks, at, strict=True)}
@@ -282,5 +284,5 @@ def used(hooks: Iterable[Hook], at: Iterable[np.ndarray]) -> dict[int, frozenset
 
 
 def oldest_readable(columns: Iterable[Columns], read: Mapping[int, frozenset[int]]) -> int:
-    """Return the number of the swap since which passes hold all columns that a version reads."""
+    """Return the number of the swap from which on the taps hold all that a version reads."""
     return max((c.since[i] for c in columns for i in read.get(c.layer, ())), default=0)

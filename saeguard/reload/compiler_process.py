@@ -1,4 +1,4 @@
-"""The compiler process reads and compiles policies, so that no step waits for it.
+"""Read and compile policies in a process of their own, so that no step waits for it.
 
 Reading YAML holds Python's interpreter lock, which would delay the engine core's steps from any of
 its threads. So a process of its own watches the files, reads, verifies, compiles and dry-runs them,
@@ -42,9 +42,9 @@ CORES = sorted(os.sched_getaffinity(0))
 """The cores of this process before vLLM binds its threads, which keeps them for the model."""
 NICE = 10
 CHANGED = None
-"""The message that files have changed; the only one that is sent without a request."""
+"""The message that files have changed. The compiler process sends no other without a request."""
 IDLE_S, MOST_READINGS = 1.0, 100
-"""The process collects garbage after so many idle seconds, or after so many readings."""
+"""Idle seconds, or readings, after which the compiler process collects garbage."""
 CHUNK = 25
 """Policies in a message, so that unpickling it takes well under a millisecond of a step."""
 REFUSALS = (
@@ -65,17 +65,17 @@ class CompilerReading:
     seconds: float
     """Duration of reading and compiling."""
     error: str | None = None
-    """Why the files are refused; None if they are not."""
+    """Why the files are refused; None if they are accepted."""
     watchlist: WatchList | None = None
-    """Without weights; None if it is refused, or equal to the one sent last."""
+    """The watch list without weights; None if refused, or if equal to the one sent last."""
     ids: tuple[tuple[RowId, ...], ...] = ()
-    """By hook: ids of the rows."""
+    """By hook: ids of the encoder rows."""
     manifest: Manifest | None = None
     digest: str = ""
 
 
 class Compiler:
-    """The engine core's end: start the compiler process, request readings, receive results."""
+    """The engine core's end of the pipe: it starts the compiler process and requests readings."""
 
     def __init__(self, source: Source) -> None:
         """Start the process."""
@@ -91,7 +91,7 @@ class Compiler:
         self._pipe = ours
         self._changed = False
         self._policies: tuple[Policy, ...] = ()
-        """Of the watch list that was received last."""
+        """The policies of the watch list that was received last."""
         _send(ours, source)
 
     @property
@@ -100,7 +100,7 @@ class Compiler:
         return self._process.pid
 
     def changed(self, timeout_s: float) -> bool:
-        """Wait for a change of the files since they were read last; return whether there was one.
+        """Wait for a change of the files since the last reading; return whether there was one.
 
         Raises:
             EOFError, OSError: the process has ended.
@@ -111,7 +111,7 @@ class Compiler:
         return self._changed
 
     def read(self, trigger: Trigger) -> CompilerReading:
-        """Read the files, whether they have changed or not.
+        """Request a reading of the files, whether they have changed or not, and return its result.
 
         Raises:
             EOFError, OSError: the process has ended.
@@ -131,7 +131,7 @@ class Compiler:
         """Return encoder rows of the watch list that was received last.
 
         Args:
-            which: by hook, indices of the wanted rows.
+            which: by hook, indices of the wanted encoder rows.
 
         Raises:
             EOFError, OSError: the process has ended.
@@ -227,7 +227,7 @@ def _report_changes(source: Source, pipe: Connection, one_at_a_time: threading.L
 
 
 def _send_reading(pipe: Connection, reading: CompilerReading, sent: Sequence[Policy]) -> None:
-    """Send what the other end lacks, in messages that are quick to unpickle.
+    """Send a reading without what the other end has, in messages that are quick to unpickle.
 
     Args:
         pipe: to the other end.
@@ -261,7 +261,7 @@ def _rows(watchlist: WatchList, which: Sequence[np.ndarray]) -> list[dict[str, n
 
 
 def main(descriptor: str, cores: str) -> None:
-    """Serve until the other end closes the pipe; the terminal's signals are for that end."""
+    """Run the compiler process until the other end closes the pipe; ignore SIGINT and SIGHUP."""
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     os.sched_setaffinity(0, map(int, cores.split(",")))

@@ -1,4 +1,4 @@
-"""Judge an invented text with a new watch list before it judges real ones."""
+"""Judge an invented text with a new watch list before it judges requests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PROMPT_ROLES = np.array([SYSTEM, USER, ASSISTANT, TOOL], np.uint8)
 
 
 class RehearsalError(InputError):
-    """A compiled watch list that does not work."""
+    """A compiled watch list fails on an invented text, or its weights are not finite."""
 
 
 def rehearse(watchlist: WatchList) -> None:
-    """Run a watch list's rules once, over tokens where no latent fires and where all fire.
+    """Run a watch list's rules once, over tokens on which no latent fires and on which all fire.
 
-    An error that would occur in the first step after a swap occurs here, where no step waits.
+    So an error that would occur in the first step after a swap occurs in the compiler process.
 
     Raises:
         RehearsalError: weights or ranges are not finite, or the coverage does not add up.

@@ -1,7 +1,7 @@
-"""Notice changed files, whether they were edited, replaced, or a symbolic link was redirected.
+"""Watch files for changes: edits, replacements, and symbolic links that point elsewhere.
 
 `watchfiles`, which vLLM depends on, reports changes. It misses some, on network file systems or if
-a whole folder was replaced. So every `LOOK_S` seconds the dates of all files are compared.
+a whole folder was replaced. So sizes and dates of all files are compared every `LOOK_S` seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SETTLE_MS = 30
-"""Changes within this time count as one."""
+"""Milliseconds; changes within this time count as one."""
 LOOK_S = 2.0
 """Seconds between comparisons of all files."""
 
@@ -33,7 +33,7 @@ def changes(roots: Iterable[Path], stop: threading.Event) -> Iterator[None]:
 
 
 def _events(roots: tuple[Path, ...], stop: threading.Event) -> Iterator[None]:
-    """Yield at each reported change, and every `LOOK_S` seconds, until watching has to restart."""
+    """Yield at each reported change and every `LOOK_S` seconds, until a root is another folder."""
     from watchfiles import watch  # noqa: PLC0415 - vLLM depends on it; only serving needs it
 
     identity = _identity(roots)
@@ -62,7 +62,7 @@ def _events(roots: tuple[Path, ...], stop: threading.Event) -> Iterator[None]:
 
 
 def _identity(roots: Iterable[Path]) -> tuple[Any, ...]:
-    """Return values that change if another folder takes a root's name."""
+    """Return values that change if a root's name comes to mean another folder."""
     found: list[Any] = []
     for root in roots:
         try:
@@ -75,7 +75,7 @@ def _identity(roots: Iterable[Path]) -> tuple[Any, ...]:
 
 
 def fingerprint(roots: Iterable[Path]) -> tuple[Any, ...] | None:
-    """Return values that change with a YAML or JSON file below; None if a root is missing."""
+    """Return values that change if a YAML or JSON file does; None if a root is missing."""
     found: list[Any] = []
     for root in roots:
         try:

@@ -25,7 +25,7 @@ class SourceError(InputError):
 
 
 ATTEMPTS = 50
-"""Most readings of files that keep changing while they are read."""
+"""Most attempts to read files that keep changing while they are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Source:
 
 
 class Loaded(NamedTuple):
-    """One reading."""
+    """The result of one reading."""
 
     watchlist: WatchList
-    """With its own columns, not those of the taps."""
+    """The watch list in terms of its own columns, not those of the taps."""
     manifest: Manifest | None
     """The signed manifest; None if bundles need no signature."""
     left_out: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Loaded(NamedTuple):
 
 @dataclass(slots=True)
 class ReadCache:
-    """Files that were read before, by content: most are unchanged at the next reading."""
+    """Caches files by content, since most are unchanged at the next reading."""
 
     policies: Cache = field(default_factory=dict)
     feature_sets: dict[Path, tuple[Any, FeatureSet]] = field(default_factory=dict)
@@ -62,8 +62,8 @@ class ReadCache:
 def load(source: Source, known: ReadCache | None = None) -> Loaded:
     """Read all files and compile them.
 
-    If a file changes meanwhile, everything is read again. Otherwise names from before a change and
-    contents from after it could be combined.
+    If a file changes meanwhile, everything is read again. Otherwise files from before a change
+    could be combined with files from after it.
 
     Args:
         source: the settings.
@@ -123,7 +123,7 @@ def _load(source: Source, known: ReadCache) -> Loaded:
 
 
 def _feature_set(path: Path, known: ReadCache) -> FeatureSet:
-    """Load a feature set, unless it and the files that it names are unchanged."""
+    """Return a feature set, from the cache if it and the files that it names are unchanged."""
     try:
         content = hashlib.sha256(path.read_bytes()).digest()
     except OSError:
@@ -139,7 +139,7 @@ def _feature_set(path: Path, known: ReadCache) -> FeatureSet:
 
 
 def _stamp(features: FeatureSet) -> tuple[Any, ...]:
-    """Return values that change with the files that a feature set names."""
+    """Return values that change if a file that a feature set names does."""
     sae = features.sae.path
     files = sorted(sae.rglob("*")) if sae.is_dir() else [sae]
     files += sorted({f.probe.path for f in features.features.values() if f.probe is not None})

@@ -1,4 +1,4 @@
-"""The records of reloading: what it works on, its state, and the report of each reload."""
+"""Records of the reloader: what it works on, its status, and the report of each reload."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Report:
     outcome: Outcome
     trigger: Trigger
     old: str
-    """Digest of the watch list before."""
+    """Digest of the watch list that was current before."""
     new: str | None
     """Digest of the new watch list; None if it could not be read."""
     error: str | None
@@ -36,16 +36,16 @@ class Report:
     revision: int | None
     """Signed revision that is current now; None without signatures."""
     read_ms: float
-    """Reading and compiling, in the compiler process."""
+    """Milliseconds of reading and compiling, in the compiler process."""
     swap_ms: float
-    """From then until the new version was current; steps go on meanwhile."""
+    """Milliseconds from then until the new version was current; steps go on meanwhile."""
     encoder_rows: int
     """Number of encoder rows written into the taps."""
 
 
 @dataclass(slots=True)
 class ReloadContext:
-    """The parts of the engine core that a reload changes, and the checks that only it can make."""
+    """What a reload changes in the engine core, and the checks that only the core can make."""
 
     source: Source
     versions: Versions
@@ -57,7 +57,7 @@ class ReloadContext:
     check_manifest: Callable[[Manifest | None], None]
     prefix_store: PrefixStore | None = None
     graphs_hold_clamps: bool = False
-    """Whether captured CUDA graphs replay the clamps of the start."""
+    """Whether captured CUDA graphs replay the clamps that the server was started with."""
     state: Path | None = None
     engine: int = 0
 
@@ -67,7 +67,7 @@ class ReloadStatus:
     """The state of reloading, for other threads to read."""
 
     current: bool = True
-    """Whether the current version is that of the files."""
+    """Whether the current version is compiled from the files as they were last read."""
     error: str | None = None
     waiting: str | None = None
     """Digest of a watch list that waits for free columns."""

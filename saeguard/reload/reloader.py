@@ -38,7 +38,7 @@ from saeguard.reload.worker_updates import Swap
 log = structlog.get_logger("saeguard")
 
 TICK_S = 0.1
-"""Seconds between searches for versions without requests."""
+"""Seconds between searches for versions that no request needs."""
 RESTART_S = 1.0
 
 
@@ -47,14 +47,14 @@ class RefusedError(InputError):
 
 
 class Reloader:
-    """Keeps the current version in step with the policy files."""
+    """Keeps the current version up to date with the policy files."""
 
     def __init__(self, where: ReloadContext, manifest: Manifest | None) -> None:
-        """Start watching.
+        """Start the thread that watches the files.
 
         Args:
-            where: the engine core's parts.
-            manifest: of the current version.
+            where: the parts of the engine core that reloads change.
+            manifest: of the current version; None if bundles need no signature.
         """
         self.status = ReloadStatus()
         self._where = where
@@ -73,7 +73,7 @@ class Reloader:
         self._asked.append(trigger)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop the thread."""
         self._closed = True
         self._thread.join(5)
 
@@ -106,7 +106,7 @@ class Reloader:
                 self._take(compiler, compiler.read("files"))
 
     def _take(self, compiler: Compiler, reading: CompilerReading) -> None:
-        """Make a watch list the current version, or report why not."""
+        """Make a reading's watch list the current version if possible, and report the outcome."""
         where, old = self._where, self._where.versions.current.watchlist.digest
         began = time.perf_counter()
         rows = 0
@@ -148,7 +148,7 @@ class Reloader:
         )
 
     def _swap(self, compiler: Compiler, reading: CompilerReading) -> int | None:
-        """Swap in a watch list; return the rows written, or None if a later reading arrived first.
+        """Swap in a watch list; return the encoder rows written, None if a later reading is first.
 
         Raises:
             ValueError: this server cannot serve the watch list.
@@ -171,7 +171,7 @@ class Reloader:
             )
             if placed is not None:
                 break
-            # It fits, but not beside the versions of requests in flight.
+            # It fits beside the current version, but not beside older ones with requests.
             self.status.waiting = watchlist.digest
             self._write_status()
             if self._closed or self._asked or compiler.changed(TICK_S):

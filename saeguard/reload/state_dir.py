@@ -1,4 +1,4 @@
-"""The state folder: the highest signed revision that was in use, and each engine core's status."""
+"""The state folder keeps the highest signed revision in use and each engine core's status."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ STATUS = "engine-{}.json"
 
 
 class StateError(InputError):
-    """A file of the state folder is not what the server wrote."""
+    """A file of the state folder cannot be read."""
 
 
 def read_revision(folder: Path) -> tuple[int, str] | None:
-    """Return the highest revision that was in use and its manifest's digest; None without one.
+    """Return the highest revision that was in use and its manifest's digest, None if there is none.
 
     Raises:
         StateError: the file exists and cannot be read. Ignoring it would accept an old bundle.
@@ -41,7 +41,7 @@ def read_revision(folder: Path) -> tuple[int, str] | None:
 
 
 def keep_revision(folder: Path, revision: int, manifest: str) -> None:
-    """Write that a revision is in use; the highest counts, and several engine cores may write."""
+    """Record that a revision is in use, unless a higher one is recorded; under a file lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         seen = read_revision(folder)
@@ -57,7 +57,7 @@ def write_status(folder: Path, engine: int, status: Mapping[str, Any]) -> None:
 
 
 def read_statuses(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return the last status of each engine core, by file."""
+    """Return the last status that each engine core wrote, by file."""
     found = {}
     for path in sorted(folder.glob(STATUS.format("*"))):
         try:
@@ -68,7 +68,7 @@ def read_statuses(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def started_at(pid: int) -> str | None:
-    """Return a process' start time, which a later process of the same id does not share."""
+    """Return the start time of a process; a later process of the same id has another one."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except OSError:

@@ -23,7 +23,7 @@ from saeguard.guard.watchlist import WatchList, clamps_digest
 
 
 class Pin:
-    """Keeps a version in use for an arriving request, until the pin is garbage-collected."""
+    """Keeps a version live for an arriving request, until the pin is garbage-collected."""
 
     __slots__ = ("__weakref__", "version")
 
@@ -38,19 +38,19 @@ class Version:
     """One watch list, and the ledger of the requests that it judges."""
 
     number: int
-    """Of the swap that brought it; 0 for the one that the server was started with."""
+    """Number of the swap that brought it; 0 for the version that the server was started with."""
     watchlist: WatchList
-    """Over the taps' columns."""
+    """The watch list in terms of the taps' columns."""
     ledger: Ledger
     reads: Mapping[int, frozenset[int]]
     """By layer: the taps' columns that it reads."""
     clamps: str
     """Digest of its clamps; empty without clamps."""
     can_stop: bool = True
-    """Whether a policy may stop a request, so that hits are needed in the step that makes them."""
+    """Whether a policy may stop a request. Then every forward pass is judged in its own step."""
     pins: WeakSet[Pin] = field(default_factory=WeakSet)
     decided: dict[Any, Any] = field(default_factory=dict)
-    """A cache for the caller: what it decided for requests of one kind."""
+    """A cache for the caller: its decision for each kind of request."""
 
 
 def make_version(
@@ -70,7 +70,7 @@ def make_version(
         reads: by layer, the columns that it reads.
         may_enforce: ids of shadow policies that are enforced for some requests.
         prefix_store: fired latents of cached tokens; None without a prefix cache.
-        needs: the swap since which forward passes hold all of these columns.
+        needs: number of the swap from which on forward passes hold all of these columns.
     """
     view = None if prefix_store is None else PrefixView(prefix_store, number, needs)
     ledger = Ledger(watchlist, prefix_store=view)
@@ -83,7 +83,7 @@ def make_version(
 
 
 def _as_read_by(version: Version, forward_pass: ForwardPass) -> ForwardPass:
-    """Return a forward pass as a version reads it; it did not run if the taps lacked its rows."""
+    """Return a forward pass as a version reads it: not `ran` if its encoder rows were missing."""
     ran = forward_pass.ran and forward_pass.swaps >= version.number
     acted = forward_pass.acted_by.get(version.clamps, forward_pass.acted)
     if ran == forward_pass.ran and acted is forward_pass.acted:
@@ -110,12 +110,12 @@ class Versions:
         raise KeyError(request_id)
 
     def pin(self) -> Pin:
-        """Pin the current version for an arriving request; from any thread."""
+        """Pin the current version for an arriving request; any thread may call this."""
         with self._lock:
             return Pin(self.current)
 
     def publish(self, version: Version) -> None:
-        """Make a version the current one; from any thread."""
+        """Make a version the current one; any thread may call this."""
         with self._lock:
             self.live = (*self.live, version)
             self.current = version
@@ -158,8 +158,8 @@ class Versions:
                 hits += self.ingest(*passes[at])
                 at += 1
                 continue
-            # No request reads what another one computes in passes into which no request enters. So
-            # each version takes a run of such passes at once.
+            # Only requests that enter a pass read prefixes that others compute. So each version
+            # takes a whole run of passes into which no request enters.
             end = at + 1
             while end < len(passes) and (len(self.live) == 1 or not passes[end][2]):
                 end += 1

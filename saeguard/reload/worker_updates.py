@@ -1,4 +1,4 @@
-"""Changes of the watch list that the engine core sends the workers with a step.
+"""Send changes of the watch list from the engine core to the workers, with a step.
 
 A worker update travels with vLLM's own `SchedulerOutput`, which reaches every rank once, in the
 order of steps. So all ranks write the same columns before the same forward pass, without messages,
@@ -18,28 +18,28 @@ from saeguard.guard.watchlist import WatchList
 
 
 class Admitted(NamedTuple):
-    """The clamps that may edit a request."""
+    """The clamps that may edit a request, and the roles of its prompt tokens."""
 
     clamps: str
     """Digest of the clamps of its version."""
     enforced: frozenset[tuple[str, str]]
-    """Id and mode of each policy that is enforced for the request."""
+    """Id and mode of each clamp policy that is enforced for the request."""
     roles: np.ndarray | None = None
     """[prompt tokens] role of each token; None if no policy needs them."""
 
 
 class Swap(NamedTuple):
-    """The changes on the device that new versions need."""
+    """The changes on the device that new versions need, in one swap or several merged ones."""
 
     number: int
-    """Of the last version."""
+    """Number of the last version."""
     writes: tuple[Write, ...] = ()
     clamps: Mapping[str, WatchList] = {}
     """By digest: a watch list with clamps that the workers do not have yet."""
 
 
 class WorkerUpdate(NamedTuple):
-    """The changes before one forward pass, and the requests that start in it."""
+    """What the workers apply before one forward pass, and the requests that start in it."""
 
     after: int
     """Number of the swap that the workers must have carried out last."""
@@ -48,26 +48,26 @@ class WorkerUpdate(NamedTuple):
     the swap may bring some of them back."""
     swap: Swap | None = None
     admitted: Mapping[str, Admitted] = {}
-    """By id, the requests that start in this pass."""
+    """By request id: the clamps of each request that starts in this pass."""
 
 
 class UpdateQueue:
-    """Changes that wait for the next step, which may be long in coming without requests.
+    """Keeps changes for the next step, which may come much later if there are no requests.
 
-    Versions that arrive meanwhile are merged into one swap, no larger than the taps.
+    The swaps of versions that arrive meanwhile are merged into one, no larger than the taps.
     """
 
     def __init__(self) -> None:
         """Start with the watch list that the workers were started with."""
         self.number = 0
-        """Of the last swap that was sent."""
+        """Number of the last swap that was sent."""
         self._lock = threading.Lock()
         self._swap: Swap | None = None
         self._dropped: list[str] = []
         """Digests of clamps that the workers have and should drop."""
 
     def put(self, swap: Swap) -> None:
-        """Queue a swap; from any thread, before its version becomes the current one."""
+        """Queue a swap, before its version becomes the current one; any thread may call this."""
         with self._lock:
             if self._swap is not None:
                 writes = merge_writes(self._swap.writes, swap.writes)
@@ -75,7 +75,7 @@ class UpdateQueue:
             self._swap = swap
 
     def drop(self, clamps: str) -> None:
-        """Queue the removal of clamps, or withdraw them if they were never sent."""
+        """Queue the removal of clamps; if they were never sent, do not send them."""
         with self._lock:
             if self._swap is None or clamps not in self._swap.clamps:
                 self._dropped.append(clamps)
@@ -95,7 +95,7 @@ class UpdateQueue:
 
 
 def merge_writes(earlier: Sequence[Write], later: Sequence[Write]) -> tuple[Write, ...]:
-    """Return writes with the effect of both, one after the other; no column is written twice."""
+    """Return writes with the effect of `earlier`, then `later`; no column gets two encoder rows."""
     lowered = [w for w in (*earlier, *later) if "screen" in w.rows]
     over = [w for w in later if "screen" not in w.rows]
     writes = [
@@ -114,7 +114,7 @@ def merge_writes(earlier: Sequence[Write], later: Sequence[Write]) -> tuple[Writ
 
 
 def _lowest(writes: Sequence[Write]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return columns of one layer and the lowest screen threshold that is written to each."""
+    """Return the columns of one layer's writes, and the lowest screen threshold for each."""
     screens = np.concatenate([w.rows["screen"] for w in writes])
     columns, which = np.unique(np.concatenate([w.columns for w in writes]), return_inverse=True)
     lowest = np.full(len(columns), np.inf, screens.dtype)
