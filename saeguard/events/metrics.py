@@ -43,7 +43,7 @@ GAUGES: dict[str, str] = {
 
 
 class Counts:
-    """Counts since they were last taken."""
+    """Totals that changed since `take` was called last."""
 
     def __init__(self) -> None:
         """Start at zero."""

@@ -82,7 +82,7 @@ def mismatch_event(
     finished: str,
     tenant: str | None = None,
 ) -> Mapping[str, Any]:
-    """Return the event of a request whose coverage does not add up, which is a fault of ours."""
+    """Return the event of a request whose coverage does not add up, a fault of the guard."""
     return {
         "event": "ledger_mismatch",
         "schema": SCHEMA,

@@ -34,7 +34,7 @@ Decode = Callable[[list[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What a feature is calibrated on; each part may be absent but `benign`."""
+    """The texts that a feature is calibrated on; every part except `benign` may be absent."""
 
     benign: Corpus
     """Sets the threshold."""

@@ -81,7 +81,7 @@ def _name_of_sae(sae: SaePart, document: Document) -> Iterator[Finding]:
 
 
 def _measured(sae: SaePart, document: Document) -> Iterator[Finding]:
-    """Yield an approximation that was not measured, or not with this checkpoint."""
+    """Yield a finding if an approximation was not measured, or with another checkpoint."""
     measured = sae.topk_measured
     if (sae.topk == "approximate") != (measured is not None):
         message = (

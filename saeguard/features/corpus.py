@@ -1,4 +1,4 @@
-"""Recorded texts: residuals of many texts one behind the other, with labels."""
+"""Recorded texts: residuals of many texts one after the other, with labels."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def read_feature_file(path: Path) -> FeatureSetFile | FeatureTemplateFile:
 
 
 def other_id(path: Path, found: str, name: str) -> Finding:
-    """Return that a file's id is not the name that policies know it by.
+    """Return a finding about a file whose id is not its name, by which policies refer to it.
 
     Args:
         path: the file.

@@ -22,11 +22,11 @@ class ModelFitError(InputError):
 
 
 class Pinned(Protocol):
-    """What a feature set says of its model."""
+    """What a feature set states about its model."""
 
     @property
     def name(self) -> str:
-        """What the feature set calls it."""
+        """Name of the model in the feature set."""
 
     @property
     def hidden_size(self) -> int:
@@ -84,7 +84,7 @@ def check_fit(pinned: Pinned, model: ModelShape, folder: Path | None = None, *, 
     """Check that a feature set was made for a model.
 
     Args:
-        pinned: what the feature set says of its model.
+        pinned: what the feature set states about its model.
         model: the one at hand.
         folder: of the model; if the feature set pins its weight file, that is compared, too.
         at: the feature set's name or file, for the message.

@@ -26,7 +26,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class StandIn:
-    """A threshold that stands for one latent's rank, and how well it does."""
+    """A threshold that replaces one latent's rank, and how well it agrees with the rank."""
 
     threshold: float
     """Of the pre-activation, compared strictly."""
@@ -44,7 +44,7 @@ class Approximation:
     sha256: str
     """Digest of the weight file they were measured with."""
     texts_sha256: str
-    """Of the token ids that the agreement was measured on, int64, one text behind the other."""
+    """Of the token ids that the agreement was measured on, int64, one text after the other."""
     texts: int
     tokens: int
     latents: Mapping[int, StandIn]

@@ -1,4 +1,4 @@
-"""The value of a feature at each token: the one place where latents are added up.
+"""Compute the value of a feature at each token; only this module adds up latents.
 
 Serving, recordings and calibration call these functions, so that a threshold that was measured on
 recorded texts means the same in serving, to the last bit.

@@ -45,7 +45,7 @@ The 4-bit weights are kept as they were, so the model answers a little worse tha
 
 
 class DemoModelError(CannotRunError):
-    """The model cannot be made here; says what to do."""
+    """The model cannot be made here; the message gives the remedy."""
 
 
 class DemoFolderError(InputError):
@@ -151,7 +151,7 @@ def _check(folder: Path) -> None:
 
 @contextmanager
 def _work_folder(folder: Path) -> Iterator[Path]:
-    """Give this process alone the folder to work in; nothing of it is left unless it is killed."""
+    """Yield a work folder that only this process uses, and remove it afterwards."""
     work = folder.parent / f".{folder.name}.part"
     while True:
         work.mkdir(parents=True, exist_ok=True)

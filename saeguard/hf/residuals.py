@@ -21,7 +21,7 @@ def on_output(
     """Replace the residual after block `layer`, [batch, tokens, d], by the result of `change`.
 
     Layers return a tensor or a tuple that starts with it, by family and version. The last entry
-    of `output_hidden_states` would be read behind the final norm; a hook never is.
+    of `output_hidden_states` would be read after the final norm; a hook never is.
 
     Raises:
         ModelError: there is no such layer.

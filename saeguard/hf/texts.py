@@ -2,7 +2,7 @@
 
 A line has an `id` and either `text`, or `prompt` (a string, or a list of chat messages) with an
 optional `completion`. Chat messages go through the model's chat template with its generation
-prompt, and the completion's tokens follow. A `text`, or a completion behind an empty prompt,
+prompt, and the completion's tokens follow. A `text`, or a completion after an empty prompt,
 follows the tokenizer's own prefix (BOS) and counts as output.
 """
 

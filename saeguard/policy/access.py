@@ -73,7 +73,7 @@ class AccessFile(Section):
 
 
 def matches(policy: str, patterns: Iterable[str]) -> bool:
-    """Return whether one of the ids, in which `*` stands for any characters, is a policy's."""
+    """Return whether a policy id matches a pattern, in which `*` stands for any characters."""
     return any(fnmatchcase(policy, pattern) for pattern in patterns)
 
 
@@ -99,7 +99,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """An access file, read."""
+    """The content of an access file."""
 
     keys: tuple[tuple[bytes, str], ...] = ()
     """SHA-256 of an API key, and the tenant it belongs to."""
@@ -131,7 +131,7 @@ UNRESTRICTED = Access()
 
 
 class Decision(NamedTuple):
-    """What the policies of one watch list do for one request, in their order."""
+    """Which policies of a watch list apply to a request and act on it, in their order."""
 
     applies: tuple[bool, ...]
     enforced: tuple[bool, ...]
@@ -158,7 +158,7 @@ def decide(
 
     Args:
         policies: of one watch list.
-        access: the operator's file, read.
+        access: the content of the operator's access file.
         tenant: of the request, None if it is not known.
         model: name of the model or adapter that serves it.
         asked: shadow policies that it asks to have enforced; those not allowed are ignored.

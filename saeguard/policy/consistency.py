@@ -17,7 +17,7 @@ from saeguard.yaml_files.reader import Document
 
 
 def sense(document: Document) -> tuple[Condition | None, list[Finding]]:
-    """Return the condition, None if it cannot be read, and what does not fit together."""
+    """Return a policy's condition, None if it cannot be parsed, and findings about the policy."""
     if not isinstance(document.data, dict):
         return None, []
     errors = [*_actions(document), *_exceptions(document), *_clamped(document)]

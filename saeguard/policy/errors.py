@@ -1,4 +1,4 @@
-"""What can be wrong with policies: their files, or the bundle that signs them."""
+"""Errors of policies: mistakes in their files, or in the bundle that signs them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from saeguard.yaml_files.findings import FindingsError
 
 
 class PolicyErrors(FindingsError):  # noqa: N818 - the plural says that all of them are here
-    """Every mistake in some policy, test or access files, in the order of files and lines."""
+    """Every mistake in a set of policy, test or access files, in the order of files and lines."""
 
 
 class BundleError(InputError):

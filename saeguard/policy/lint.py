@@ -71,7 +71,7 @@ def resolve(
 
 
 def uncalibrated(policy: Policy) -> Finding:
-    """Return that a policy's feature set is a template: an error if the policy is enforced."""
+    """Return the finding that a feature set is a template: an error if the policy is enforced."""
     features = ", ".join(dict.fromkeys(s.feature for s in policy.detect.values()))
     message = (
         f"the feature set {show(policy.feature_set)} is a template: find and calibrate {features} "
@@ -94,7 +94,8 @@ def leave_out_templates(
         feature_sets: the folder of feature sets.
 
     Raises:
-        PolicyErrors: an enforced policy has a template; it would look like a guard and be none.
+        PolicyErrors: an enforced policy has a template, so it would seem to guard and look at
+            nothing.
     """
     names = {policy.feature_set for policy in policies}
     open_ = {name for name in names if is_template(feature_sets / f"{name}.yaml")}
@@ -106,7 +107,7 @@ def leave_out_templates(
 
 
 def of_feature_set(policy: Policy, document: FeatureSetFile) -> Iterator[Finding]:
-    """Yield what a feature set, though it can be read, cannot be used for.
+    """Yield findings about what a policy does with its feature set.
 
     Args:
         policy: over the set.
@@ -141,7 +142,7 @@ def stand_ins_read(policy: Policy, document: FeatureSetFile) -> Approximation | 
 
 
 def _to_do(policy: Policy) -> Iterator[Finding]:
-    """Yield the texts that `saeguard policy new` left to be written: errors if enforced."""
+    """Yield a finding for each text that is still TODO: errors if the policy is enforced."""
     texts = (policy.title, policy.owner, policy.rationale, *policy.falsepositives)
     if not any(text.startswith(TO_DO) for text in texts):
         return

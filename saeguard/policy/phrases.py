@@ -1,4 +1,4 @@
-"""The short phrases of a policy.
+"""Parse the short phrases of a policy.
 
 `for: 3 of 8 tokens`, `for: 20 tokens in the request`, `keep: 16 tokens`, `sample: 10%`, and of a
 selection `over: mean of 16 tokens`, `over: average with half-life 8 tokens`.

@@ -23,7 +23,7 @@ ACTIONS: tuple[Action, ...] = ("log", "flag", "clamp", "stop")
 
 
 def strongest_action(actions: Iterable[Action | None]) -> Action | None:
-    """Return the strongest of some actions, None of nothing."""
+    """Return the strongest of some actions, None if there are none."""
     return max((a for a in actions if a is not None), key=ACTIONS.index, default=None)
 
 

@@ -1,4 +1,4 @@
-"""Explain a verdict in words: what was looked at, which selections held, how near it came."""
+"""Explain a verdict in words: tokens evaluated, selections that held, distance to a match."""
 
 from __future__ import annotations
 

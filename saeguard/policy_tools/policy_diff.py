@@ -1,4 +1,4 @@
-"""What changed between two sets of policies, key by key."""
+"""List what changed between two sets of policies, key by key."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Change:
     """As written, `-` if it is missing."""
     new: str
     weight: Weight
-    """The most that it can change."""
+    """The most that it can affect."""
 
 
 def pairs(old: Sequence[Policy], new: Sequence[Policy]) -> list[Pair]:
@@ -74,7 +74,7 @@ def changes(pair: Pair) -> list[Change]:
 
 
 def weight(key: str) -> Weight:
-    """Return the most that a change of a key can change."""
+    """Return the most that a change of this key can affect: verdicts, actions, or only words."""
     top = key.split(".", 1)[0]
     return "words" if top in WORDS else "action" if top in ACTION else "verdict"
 

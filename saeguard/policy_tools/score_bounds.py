@@ -1,4 +1,4 @@
-"""Bounds of the score that another policy would have had, from a recorded event.
+"""Bound the score that another policy would have had, from a recorded event.
 
 An event keeps little: its policy's score, and each feature's highest share with its position.
 Two things follow for another policy that reads the same tokens.
@@ -61,21 +61,21 @@ class Recorded:
 
 
 def same_verdict(old: Policy, new: Policy) -> bool:
-    """Return whether two policies reach one verdict on any text."""
+    """Return whether two policies reach the same verdict on every text."""
     names = {field.name for field in fields(Policy)}
     ignored = {name: getattr(new, name) for name in UNJUDGED if name in names}
     return replace(old, **ignored) == new
 
 
 def foretell(event: Recorded, old: Policy, new: Policy) -> Interval:
-    """Return between which values `new` would have scored the request that `old` judged.
+    """Return bounds of the score of policy `new` on the request that `old` judged.
 
-    The answer holds where both policies' feature sets are as they were when the event was written.
+    They hold if the policies' feature sets are as they were when the event was written.
 
     Args:
         event: what the event of `old` records.
         old: the policy that wrote it.
-        new: the policy asked about.
+        new: the policy whose score is bounded.
     """
     if event.score is not None and same_verdict(old, new):
         return event.score, event.score

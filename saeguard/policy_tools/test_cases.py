@@ -73,12 +73,12 @@ def cases_path(policy: Path) -> Path:
 
 
 def policy_path(cases: Path) -> Path:
-    """Return which policy file a test file belongs to."""
+    """Return the path of the policy file that a test file belongs to."""
     return cases.with_name(cases.name.removesuffix(TEST_SUFFIX) + ".yaml")
 
 
 def missing_tests(policy: Policy) -> Finding:
-    """Return that a policy has no tests."""
+    """Return the finding that a policy has no tests."""
     name = cases_path(policy.path).name
     message = f"the policy has no tests; write {name} beside it"
     return Finding(policy.path, 0, 0, "test-missing", message)
@@ -154,7 +154,7 @@ def _case(
 
 
 def _ways(document: Document, section: CaseSection, loc: Loc) -> Iterator[Finding]:
-    """Yield what keeps a case from giving its tokens in just one of the three ways."""
+    """Yield findings if a case does not give its tokens in exactly one of the three ways."""
     ways = {
         "shares": ("shares", "prompt_tokens", "roles"),
         "recording": ("recording", "recorded_text"),

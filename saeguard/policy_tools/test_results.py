@@ -14,15 +14,15 @@ Status: TypeAlias = Literal["passed", "failed", "skipped", "todo", "passes"]
 
 
 class Judged(Protocol):
-    """The parts of a verdict that a case may expect something of."""
+    """The parts of a verdict about which a case may state expectations."""
 
     @property
     def outcome(self) -> str:
-        """What was concluded."""
+        """The verdict: `match`, `no_match`, `error` or `not_evaluated`."""
 
     @property
     def score(self) -> float | None:
-        """How near it came."""
+        """Highest score; above 1 is a match."""
 
     @property
     def first_token(self) -> int | None:
@@ -30,7 +30,7 @@ class Judged(Protocol):
 
     @property
     def matched_tokens(self) -> int:
-        """At how many tokens the policy was on."""
+        """Number of tokens on which the policy was on."""
 
 
 @dataclass(frozen=True, slots=True)

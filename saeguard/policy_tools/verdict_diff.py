@@ -1,4 +1,4 @@
-"""How verdicts on the same requests differ between two sets of policies."""
+"""Compare the verdicts of two sets of policies on the same requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ABSENT = "absent"
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """One policy's verdict on one request that is not what it was."""
+    """One policy's verdict on one request that differs between the two sets."""
 
     request: str
     policy: str
@@ -31,7 +31,7 @@ class Shift:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What is done to one request that is not what was done."""
+    """The action on one request that differs between the two sets."""
 
     request: str
     old: str

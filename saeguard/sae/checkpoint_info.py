@@ -35,7 +35,7 @@ Convention: TypeAlias = Literal["openmoss", "saelens"]
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What the user states of a checkpoint if its files do not; never overrides a file."""
+    """Facts that the user states about a checkpoint whose files lack them; a file always wins."""
 
     layer: int | None = None
     """`resid_post` of this block."""
@@ -96,7 +96,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class SaeInfo:
-    """What the headers and the configuration of one checkpoint state."""
+    """The description of one checkpoint, from its headers and its configuration."""
 
     path: Path
     """Folder of the checkpoint, absolute."""

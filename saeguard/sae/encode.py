@@ -165,7 +165,7 @@ def max_per_text(source: SaeInfo | Encoder, x: torch.Tensor, lengths: Sequence[i
 
     Args:
         source: the SAE.
-        x: [tokens, d_in], the texts one behind the other.
+        x: [tokens, d_in], the texts one after the other.
         lengths: tokens of each text; their sum is the number of tokens. A text without tokens
             gets zeros.
     """

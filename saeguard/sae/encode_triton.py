@@ -77,7 +77,7 @@ def _encode_kernel(
     if SCALED:
         z = z * tl.load(scale + token, mask=here, other=0.0)[:, None]
     z += tl.load(b + latent, mask=mine, other=0.0)[None, :]
-    # What is not a number counts as firing, so that it is seen.
+    # What is not a number counts as firing, so that it shows in the result.
     quiet = z <= tl.load(theta + latent, mask=mine, other=0.0)[None, :]
     if FLOORED:
         quiet = quiet | (z <= tl.load(floor + token, mask=here, other=0.0)[:, None])
@@ -96,10 +96,10 @@ def _encode_kernel(
 
 
 def encode_on_gpu(encoder: Encoder, x: torch.Tensor, *, block: int = BLOCK) -> Sparse:
-    """Return every active latent of `x` [tokens, d_in]: `encode_full` by the kernel.
+    """Return every active latent of `x` [tokens, d_in], as `encode_full` does, by the kernel.
 
-    TopK's screen is a floor of each token, which rises from block to block; what is left of it is
-    decided as on a CPU.
+    For TopK, a floor per token screens the latents, and rises from block to block. Which of the
+    remaining latents stay is decided as on a CPU.
     """
     scale = token_scale(encoder.norm, x.float())
     search = None if encoder.k is None else TopKSearch(encoder, x)
@@ -133,7 +133,7 @@ def _entries(
     floor: torch.Tensor | None,
     room: int,
 ) -> tuple[Sparse, int]:
-    """Return what fires, and the room that it took: again with more where it did not fit."""
+    """Return the active latents and the buffer size used; retry with a larger one if needed."""
     while True:
         token, latent = torch.empty(2, room, dtype=torch.int32, device=x.device)
         value = torch.empty(room, device=x.device)
@@ -158,7 +158,7 @@ def encode_into(
     scale: torch.Tensor | None = None,
     floor: torch.Tensor | None = None,
 ) -> None:
-    """Append what fires to a buffer; what does not fit is counted and dropped.
+    """Append the active latents to a buffer; those that do not fit are counted and dropped.
 
     Args:
         x: [tokens, d_in], any floating dtype.
@@ -168,9 +168,9 @@ def encode_into(
         token: [capacity] int32, written; `latent` alike.
         latent: [capacity] int32.
         value: [capacity] float32, NaN where a pre-activation is not a number.
-        count: [] int32, to be 0 before: all that fired, more than `capacity` on overflow.
+        count: [] int32, must be 0 before: number of active latents, above `capacity` on overflow.
         scale: [tokens] float32, of an SAE that normalises per token.
-        floor: [tokens] float32, above which an activation of the token must lie, too.
+        floor: [tokens] float32: activations of a token must exceed this, too.
     """
     tokens, latents = len(x), len(W)
     if not tokens or not latents:

@@ -120,7 +120,7 @@ def extent(rows: EncoderRows) -> tuple[float, float]:
 
 
 def token_scale(norm: Norm, x: torch.Tensor) -> torch.Tensor | None:
-    """Return what each token's product is multiplied by, [tokens, 1]; None for nothing.
+    """Return the factor of each token's products, [tokens, 1]; None if all factors are 1.
 
     `layer_norm` is `1 / (std + 1e-5)` with the unbiased deviation, `constant_norm_rescale`
     `sqrt(d_in) / |x|`, both as SAELens computes them.
@@ -134,7 +134,7 @@ def token_scale(norm: Norm, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def column_scales(norm: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """Return what each product of `x` [tokens, d_in] is multiplied by, [tokens, columns].
+    """Return the factor of each product of `x` [tokens, d_in], [tokens, columns].
 
     Args:
         norm: [columns] int64, indices into `NORMS`; None if no scale is needed, which gives None.
@@ -173,9 +173,9 @@ def product(
 
 
 def worth_a_copy(W: torch.Tensor, tokens: int) -> bool:
-    """Return whether rows that lie transposed in a wider matrix are copied for so many tokens.
+    """Return whether it pays to copy encoder rows that lie transposed in a wider matrix.
 
-    oneDNN takes hundreds of times longer for such, torch.mm does not mind.
+    oneDNN takes hundreds of times longer for such rows; torch.mm does not.
     """
     return _ONEDNN is not None and not _INTEL and tokens >= MANY and not W.is_contiguous()
 

@@ -8,10 +8,10 @@ from saeguard.errors import COULD_NOT_RUN, InputError
 
 
 class SaeError(InputError):
-    """A checkpoint is missing, damaged or of a format that cannot be read; says what to do."""
+    """A checkpoint is missing, damaged or of an unknown format; the message gives the remedy."""
 
 
 class DownloadError(SaeError):
-    """A file of a checkpoint is neither in the cache nor to be had from the hub."""
+    """A file of a checkpoint is not in the cache and cannot be downloaded from the hub."""
 
     exit_code: ClassVar[int] = COULD_NOT_RUN

@@ -59,7 +59,7 @@ def named(release: str, id_: str, revision: str | None) -> HubRef:
     """Return the repository and files of the SAE `id_` of a release.
 
     Raises:
-        SaeError: the release or the id is not known; says which are.
+        SaeError: the release or the id is not known; the message lists those that are.
     """
     entries = _releases()
     for entry in entries:
@@ -89,7 +89,7 @@ def fetch(ref: HubRef) -> Path:
     Of a pickled SAE it is the folder that `saeguard sae fetch` made; nothing is downloaded then.
 
     Raises:
-        SaeError: the files cannot be downloaded; says what to do.
+        SaeError: the files cannot be downloaded; the message gives the remedy.
     """
     if ref.pickled:
         if ref.converted.is_dir():
@@ -105,7 +105,7 @@ def download(ref: HubRef) -> Path:
     """Download the files of `ref` and return the path of the weights.
 
     Raises:
-        DownloadError: the files cannot be downloaded; says what to do.
+        DownloadError: the files cannot be downloaded; the message gives the remedy.
     """
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - a second, and rarely needed
     from huggingface_hub.errors import (  # noqa: PLC0415

@@ -1,6 +1,6 @@
-"""Compare how many latents fire on a token with the published number, which tests the reading.
+"""Compare the measured L0 with the published one, to check that a checkpoint is read correctly.
 
-A wrong layer, scale, bias or threshold moves it by factors; so does a model the SAE is not of.
+A wrong layer, scale, bias or threshold changes the L0 by a factor; so does another model.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from saeguard.sae.encode import encode_full
 from saeguard.sae.files import read_json
 
 NEAR, FAR = 2.0, 4.0
-"""Factors between measured and published up to which texts explain it, and from which on not."""
+"""Ratios of measured to published L0: texts explain one up to `NEAR`, nothing one above `FAR`."""
 
 _NAMED = re.compile(r"average_l0_(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class L0:
-    """Latents active on a token, over texts."""
+    """Statistics of the number of latents that are active on a token."""
 
     mean: float
     median: float

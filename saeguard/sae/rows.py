@@ -1,4 +1,4 @@
-"""Read single latents of a checkpoint: a 16-million-latent SAE then costs megabytes.
+"""Read single latents of a checkpoint, so that an SAE of 16 million latents costs megabytes.
 
 The formula that all SAEs share, and what is folded into it, stands in `sae.checkpoint_info`. Folds
 are computed in float64 and rounded to float32 once.

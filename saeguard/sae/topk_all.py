@@ -1,4 +1,4 @@
-"""TopK and groupmax over all latents, decided as exact arithmetic would, block by block.
+"""Decide TopK and groupmax over all latents, block by block, as exact arithmetic would.
 
 A latent is kept if fewer than `k` others are larger. Two float32 products of the same numbers
 differ in their last bits with the shape of the matrices. So float32 decides only if the gap exceeds
@@ -22,11 +22,11 @@ EXACT_AT_ONCE = 256
 """Pre-activations computed in float64 at once, so that their numbers stay in the CPU's cache."""
 
 CLOSE = 32
-"""Latents beyond the k largest that are examined, since they may be as large."""
+"""Number of latents beyond the k largest that are examined, since they may be as large."""
 
 
 class TopKSearch:
-    """Find the k largest latents of each token; a bound on the k-th screens block after block."""
+    """Find the k largest latents of each token, with a lower bound that screens each block."""
 
     def __init__(self, encoder: Encoder, x: torch.Tensor) -> None:
         """Begin for the tokens `x` [tokens, d_in]."""
@@ -48,7 +48,7 @@ class TopKSearch:
         self.add(token, len(z), above(z, floor[:, None], token, latent))
 
     def open(self, token: int, z: torch.Tensor) -> None:
-        """Take a first bound from the first latents of a block of tokens."""
+        """Set a first lower bound from the first latents of a block of tokens."""
         self.floor[token : token + len(z)] = _opening(z, self.k)
 
     def screen(self, token: int, tokens: int, rows: EncoderRows) -> torch.Tensor:
@@ -148,7 +148,7 @@ def _opening(z: torch.Tensor, k: int) -> np.ndarray | float:
 
 
 def _last(owner: np.ndarray, value: np.ndarray, k: int, owners: int) -> np.ndarray:
-    """Return the k-th largest of each owner's values, [owners]; -inf for owners with fewer."""
+    """Return the k-th largest value of each owner, [owners]; -inf for owners with fewer values."""
     # An integer that falls as the float rises, below its owner: one sort of integers, which is
     # several times faster than one by two keys.
     bits = value.view(np.int32)
@@ -180,7 +180,7 @@ class Reach:
         self._take(encoder.longest or (0.0, 0.0))
 
     def widen(self, rows: EncoderRows) -> None:
-        """Account for the latents `rows`."""
+        """Widen the gap for the encoder rows of further latents."""
         if not self._known:
             w, b = extent(rows)
             self._take((max(self._w, w), max(self._b, b)))
@@ -252,7 +252,7 @@ def choose(
 
 
 def _place(who: np.ndarray) -> np.ndarray:
-    """Return the index of each entry among its owner's; entries are sorted by owner."""
+    """Return the index of each entry among the entries of its owner, which stand together."""
     begins = np.flatnonzero(np.diff(who, prepend=-1))
     sizes = np.diff(begins, append=len(who))
     place: np.ndarray = np.arange(len(who)) - np.repeat(begins, sizes)

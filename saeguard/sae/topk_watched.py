@@ -1,10 +1,10 @@
-"""TopK and groupmax for a few watched latents: count the larger competitors, without sorting.
+"""Decide TopK and groupmax for a few watched latents: count larger competitors, do not sort.
 
 A latent of a TopK SAE fires if fewer than `k` of all latents are larger; one of a groupmax SAE, if
-no latent of its group is. Only those pairs of token and watched latent are decided for which the
-answer matters; a token costs one pass over the competitors, which ends as soon as every pair is
-decided. The results equal those of `saeguard.sae.encode_full` bit for bit, since both decide as
-exact arithmetic would (`saeguard.sae.topk_all`).
+no latent of its group is. Only the pairs of token and watched latent that the caller names are
+decided. That costs one pass over the competitors, which ends as soon as every pair is decided. The
+results equal those of `saeguard.sae.encode_full` bit for bit, since both decide as exact arithmetic
+would (`saeguard.sae.topk_all`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from saeguard.sae.topk_all import Reach, exactly
 COMPARED = 1 << 22
 """Comparisons at once: pairs to decide times competitors of a block."""
 FIRST = 512
-"""Competitors that every pair is compared with at least."""
+"""Least number of competitors that every pair is compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def outranked(
     watched: torch.Tensor,
     z: torch.Tensor,
 ) -> torch.Tensor:
-    """Return whether each pair of token and watched latent is outranked, [pairs] bool.
+    """Return whether each pair of token and watched latent loses to its competitors, [pairs] bool.
 
     Args:
         competitors: of the watched latents.
@@ -172,7 +172,7 @@ def encode_latents(
 
 
 def drop(competitors: Competitors, x: torch.Tensor, f: torch.Tensor) -> None:
-    """Set the activations in `f` [tokens, watched] that TopK drops to 0, in place."""
+    """Set the activations in `f` [tokens, watched] that do not fire by rank to 0, in place."""
     row, watched = (f != 0).nonzero(as_tuple=True)
     if len(row):
         out = outranked(competitors, x, row, watched, f[row, watched])

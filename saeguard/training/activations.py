@@ -31,7 +31,7 @@ BATCH_TOKENS = 8192
 
 
 class Counts(NamedTuple):
-    """What a block was made of."""
+    """The number of texts and tokens that went into a block."""
 
     texts: int = 0
     """Chunks of texts."""
@@ -41,7 +41,7 @@ class Counts(NamedTuple):
     massive: int = 0
 
     def plus(self, other: Counts) -> Counts:
-        """Return the sums."""
+        """Return the sums of both."""
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -64,7 +64,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """Residuals computed when they are wanted."""
+    """Residuals that are computed when a block is requested."""
 
     lm: LanguageModel
     layer: int
@@ -102,7 +102,7 @@ def norm_bound(lm: LanguageModel, layer: int, chunks: Chunks, seed: int) -> floa
 def read_residuals(
     lm: LanguageModel, layer: int, texts: Sequence[np.ndarray]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `resid_post` of `layer`, and which tokens are text and which special.
+    """Return `resid_post` of `layer` at each token, and which tokens to keep.
 
     Returns:
         x [tokens, d_in] float32 on the CPU, kept [tokens] bool, special [tokens] bool.
@@ -120,7 +120,7 @@ def read_residuals(
 def _forward(
     lm: LanguageModel, layer: int, texts: Sequence[np.ndarray]
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield which texts a batch holds, and its residual [texts, tokens, d_in]."""
+    """Yield the indices of a batch's texts, and their residuals [texts, tokens, d_in]."""
     device = next(lm.model.parameters()).device
     taken: list[torch.Tensor] = []
     with on_output(lm, layer, _stop_with(taken)):
@@ -134,7 +134,7 @@ def _forward(
 
 
 class _Reached(SaeguardError):  # noqa: N818 - not an error
-    """The layer that is wanted has been computed; the ones behind it are not."""
+    """Raised when the wanted layer has been computed, so that later layers are not."""
 
 
 def _stop_with(taken: list[torch.Tensor]) -> Callable[[torch.Tensor], Any]:

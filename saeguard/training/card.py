@@ -1,4 +1,4 @@
-"""`card.json` beside a checkpoint: what it was trained on, and what was measured of it."""
+"""Read and write `card.json` beside a checkpoint: its training data and its evaluation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def write_card(folder: Path, **sections: Mapping[str, Any]) -> None:
-    """Set sections of the card; the others stay."""
+    """Set some sections of the card; the others stay as they are."""
     card = read_card(folder) | {name: _rounded(value) for name, value in sections.items()}
     write_atomically(folder / CARD, json.dumps(card, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""What keeps training from going on."""
+"""Errors that stop training."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What an SAE is worth to the model it reads: what its reconstruction keeps of the model's loss.
+"""Evaluate an SAE: how much of the model's loss its reconstruction preserves.
 
 The model's next-token loss is measured four times on the same texts: as it is, with the residual
-behind the layer replaced by the SAE's reconstruction, by zeros, and by the reconstruction of a
+after the layer replaced by the SAE's reconstruction, by zeros, and by the reconstruction of a
 baseline whose decoder rows are random directions and of which as many latents fire. Tokens that the
 SAE never evaluates (special ones, and massive ones) keep their residual throughout.
 """
@@ -112,7 +112,7 @@ def random_decoder(sae: Autoencoder, x: torch.Tensor, l0: float, seed: int) -> R
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a reconstruction keeps of the residual."""
+    """How well an SAE reconstructs residuals, and how often its latents fire."""
 
     tokens: int
     explained_variance: float
@@ -122,12 +122,12 @@ class Fit:
 
     @property
     def dead(self) -> int:
-        """Latents that fired on none of the tokens."""
+        """Number of latents that fired on none of the tokens."""
         return int((self.fired == 0).sum())
 
     @property
     def density(self) -> dict[str, int]:
-        """Latents by how often they fire, in powers of ten."""
+        """Number of latents by how often they fire, in powers of ten."""
         alive = np.log10(self.fired[self.fired > 0])
         counts, _ = np.histogram(np.clip(alive, DENSITIES[0], 0), DENSITIES)
         named = {f"1e{e}": int(n) for e, n in zip(DENSITIES, counts, strict=False)}
@@ -171,7 +171,7 @@ def choose_tokens(lm: LanguageModel, ids: Sequence[np.ndarray], norms: torch.Ten
     Args:
         lm: the model.
         ids: of each text.
-        norms: [tokens] of the residual, all texts one behind the other.
+        norms: [tokens] of the residual, all texts one after the other.
     """
     ordinary = torch.from_numpy(~np.isin(np.concatenate(ids), lm.special_tokens))
     bound = MASSIVE * float(norms[ordinary].median())
@@ -224,7 +224,7 @@ def _logits(
 
 
 def loss_recovered(clean: float, spliced: float, zero: float) -> float:
-    """Return how much of what zeros destroy the reconstruction keeps; 1 is all of it."""
+    """Return which share of the loss that zeros add the reconstruction avoids; 1 is all of it."""
     return (zero - spliced) / (zero - clean) if zero != clean else float("nan")
 
 
@@ -280,7 +280,7 @@ def evaluate(
 
 
 def figures(found: Fit) -> dict[str, Any]:
-    """Return what a card says of a reconstruction."""
+    """Return the figures of a reconstruction under their names in the card."""
     return {
         "l0": found.l0,
         "explained_variance": found.explained_variance,

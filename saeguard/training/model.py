@@ -1,4 +1,4 @@
-"""The model that is read, by folder or by its name on the Hugging Face hub."""
+"""Load the model that is read, from a folder or by its name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")
 
 
 def model_folder(name: str) -> Path:
-    """Return the folder of a model; one named after the hub's fashion is downloaded.
+    """Return the folder of a model; a name on the Hugging Face hub is downloaded.
 
     Raises:
         TrainingCannotRunError: it is no folder, and the hub does not deliver it.

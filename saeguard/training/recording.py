@@ -1,7 +1,7 @@
 """Residuals on disk, so that several SAEs can be trained without running the model again.
 
 A folder holds `index.json` and shards of one block each. The index is written after each shard, so
-a recording that was cut off goes on behind its last whole shard.
+a recording that was cut off goes on after its last whole shard.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """Residuals read from a recording, its shards in another order each epoch."""
+    """Residuals from a recording; each epoch reads its shards in another order."""
 
     folder: Path
     shards: tuple[Mapping[str, Any], ...]
@@ -107,7 +107,7 @@ def recorded_bound(folder: Path) -> float | None:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return what `index.json` says.
+    """Return the content of `index.json`.
 
     Raises:
         TrainingError: it is missing, or not the index of a recording.

@@ -23,12 +23,12 @@ from saeguard.training.texts import Chunks
 from saeguard.training.train import SAVE_SECONDS, Progress, Trained, train
 
 STATE = "training"
-"""Folder of a run's checkpoints, below the one for the result; it goes when the run is through."""
+"""Folder of a run's checkpoints, below that of the result; removed when the run has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a run is carried out; none of it changes the SAE by more than rounding."""
+    """How a run is carried out; no option changes the SAE by more than rounding."""
 
     out: Path
     resume: bool = False
@@ -41,7 +41,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Where progress is reported."""
+    """The callbacks that a run reports its progress to."""
 
     stage: Callable[[str], None] = lambda _stage: None
     recorded: Callable[[int], None] = lambda _tokens: None

@@ -90,7 +90,7 @@ def _make_sae(settings: Settings, device: str) -> Any:
 
 
 def _nothing() -> Iterator[torch.Tensor]:
-    """Batches are handed to `step`; the trainer asks for none itself."""
+    """Return no batches: they are passed to `step`, and the trainer requests none itself."""
     return iter(())
 
 
@@ -114,7 +114,7 @@ def load_state(trainer: Any, folder: Path) -> None:
 def save_result(trainer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write the SAE for inference, in SAELens' layout and in the units of the residual.
 
-    The threshold goes with it: what BatchTopK came to use, or what JumpReLU learnt.
+    It includes the threshold: the running one of BatchTopK, or those that JumpReLU learnt.
     """
     sae = trainer.sae
     scale = trainer.activation_scaler.scaling_factor

@@ -1,4 +1,4 @@
-"""What a run is asked for; the same settings give the same SAE."""
+"""The settings of a training run; the same settings give the same SAE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUN = "run.json"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Of one SAE."""
+    """The settings of the training of one SAE."""
 
     model: str
     """Folder or name of the model, as given."""
@@ -25,7 +25,7 @@ class Settings:
     d_in: int
     latents: int
     tokens: int
-    """To train on; rounded down to whole batches."""
+    """Number of tokens to train on; rounded down to whole batches."""
     kind: Kind = "batchtopk"
     k: int = 32
     """Latents that fire on a token: the mean that BatchTopK keeps, or JumpReLU aims at."""
@@ -42,7 +42,7 @@ class Settings:
 
     @property
     def steps(self) -> int:
-        """Steps of the run."""
+        """Number of steps of the run."""
         return self.tokens // self.batch
 
     @property
@@ -55,7 +55,7 @@ class Settings:
         return max(1, min(1000, self.steps // 10))
 
     def check(self) -> None:
-        """Refuse settings that no run can have.
+        """Refuse settings with which no run is possible.
 
         Raises:
             TrainingError: names the option, what was found and what is allowed.
@@ -76,7 +76,7 @@ def keep_settings(folder: Path, settings: Settings, *, resume: bool) -> dict[str
     """Write the settings of a new run, or compare with those of the run that is there.
 
     Returns:
-        What else `run.json` says.
+        The other content of `run.json`.
 
     Raises:
         TrainingError: there is a run and `resume` is false, or its settings are others.
@@ -107,7 +107,7 @@ def keep_settings(folder: Path, settings: Settings, *, resume: bool) -> dict[str
 
 
 def add_to_run(folder: Path, **facts: Any) -> None:
-    """Add what was measured once to `run.json`."""
+    """Add facts that are measured once per run to `run.json`."""
     path = folder / RUN
     found = json.loads(path.read_text(encoding="utf-8"))
     write_atomically(path, json.dumps(found | facts, indent=1) + "\n")

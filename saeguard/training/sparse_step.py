@@ -1,8 +1,9 @@
-"""SAELens' BatchTopK SAE with a step that computes with what fires only.
+"""SAELens' BatchTopK SAE with a training step that computes only with latents that fire.
 
 The loss and its gradients are SAELens' own up to rounding; tests compare them. A dense step
 multiplies [rows, d_sae] matrices six times, though `k` of thousands of latents fire on a row. Here
-one product remains, the pre-activations; everything behind it, gradients too, costs what fires.
+one product remains, the pre-activations. The cost of everything after it, gradients included, grows
+with the number of latents that fire.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 LOOSE = 0.7
-"""Of the last threshold: from where on the largest activations are searched."""
+"""Share of the last threshold above which the largest activations are searched."""
 PAIRS = 4096
 """(row, latent) pairs that are gathered at once; more would not stay in the cache."""
 
@@ -59,7 +60,7 @@ class SparseBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]
         """Return row and latent of the `count` largest positive entries of `z`, row by row."""
         flat = z.flatten()
         at = (flat > LOOSE * float(self.topk_threshold)).nonzero().flatten()
-        if len(at) < count:  # the threshold says nothing yet, or too much
+        if len(at) < count:  # there is no threshold yet, or it is too high
             at = (flat > 0).nonzero().flatten()
         if len(at) > count:
             at = at[flat[at].topk(count, sorted=False).indices].sort().values
@@ -84,7 +85,7 @@ class SparseBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]
 
 
 class _Active(torch.autograd.Function):
-    """Pre-activations `x[row] @ W[:, latent] + b[latent]`, which are known already."""
+    """Return known pre-activations `x[row] @ W[:, latent] + b[latent]`, and define gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, W: Any, _b: Any, pre: Any, rows: Any, latents: Any) -> Any:
@@ -102,7 +103,7 @@ class _Active(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """For each row, the decoder rows of its latents, weighted and added."""
+    """Return, for each row, the weighted sum of the decoder rows of its latents."""
 
     @staticmethod
     def forward(ctx: Any, acts: Any, W: Any, rows: Any, latents: Any, count: int) -> Any:
@@ -133,7 +134,7 @@ def _csr(
     *,
     transposed: bool,
 ) -> torch.Tensor:
-    """Return a sparse matrix of `shape`, or its transpose; pairs come row by row."""
+    """Return a sparse matrix of `shape`, or its transpose; the pairs are sorted by row."""
     if transposed:
         order = latents.argsort(stable=True)
         values, rows, latents = values[order], latents[order], rows[order]

@@ -27,10 +27,10 @@ _UNION_MEMBERS = ("str", "list[_Message]")
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Texts cut into pieces of at most a context."""
+    """Texts cut into chunks of at most `context` tokens."""
 
     tokens: np.ndarray
-    """[T] int32, one chunk behind the other."""
+    """[T] int32, one chunk after the other."""
     starts: np.ndarray
     """[chunks + 1] int64: where each chunk begins, and T."""
     texts: int
@@ -54,7 +54,7 @@ class Chunks:
 
 @lru_cache(maxsize=2)
 def shuffled_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of `count` things in one epoch."""
+    """Return the order of `count` items in one epoch, [count] indices."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 

@@ -1,7 +1,7 @@
-"""The loop: blocks of residuals in, checkpoints and an SAE out.
+"""The training loop: it reads blocks of residuals, and writes checkpoints and an SAE.
 
 A checkpoint is a folder that gets its name once it is whole. It holds the state of SAELens' trainer
-and two numbers of ours: the position of the block that is being read, and how many of its rows were
+and two more numbers: the position of the block that is being read, and how many of its rows were
 used. A run that was cut off makes this block again and goes on with the next row.
 """
 
@@ -31,7 +31,7 @@ SHOWN_EVERY = 10
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     step: int
     steps: int
@@ -45,7 +45,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Position:
-    """Where in the data a run is."""
+    """The position of a run in its data."""
 
     block: int = 0
     used: int = 0
@@ -56,7 +56,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A run that is through."""
+    """The result of a run that has ended."""
 
     trainer: Any
     """SAELens' `SAETrainer`."""

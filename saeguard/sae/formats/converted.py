@@ -64,7 +64,7 @@ class Document(BaseModel):
 
 
 def describe(source: Source) -> SaeInfo:
-    """Return what the checkpoint is.
+    """Return the description of a converted checkpoint.
 
     Raises:
         SaeError: it is damaged, or does not fit its description.

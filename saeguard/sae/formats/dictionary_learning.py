@@ -28,7 +28,7 @@ _PLAIN = {"W_enc": "dN", "b_enc": "N", "W_dec": "Nd", "b_dec": "d"}
 
 
 def describe(source: Source, values: Mapping[str, Any]) -> SaeInfo:
-    """Return what a trained dictionary is.
+    """Return the description of a trained dictionary.
 
     Args:
         source: the tensors, and the trainer's configuration.
@@ -84,7 +84,7 @@ def describe(source: Source, values: Mapping[str, Any]) -> SaeInfo:
 
 
 def _calibrated(source: Source, values: Mapping[str, Any]) -> float:
-    """Return the running threshold; -1 is what it starts at, never having been set."""
+    """Return the running threshold; refuse -1, its initial value before any calibration."""
     theta = values.get("threshold")
     if type(theta) not in {int, float} or theta < 0:  # type: ignore[operator]
         raise SaeError(

@@ -21,7 +21,7 @@ _KIND = re.compile(r"gemma-scope-\w+-(?:pt|it)-(att|mlp|transcoders)")
 
 
 def describe(source: Source) -> SaeInfo:
-    """Return what the checkpoint is.
+    """Return the description of a Gemma Scope checkpoint.
 
     Raises:
         SaeError: it is damaged, or reads something other than the residual stream.

@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"(?:\w+\.)*layers\.(\d{1,4})\.output")
 
 
 def describe(source: Source) -> SaeInfo:
-    """Return what the checkpoint is.
+    """Return the description of a Gemma Scope 2 checkpoint.
 
     Raises:
         SaeError: it is damaged, or what it computes cannot be computed here.

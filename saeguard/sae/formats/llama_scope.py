@@ -39,7 +39,7 @@ _TENSORS = {"encoder.weight": "Nd", "encoder.bias": "N", "decoder.weight": "dN"}
 
 
 def describe(source: Source) -> SaeInfo:
-    """Return what a checkpoint of the first release is.
+    """Return the description of a checkpoint of the first release.
 
     Raises:
         SaeError: it is damaged, or reads something other than the residual stream.
@@ -106,7 +106,7 @@ def describe(source: Source) -> SaeInfo:
 
 
 def describe_r1(source: Source) -> SaeInfo:
-    """Return what a checkpoint of Llama-Scope-R1-Distill is; its factor has to be stated.
+    """Return the description of a Llama-Scope-R1-Distill checkpoint; the user states its factor.
 
     Raises:
         SaeError: it is damaged, or the factor is not stated.

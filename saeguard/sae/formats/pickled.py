@@ -21,7 +21,7 @@ _QWEN_K = re.compile(r"-L0_(\d{1,6})(?:$|/)")
 
 
 def describe(source: Source, name: str, values: Mapping[str, Any]) -> SaeInfo:
-    """Return what the tensors of a pickle are.
+    """Return the description of the checkpoint whose tensors a pickle holds.
 
     Args:
         source: the tensors, and the configuration beside the pickle if there was one.

@@ -54,7 +54,7 @@ EPS = 1e-5
 
 
 def describe(source: Source) -> SaeInfo:
-    """Return what the checkpoint is.
+    """Return the description of a SAELens checkpoint.
 
     Raises:
         SaeError: it is damaged, or what it computes cannot be computed here.
@@ -130,7 +130,7 @@ def _architecture(source: Source) -> str:
 
 
 def _normalisation(source: Source) -> tuple[Norm, float]:
-    """Return what is done to each token, and the factor that is the same for all."""
+    """Return the normalisation of each token, and the factor that is the same for all tokens."""
     value = source.config.get("normalize_activations", "none")
     value = {None: "none", False: "none", True: "expected_average_only_in"}.get(value, value)
     if value == "none":

@@ -54,7 +54,7 @@ def make_info(
     model: str | None = None,
     folded: Sequence[str] = (),
 ) -> SaeInfo:
-    """Return the description of `source`; what is left out is as in most families."""
+    """Return the description of `source`; defaults are the values of most families."""
     return SaeInfo(
         path=source.folder,
         weights=source.weights.path,
@@ -134,7 +134,7 @@ def wrong(source: Source, message: str) -> SaeError:
 
 
 def flag(source: Source, key: str, default: bool | None = None) -> bool:
-    """Return a truth value of the configuration; required if there is no default."""
+    """Return a boolean of the configuration; the key is required if there is no default."""
     value = source.config.get(key, default)
     if not isinstance(value, bool):
         raise wrong(source, f"{key} is {value!r}; true or false is needed")
@@ -142,7 +142,7 @@ def flag(source: Source, key: str, default: bool | None = None) -> bool:
 
 
 def text(source: Source, key: str) -> str | None:
-    """Return a text of the configuration, None if it is absent."""
+    """Return a string of the configuration, None if the key is absent."""
     value = source.config.get(key)
     if value is not None and not isinstance(value, str):
         raise wrong(source, f"{key} is {value!r}; a text is needed")
@@ -150,7 +150,7 @@ def text(source: Source, key: str) -> str | None:
 
 
 def positive(source: Source, key: str, config: Mapping[str, Any] | None = None) -> float:
-    """Return a finite number above zero."""
+    """Return a number of the configuration, which must be finite and above 0."""
     value = (source.config if config is None else config).get(key)
     if type(value) not in {int, float} or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
         raise wrong(source, f"{key} is {value!r}; a finite number above 0 is needed")
@@ -158,14 +158,14 @@ def positive(source: Source, key: str, config: Mapping[str, Any] | None = None) 
 
 
 def kept(source: Source, value: object, d_sae: int, *, key: str = "k") -> int:
-    """Check the number of latents that TopK keeps: at least 1, at most all."""
+    """Return the number of latents that TopK keeps, which must be 1 to `d_sae`."""
     if type(value) is not int or not 1 <= value <= d_sae:
         raise wrong(source, f"{key} is {value!r}; a number from 1 to d_sae, {d_sae}, is needed")
     return value
 
 
 def stated_layer(source: Source, found: int | None, where: str) -> int:
-    """Return the layer that the files say, or else the one that the user states.
+    """Return the layer that the files name, or else the one that the user states.
 
     Raises:
         SaeError: neither does, or they differ.
@@ -184,7 +184,7 @@ def stated_layer(source: Source, found: int | None, where: str) -> int:
 
 
 def hooked_layer(source: Source, name: object, key: str = "hook_name") -> int:
-    """Return L of `blocks.L.hook_resid_post`, TransformerLens' name of what is read.
+    """Return L of `blocks.L.hook_resid_post`, TransformerLens' name of the hook point.
 
     Raises:
         SaeError: it is another hook point, or not the layer that the user states.

@@ -30,7 +30,7 @@ _MODULE = re.compile(r"(?:\w+\.)*(?:layers|h)\.\d{1,4}\..+|(?:\w+\.)*embed\w*")
 
 
 def describe(source: Source) -> SaeInfo:
-    """Return what the checkpoint is.
+    """Return the description of a sparsify checkpoint.
 
     Raises:
         SaeError: it is damaged, or reads something other than the residual stream.
@@ -90,7 +90,7 @@ def _check_sizes(source: Source, d_in: int, d_sae: int) -> None:
     config = source.config
     if config.get("d_in", d_in) != d_in:
         raise wrong(source, f"d_in is {config['d_in']!r}, encoder.weight says {d_in}")
-    # 0 latents means: as many as the expansion factor says.
+    # 0 latents means: as many as the expansion factor gives.
     claimed = config.get("num_latents") or d_in * config.get("expansion_factor", 32)
     if claimed != d_sae:
         raise wrong(
