@@ -1,9 +1,9 @@
 """Set a feature's range and threshold, and measure what the threshold does.
 
-The range is for people, 0 quiet and 1 as strong as the positives showed. The threshold is the
-share that the wished fraction of ordinary texts exceeds, with the aggregation of serving: over
-all tokens in scope, and over the window if there is one. A threshold for single tokens would
-alarm the more often the longer a text is.
+The range makes shares readable: 0 is quiet, 1 is as strong as in the positive texts. The threshold
+is the share that a given fraction of ordinary texts exceeds, with the aggregation of serving: over
+all tokens in scope, and over the window if there is one. A threshold for single tokens would raise
+more false alarms in longer texts.
 """
 
 from __future__ import annotations
@@ -171,5 +171,5 @@ def _rate(fired: np.ndarray) -> dict[str, Any]:
 
 
 def _rounded(value: float) -> float:
-    """Round to five significant digits: files are read by people."""
+    """Round to five significant digits, so that the file is readable."""
     return float(f"{value:.5g}")

@@ -48,7 +48,7 @@ def fit_weights(peak: np.ndarray, label: np.ndarray, size: int) -> np.ndarray:
     """Return weights [latents] >= 0, at most `size` of them above zero.
 
     Logistic regression on the peaks with an L1 penalty and balanced classes; the largest
-    weights are kept and fitted again. A sum of peaks stands in for the peak of the sum, which
+    weights are kept and fitted again. A sum of peaks replaces the peak of the sum, which
     is what detection reads and validation measures.
 
     Args:

@@ -72,7 +72,7 @@ def _beside(file: Path, path: str) -> Path:
 
 
 def _sae(file: Path, content: FeatureSetFile, document: Document, *, reach: bool) -> SaeRef:
-    """Return the reference, with the folder that its names stand for."""
+    """Return the reference to an SAE, with its release or repository resolved to a folder."""
     part = content.sae
     if part.path is not None:
         path, name = _beside(file, part.path), None

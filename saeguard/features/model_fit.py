@@ -34,7 +34,7 @@ class Pinned(Protocol):
 
     @property
     def num_layers(self) -> int:
-        """How many decoder layers it has."""
+        """Number of its decoder layers."""
 
     @property
     def sha256(self) -> str | None:

@@ -28,7 +28,7 @@ MIN_HOLD_OUT = 20
 
 
 class SearchError(InputError):
-    """The labelled texts are too few or too alike for a search."""
+    """The labelled texts are too few or too similar for a search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Search:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """All of them, in the order of the report."""
+        """All findings, in the order of the report."""
         return (self.probe, self.group, *self.latents, *self.controls)
 
     def report(self) -> list[dict[str, Any]]:

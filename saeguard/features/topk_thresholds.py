@@ -51,7 +51,7 @@ class Approximation:
 
     @property
     def in_words(self) -> str:
-        """Return in words what is approximated and how well, for the worst of the latents."""
+        """Return a sentence on the approximation and on how well its worst latent agrees."""
         worst = [
             min((getattr(x, name) for x in self.latents.values()), key=lambda rate: rate.rate)
             for name in ("precision", "recall")

@@ -96,7 +96,7 @@ class Feature:
     threshold: float
     """Share above which the feature holds the calibrated false-positive rate."""
     evidence: Mapping[str, Any]
-    """AUROC, intervals, rates, snippets: for people, never read by the guard."""
+    """AUROC, intervals, rates, snippets. The guard never reads them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
     except RuntimeError as error:  # such as out of memory: serving goes on, verdicts are `error`
         if torch.compiler.is_compiling() or _capturing():
             raise
-        tap.f.fill_(torch.nan)  # all of it, since the number of rows may be what is wrong
+        tap.f.fill_(torch.nan)  # all of it, since the number of rows may be wrong
         _log_failure(tap, error)
     tap.ticks.add_(1)
 

@@ -243,7 +243,7 @@ def _convert(source: Path, target: Path, recipe: Recipe, report: Report) -> None
 
 
 def _mend(tokenizer: Any) -> None:
-    """Split digits from what stands before them, as the model's own tokenizer does.
+    """Split digits from the text before them, as the model's own tokenizer does.
 
     GGUF names this in `tokenizer.ggml.pre` (smollm), which Transformers passes over: blanks before
     a digit, as in indented code, would become other tokens than those the model was trained on.

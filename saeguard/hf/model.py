@@ -44,7 +44,7 @@ class LanguageModel:
 
     @property
     def name(self) -> str:
-        """The folder's name, by which feature sets call the model."""
+        """The folder's name, which feature sets use as the model's name."""
         return self.path.name
 
     @property

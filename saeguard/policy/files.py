@@ -18,7 +18,7 @@ _Inode: TypeAlias = tuple[int, int]
 
 
 def find_files(path: Path) -> tuple[list[Path], list[Finding]]:
-    """Return `path` itself, or the `*.yaml` files below it, sorted, and what is wrong there.
+    """Return `path` itself, or the `*.yaml` files below it, sorted; and findings about the folder.
 
     Names that start with a dot are left out, as a Kubernetes ConfigMap volume keeps second
     copies of its files below `..data`. Linked folders are followed, except into themselves.
@@ -33,7 +33,7 @@ def find_files(path: Path) -> tuple[list[Path], list[Finding]]:
     while waiting:
         here, above = waiting.pop()
         try:
-            # Text instead of Path, here and below: a Path costs more than what is asked of it.
+            # Text instead of Path, here and below: making a Path costs more than the system call.
             if stat.S_ISDIR(os.stat(here).st_mode):  # noqa: PTH116
                 waiting += _entries(here, above, files)
             elif here == root or _is_yaml(here):

@@ -41,11 +41,11 @@ def load_policies(path: Path, cache: Cache | None = None) -> tuple[Policy, ...]:
 def read_policies(
     *paths: Path, cache: Cache | None = None
 ) -> tuple[tuple[Policy, ...], list[Finding]]:
-    """Return the policies that could be read, and what was wrong with the others.
+    """Return the policies that could be read, and findings about the others.
 
     Args:
         paths: files and folders.
-        cache: of earlier reads; afterwards it holds this one's.
+        cache: files of earlier calls; afterwards it holds those of this call.
     """
     before = {} if cache is None else dict(cache)
     now: Cache = {}

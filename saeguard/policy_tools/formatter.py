@@ -83,7 +83,7 @@ def _stripped(document: Document) -> list[str]:
 def _blocks(
     lines: list[str], starts: dict[str, int]
 ) -> tuple[list[str], list[tuple[str, list[str]]], list[str]]:
-    """Cut the lines into what stays on top, one block a key, and what stays at the end."""
+    """Split the lines into those kept at the top, one block per key, and those kept at the end."""
     found = sorted(starts.items(), key=lambda item: item[1])
     first = _above(lines, found[0][1], 0)
     # A modeline, and comments set off by a blank line, belong to the file and not to a key.
@@ -106,7 +106,7 @@ def _blocks(
 
 
 def _above(lines: list[str], key: int, least: int) -> int:
-    """Return the first line of the comments that stand right above the key in line `key`."""
+    """Return the first line of the comments directly above the key in line `key`."""
     at = key
     while at > least and (lines[at - 1].startswith("#") or not lines[at - 1]):
         at -= 1

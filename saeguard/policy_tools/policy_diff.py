@@ -14,7 +14,7 @@ Weight: TypeAlias = Literal["verdict", "action", "words"]
 
 WORDS = {"title", "owner", "severity", "rationale", "falsepositives", "review_by"}
 ACTION = {"mode", "action", "on_error", "keep", "clamp", "message", "exceptions"}
-"""Keys that change what is done. Any other key can change verdicts, one of tomorrow too."""
+"""Keys that change actions. Any other key, a future one too, is assumed to change verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _flat(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(item, f"{at}.{key}" if at else key)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            # An exception is known by its id, not by its place in the list.
+            # An exception is identified by its id, not by its index in the list.
             name = item.get("id", i) if isinstance(item, Mapping) else i
             yield from _flat(item, f"{at}.{name}")
     else:

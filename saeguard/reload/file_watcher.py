@@ -62,7 +62,7 @@ def _events(roots: tuple[Path, ...], stop: threading.Event) -> Iterator[None]:
 
 
 def _identity(roots: Iterable[Path]) -> tuple[Any, ...]:
-    """Return values that change if a root's name comes to mean another folder."""
+    """Return values that change if a root is replaced by another folder."""
     found: list[Any] = []
     for root in roots:
         try:

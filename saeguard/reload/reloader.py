@@ -69,7 +69,7 @@ class Reloader:
         self._thread.start()
 
     def ask(self, trigger: Trigger) -> None:
-        """Request that the files are read again; from any thread or signal handler."""
+        """Request a reading of the files; any thread or signal handler may call this."""
         self._asked.append(trigger)
 
     def close(self) -> None:
@@ -237,7 +237,7 @@ class Reloader:
         return held
 
     def _retire(self) -> None:
-        """Retire versions that no request needs, and drop their clamps."""
+        """Remove versions that no request needs, and have the workers drop their clamps."""
         gone = self._where.versions.retire()
         left = {v.clamps for v in self._where.versions.live}
         for clamps in {v.clamps for v in gone} - left - {""}:

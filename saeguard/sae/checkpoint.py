@@ -25,8 +25,8 @@ def inspect(path: str | Path, stated: Stated | None = None) -> SaeInfo:
         stated: what the user states, for what the files leave open.
 
     Raises:
-        SaeError: the folder holds no checkpoint of a recognised form, or one that cannot be read
-            rightly, or what is stated of it is not so.
+        SaeError: the folder holds no checkpoint of a known family, or one that cannot be read
+            correctly, or `stated` contradicts its files.
     """
     folder = Path(path).resolve()
     if not folder.is_dir():
@@ -55,8 +55,8 @@ def as_stated(info: SaeInfo, stated: Stated) -> SaeInfo:
     """Return `info` after checking that every stated field went into it.
 
     Raises:
-        SaeError: it says otherwise, or has no use for it: whoever states it takes the SAE for
-            another one.
+        SaeError: the files contradict a stated field or have no use for it, so the user may mean
+            another SAE.
     """
     for name, found in _otherwise(info, stated):
         raise SaeError(

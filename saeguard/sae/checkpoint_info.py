@@ -128,12 +128,12 @@ class SaeInfo:
     transcoder: bool
     """A transcoder does not write where it reads: its latents can be watched, not clamped."""
     model: str | None
-    """The model the checkpoint names, for people."""
+    """The model that the checkpoint names; only shown, never checked."""
     folded: tuple[str, ...]
     """What is folded into the encoder rows, in words."""
     layout: Layout
     stand_ins: tuple[tuple[int, float], ...] = ()
-    """By latent, a measured threshold that stands for its rank (`thresholds_for_ranks`): an
+    """By latent, a measured threshold that replaces its rank (`thresholds_for_ranks`): an
     approximation. Empty: the SAE as its authors meant it."""
 
     @property

@@ -165,7 +165,7 @@ def encode_into(
         W: [latents, d_in], any floating dtype, in any layout.
         b: [latents] float32.
         theta: [latents] float32.
-        token: [capacity] int32, written; `latent` alike.
+        token: [capacity] int32, written; so is `latent`.
         latent: [capacity] int32.
         value: [capacity] float32, NaN where a pre-activation is not a number.
         count: [] int32, must be 0 before: number of active latents, above `capacity` on overflow.

@@ -54,7 +54,7 @@ class Encoder:
 
     @property
     def group(self) -> int:
-        """How many latents compete with each other: all of them, or those of one group."""
+        """Number of latents that compete with each other: all of them, or those of one group."""
         return self.d_sae // self.k if self.groups and self.k else self.d_sae
 
 
@@ -88,7 +88,7 @@ def encoder_in_memory(
             [d_sae, d_in] in float32, bfloat16 or float16, and may be the view `W_enc.t()`.
         k: for TopK.
         groups: the `k` latents are the largest of `k` equal groups.
-        norm: what is done to each token first.
+        norm: the normalisation of each token.
 
     Raises:
         ValueError: `k` is out of range or does not divide the latents into groups.

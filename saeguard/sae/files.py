@@ -44,7 +44,7 @@ def regular(folder: Path, name: str) -> Path:
 
 
 def found_in(folder: Path) -> str:
-    """Return what is in a folder, for messages."""
+    """Return the names of a folder's entries, for messages."""
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""  # noqa: PLR2004 - enough to tell
     return f"found {', '.join(names[:8]) or 'nothing'}{more}"
@@ -63,7 +63,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(file: Path, content: bytes) -> dict[str, Any]:
-    """Parse a JSON object of `file`, as `read_json`."""
+    """Parse a JSON object of `file`, with the checks of `read_json`."""
     try:
         parsed = json.loads(
             content.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant

@@ -1,6 +1,6 @@
 """Read single latents of a checkpoint, so that an SAE of 16 million latents costs megabytes.
 
-The formula that all SAEs share, and what is folded into it, stands in `sae.checkpoint_info`. Folds
+`sae.checkpoint_info` documents the formula that all SAEs share, and what is folded into it. Folds
 are computed in float64 and rounded to float32 once.
 """
 

@@ -1,6 +1,6 @@
 """Read parts of stored tensors: rows or columns of a matrix, without the rest of the file.
 
-Reads are `pread` calls of what is wanted. A memory map would do it in fewer lines, but torch's is
+Each read is a `pread` call of the wanted bytes. A memory map would need fewer lines, but torch's is
 private and writable, which Linux refuses for files larger than the memory; the pages a map touches
 count as the process's; and a file that is cut while it is mapped kills the process by a signal.
 """
@@ -158,7 +158,7 @@ def _columns(
 
 
 def _runs(wanted: np.ndarray, gap: int) -> list[tuple[int, int]]:
-    """Return `[first, last)` positions of stretches in which no step is wider than `gap` + 1."""
+    """Return index ranges `[first, last)` in which neighbours differ by at most `gap` + 1."""
     if not len(wanted):
         return []
     cuts = np.flatnonzero(np.diff(wanted) > gap + 1) + 1

@@ -29,7 +29,7 @@ class TopKSearch:
     """Find the k largest latents of each token, with a lower bound that screens each block."""
 
     def __init__(self, encoder: Encoder, x: torch.Tensor) -> None:
-        """Begin for the tokens `x` [tokens, d_in]."""
+        """Start the search for the tokens `x` [tokens, d_in]."""
         assert encoder.k is not None
         self.encoder, self.x, self.k = encoder, x, encoder.k
         self.reach = Reach(encoder, x)

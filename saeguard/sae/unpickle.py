@@ -1,8 +1,9 @@
-"""The child process of `saeguard sae convert`: take the tensors out of a pickle, nothing else.
+"""The child process of `saeguard sae convert`, which extracts the tensors of a pickle.
 
 `python -m saeguard.sae.unpickle SOURCE FOLDER` writes `raw.safetensors` and `values.json`.
-`torch.load(weights_only=True)` runs no code of a pickle; what is here besides is for the day it
-does: no network, no new processes, bounds on memory, time and what is written.
+`torch.load(weights_only=True)` runs no code of a pickle. A flaw might let it run code. So the
+process has no network and starts no processes, as far as the system allows, and its memory, time
+and output are limited.
 """
 
 from __future__ import annotations

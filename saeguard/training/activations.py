@@ -1,10 +1,10 @@
-"""Residuals of one layer in blocks of shuffled texts: each block can be made again by its position.
+"""Read residuals of one layer in blocks of shuffled texts; a block's position reproduces it.
 
-A block holds the residuals of the next texts of an endless shuffled order. What a run saves of its
-data is therefore two numbers, and a run that was cut off makes its block anew. Left out and counted
-are special tokens, which serving never evaluates, and tokens of massive norm: whatever stands first
-in a text, and what else a model uses as an attention sink. Their norm is a hundred times that of
-text, so that a handful of them would decide what an SAE learns.
+A block holds the residuals of the next texts of an endless shuffled order. So a run saves only two
+numbers about its data, and a run that was cut off computes its block again. Special tokens, which
+serving never evaluates, are left out and counted. So are tokens of massive norm: the first of a
+text, and others that the model uses as attention sinks. Their norm is a hundred times that of other
+tokens, so a handful of them would decide what an SAE learns.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ ROWS = 4096
 DENSITIES = tuple(range(-6, 1))
 """Edges of the density histogram, powers of ten."""
 Replace = Callable[[torch.Tensor], torch.Tensor]
-"""Residuals [rows, d_in] to what stands in for them."""
+"""Returns the replacement of residuals [rows, d_in]."""
 Report = Callable[[str], None]
 
 
@@ -243,7 +243,7 @@ def evaluate(
         info: the checkpoint; its layer is read.
         ids: of texts that it was not trained on.
         seed: of the random baseline.
-        report: called with what is measured next.
+        report: called with the name of the next measurement.
     """
     report("residuals")
     sae = open_autoencoder(info)

@@ -51,7 +51,7 @@ def record(
     dtype: str = "float16",
     report: Callable[[int], None] = lambda _tokens: None,
 ) -> None:
-    """Record until there are `tokens` tokens, or each text was read once; goes on where it stopped.
+    """Record until there are `tokens` tokens, or each text was read once; continue if cut off.
 
     Args:
         source: reads the model.
@@ -101,7 +101,7 @@ def open_recording(folder: Path, settings: Mapping[str, Any], seed: int) -> Reco
 def recorded_bound(folder: Path) -> float | None:
     """Return the norm above which the recording in `folder` leaves tokens out; None without one.
 
-    A recording that goes on must leave out what it left out before, to the last bit.
+    A recording that is continued must use exactly the same norm.
     """
     return float(read_index(folder)["bound"]) if (folder / INDEX).exists() else None
 

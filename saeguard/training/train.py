@@ -2,7 +2,7 @@
 
 A checkpoint is a folder that gets its name once it is whole. It holds the state of SAELens' trainer
 and two more numbers: the position of the block that is being read, and how many of its rows were
-used. A run that was cut off makes this block again and goes on with the next row.
+used. A run that was cut off computes this block again and continues with the next row.
 """
 
 from __future__ import annotations

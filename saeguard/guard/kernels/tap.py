@@ -160,7 +160,7 @@ def read(
 
     Args:
         hidden: [rows, d_in], any floating dtype, last axis contiguous.
-        residual: the second value of a decoder layer, alike; None if it returns one tensor.
+        residual: the second value of the decoder layer, of the same shape; None without one.
         halves: [] float32, 1 if `residual` is added, else 0.
         W: [watched, d_in] float32, contiguous rows.
         b: [watched] float32.

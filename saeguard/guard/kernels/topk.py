@@ -44,7 +44,7 @@ def apply_topk(
     Args:
         ranked: the block of columns, its competitors and buffers.
         hidden: [rows, d_in], any floating dtype, last axis contiguous.
-        residual: the second value of a decoder layer, alike; None if it returns one tensor.
+        residual: the second value of the decoder layer, of the same shape; None without one.
         halves: [] float32, 1 if `residual` is added, else 0.
         f: [rows, watched] float32, `z * (z > theta)` on entry. NaN stays NaN, and latents that
             could not be decided become NaN.

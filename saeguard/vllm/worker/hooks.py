@@ -101,7 +101,7 @@ def load_model(original: Original, runner: Any) -> Any:
     why="its output carries the forward pass to the engine core",
 )
 def sample_tokens(original: Original, runner: Any) -> Any:
-    """Hand the forward pass over with the sampled tokens."""
+    """Sample tokens, and attach the forward pass to the runner's output."""
     result = original()
     guard = WORKER_GUARD.get(runner)
     return result if guard is None else hand_over(guard, result)

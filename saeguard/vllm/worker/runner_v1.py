@@ -49,7 +49,7 @@ def execute_model(
 
 @patch(f"{RUNNER_V1}._model_forward", why="one forward pass over real requests")
 def model_forward(original: Original, runner: Any) -> Any:
-    """Lay the forward pass out for the taps, and copy what they read."""
+    """Lay out the forward pass for the taps, run it, and copy what they read."""
     guard = WORKER_GUARD.get(runner)
     if guard is None:
         return original()

@@ -74,7 +74,7 @@ def _eager() -> Iterator[None]:
     "passed through",
 )
 def prepare_inputs(original: Original, runner: Any) -> Any:
-    """Lay the forward pass out for the taps."""
+    """Prepare the batch, and lay out the forward pass for the taps."""
     batch = original()
     guard = WORKER_GUARD.get(runner)
     if guard is not None:
