@@ -48,7 +48,7 @@ RUN_BY = {
 
 
 def make(target: str, *variables: str, folder: Path = ROOT, venv: str = sys.prefix) -> str:
-    """Run a target in the environment of this Python; return what it prints."""
+    """Run a target in the environment of this Python; return its standard output."""
     done = subprocess.run(
         ["make", f"VENV={venv}", f"PYTHON={sys.executable}", "-o", "setup", target, *variables],
         cwd=folder,
@@ -58,9 +58,8 @@ def make(target: str, *variables: str, folder: Path = ROOT, venv: str = sys.pref
         check=False,
         timeout=800,
     )
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed[-6000:]
-    return printed
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
 
 
 @pytest.fixture
@@ -161,12 +160,12 @@ def test_doctor() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Copy the first texts of each of the demo's files."""
+    """Copy the first texts of each of the demo's files: 20 of each kind at least."""
     folder = tmp_path / "data"
     folder.mkdir()
     for path in (ROOT / "demo" / "data").glob("*.jsonl"):
         lines = path.read_text().splitlines(keepends=True)
-        (folder / path.name).write_text("".join(lines[:60]))
+        (folder / path.name).write_text("".join(lines[:120]))
     return folder
 
 
