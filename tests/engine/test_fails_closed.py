@@ -99,7 +99,7 @@ class TestFailsClosed:
         none = models.Guarded(
             sound.model, sound.sae, tmp_path / "none", sound.feature_sets, sound.latents
         )
-        refused(start(tmp_path, none), "no policies")
+        refused(start(tmp_path, none), str(tmp_path / "none"), "found none; write NAME.yaml files")
 
     def test_wrong_sae_digest(self, sound: models.Guarded, tmp_path: Path) -> None:
         """Another checkpoint than the feature set pins: both digests are told."""
