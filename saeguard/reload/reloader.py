@@ -62,6 +62,7 @@ class Reloader:
         self._first_clamps = where.versions.current.clamps
         self._last: CompilerReading | None = None
         self._asked: list[Trigger] = []
+        self._superseded = 0  # readings on request that a later one replaces, and answers
         self._closed = False
         self._keep(manifest)
         self._write_status()
@@ -126,6 +127,7 @@ class Reloader:
                 else:
                     written = self._swap(compiler, reading)
                     if written is None:
+                        self._superseded += reading.trigger != "files"
                         return  # a later reading arrived while this one waited
                     rows, outcome = written, "active"
                 self._manifest = reading.manifest
@@ -258,7 +260,8 @@ class Reloader:
         status = self.status
         status.current = report.error is None
         status.error = report.error
-        status.asked += report.trigger != "files"
+        status.asked += (report.trigger != "files") + self._superseded
+        self._superseded = 0
         status.outcomes[report.outcome] += 1
         first = report.outcome == "unchanged" and status.outcomes.total() == 1
         if not first:  # the reading at the start, which found the current version

@@ -171,6 +171,21 @@ def test_a_list_that_waits_gives_way_to_a_later_one(settings: Settings, server: 
     assert waiting not in {r.new for r in server.reports}
 
 
+def test_a_later_reading_answers_a_request(settings: Settings, server: Server) -> None:
+    """`saeguard reload` gets its answer if the files change while its reading waits for columns."""
+    pin, _ = waits(settings, server)
+    server.reloader.ask("signal")
+    deadline = time.monotonic() + 60
+    while server.reloader._asked or server.reloader.status.waiting is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert server.reloader.status.asked == 0
+    write(Path(settings.policies), 2, above=0.7)
+    server.until(lambda r: r.outcome == "active" and r.policies == 1 and r.encoder_rows == 0)
+    assert server.reloader.status.asked == 1
+    assert pin.version in server.lists.live
+
+
 def test_more_rows_than_room(settings: Settings, server: Server) -> None:
     """What can never fit beside the present list is refused at once, with the numbers."""
     first = server.now
