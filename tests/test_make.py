@@ -50,7 +50,16 @@ RUN_BY = {
 def make(target: str, *variables: str, folder: Path = ROOT, venv: str = sys.prefix) -> str:
     """Run a target in the environment of this Python; return its standard output."""
     done = subprocess.run(
-        ["make", f"VENV={venv}", f"PYTHON={sys.executable}", "-o", "setup", target, *variables],
+        [
+            "make",
+            "--no-print-directory",
+            f"VENV={venv}",
+            f"PYTHON={sys.executable}",
+            "-o",
+            "setup",
+            target,
+            *variables,
+        ],
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,

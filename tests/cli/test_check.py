@@ -12,6 +12,7 @@ import pytest
 from saeguard.cli import VERBS
 from saeguard.policy.schema import json_schema
 from saeguard.policy_tools import test_case_schema
+from saeguard.urls import DOCS
 from tests.cli.project import lay_out, run
 from tests.policy.example import GOOD, changed
 
@@ -64,6 +65,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
             "message": 'found "hihg"; did you mean "high"? allowed: low, medium, high, critical',
             "source": "severity: hihg",
             "level": "error",
+            "help": f"{DOCS}/errors/not-allowed/",
         }
     ]
 

@@ -135,7 +135,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "syntax": (_syntax, "p1.yaml:1:"),
     "feature": (_feature, "f77"),
     "gone": (_nothing, "no such file"),
-    "empty": (_empty, "no policies"),
+    "empty": (_empty, "found none; write NAME.yaml files"),
     "named": (_no_clamp, "test.clamp"),
     "layer": (_layer, "layer 2"),
     "capacity": (_too_many, "hold 24"),

@@ -42,12 +42,12 @@ def check_ranked() -> None:
     for kernels in (None, KERNELS):
         torch.manual_seed(1)
         with mock.patch("saeguard.guard.install_taps.kernels_for", return_value=kernels):
-            tap = ranked_tap()
-        admit(tap, Clamped(1, 1, ["user"], [True]))
-        hidden = run(tap, 1, 0, x)
-        assert int(tap.ticks) == 1
-        assert next(iter(tap.clamps.values())).launch is (None if kernels is None else tap.edit)
-        seen.append((tap.f[: len(x)].clone(), hidden))
+            ranked = ranked_tap()
+        admit(ranked, Clamped(1, 1, ["user"], [True]))
+        hidden = run(ranked, 1, 0, x)
+        assert int(ranked.ticks) == 1
+        assert next(iter(ranked.clamps.values())).launch is (kernels and tap.edit)
+        seen.append((ranked.f[: len(x)].clone(), hidden))
     (f, hidden), (by_kernels, edited) = seen
     assert torch.equal(f, by_kernels)
     assert torch.equal(hidden, edited)

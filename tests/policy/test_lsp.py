@@ -174,7 +174,7 @@ def test_hover(editor: Editor) -> None:
 
     shown = editor.at("textDocument/hover", uri, *place(text, "for: 3"))
 
-    assert "How many of the last tokens the condition has to hold at" in str(shown["contents"])
+    assert "At how many of the last tokens the condition must hold" in str(shown["contents"])
 
 
 def test_test_files(editor: Editor) -> None:

@@ -253,5 +253,5 @@ class TestPublishedSets:
         path = next((SETS / "published").glob("gemma*.yaml"))
         broken = tmp_path / "x.yaml"
         broken.write_text(path.read_text().replace("status: published\n", ""))
-        with pytest.raises(ValueError, match=r"sae\.sha256 is missing"):
+        with pytest.raises(ValueError, match=r'not-pinned\]: the key "sha256" is missing'):
             load_feature_set(broken, verify=False)

@@ -187,7 +187,7 @@ def test_a_folder_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DemoFolderError, match="not empty"):
         make(tmp_path)
-    shown = CliRunner().invoke(build("demo-model"), ["demo-model", "--out", str(tmp_path)])
+    shown = CliRunner().invoke(build(), ["demo-model", "--out", str(tmp_path)])
     assert shown.exit_code == 2
     assert "remove it, or give another --out" in shown.output
     assert (tmp_path / "notes.txt").read_text() == "mine"

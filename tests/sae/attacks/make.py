@@ -441,7 +441,7 @@ def npz_shape_that_lies(folder: Path) -> Path:
     return npz(folder, lambda archive: archive.writestr("W_enc.npy", content))
 
 
-@attack("is no `name.npy`")
+@attack("is not a `name.npy`")
 def npz_path_trick(folder: Path) -> Path:
     """A member that would be written out of the folder."""
     content = npy(np.ones(3, np.float32))
