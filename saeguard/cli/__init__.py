@@ -24,7 +24,7 @@ VERBS = {
     "scan": "Judge a file of texts with a Hugging Face model, without vLLM.",
     "features": "Find latents that detect a behaviour, and set their thresholds.",
     "sae": "Inspect, download, convert, train and evaluate SAE checkpoints.",
-    "demo-model": "Make the model of the demo, once.",
+    "demo-model": "Download SmolLM2-135M-Instruct and save it as a plain Llama.",
     "policy": "Write, test, compare, explain and sign policies.",
 }
 """Each verb is `saeguard.cli.<verb>.verb`: a function, or a `typer.Typer` with verbs of its own."""

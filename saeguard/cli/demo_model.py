@@ -1,4 +1,4 @@
-"""`saeguard demo-model`: make the demo's model, once."""
+"""`saeguard demo-model`: download SmolLM2-135M-Instruct and save it as a plain Llama."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class StateError(InputError):
 
 
 def read_revision(folder: Path) -> tuple[int, str] | None:
-    """Return the highest revision that was in use and its manifest's digest, None if there is none.
+    """Return the highest revision that was in use and its manifest's digest, None before the first.
 
     Raises:
         StateError: the file exists and cannot be read. Ignoring it would accept an old bundle.

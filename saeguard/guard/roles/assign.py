@@ -112,7 +112,7 @@ def _find_starts(marks: RoleMarks, ids: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _behind(ids: np.ndarray, at: np.ndarray, end_mark: tuple[int, ...]) -> np.ndarray:
-    """Return where the end mark that ends just before `at` begins; `at` if there is none."""
+    """Return where the end mark that ends just before `at` begins; `at` if no mark does."""
     where = at[:, None] - len(end_mark) + np.arange(len(end_mark))
     whole = _alike(ids, where, np.array(end_mark, np.int64)) == len(end_mark)
     begins: np.ndarray = np.where(whole, at - len(end_mark), at)
