@@ -65,7 +65,7 @@ def make(target: str, *variables: str, folder: Path = ROOT, venv: str = sys.pref
         capture_output=True,
         text=True,
         check=False,
-        timeout=800,
+        timeout=880,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
@@ -174,10 +174,11 @@ def data(tmp_path: Path) -> Path:
     folder.mkdir()
     for path in (ROOT / "demo" / "data").glob("*.jsonl"):
         lines = path.read_text().splitlines(keepends=True)
-        (folder / path.name).write_text("".join(lines[:120]))
+        (folder / path.name).write_text("".join(lines[:280]))
     return folder
 
 
+@pytest.mark.slow
 def test_demo_features(data: Path, tmp_path: Path) -> None:
     """A few texts give a feature set and its report."""
     out, report = tmp_path / "demo.yaml", tmp_path / "report.md"
