@@ -1,4 +1,4 @@
-"""Every target of the Makefile runs somewhere in CI, at its smallest size."""
+"""Every target of the Makefile is run by a test or by CI; the longest ones by nightly tests."""
 
 from __future__ import annotations
 
