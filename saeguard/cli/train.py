@@ -46,6 +46,13 @@ def train(
     buffer: Annotated[int, typer.Option(help="Tokens that are shuffled together.", min=1)] = 65536,
     seed: Annotated[int, typer.Option(help="Of weights and order.", min=0)] = 0,
     device: Device = "auto",
+    model_dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of the model's weights. Default: float32 on a CPU, bfloat16 elsewhere. bfloat16 "
+            "is three times as fast on a CPU with AMX.",
+        ),
+    ] = None,
     save_every: Annotated[
         float, typer.Option(help="Seconds between checkpoints.", min=0, hidden=True)
     ] = 60.0,
@@ -71,7 +78,7 @@ def train(
             "training needs sae_lens, which is not installed: pip install 'saeguard[train]'"
         )
     chosen = choose_device(device)
-    lm = open_model(model_folder(model), chosen)
+    lm = open_model(model_folder(model), chosen, model_dtype)
     chunks = read_chunks(texts, lm.tokenizer, context)
     settings = Settings(
         model=model,
@@ -88,6 +95,7 @@ def train(
         context=context,
         buffer=buffer,
         recorded=record_dtype if record else "",
+        model_dtype=model_dtype or "",
     )
     options = Options(
         out, resume=resume, recording=record, dtype=dtype, device=chosen, save_every=save_every

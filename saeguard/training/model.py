@@ -35,11 +35,17 @@ def model_folder(name: str) -> Path:
         ) from error
 
 
-def open_model(folder: Path, device: str) -> LanguageModel:
-    """Load a model: in float32 on a CPU, in bfloat16 elsewhere, as it is served."""
+def open_model(folder: Path, device: str, dtype: str | None = None) -> LanguageModel:
+    """Load a model onto `device`.
+
+    Args:
+        folder: of the model.
+        device: as torch names it.
+        dtype: of its weights; None for float32 on a CPU and bfloat16 elsewhere.
+    """
     lm = load_model(folder)
-    if device != "cpu":
-        lm.model.to(device, torch.bfloat16)
+    chosen = dtype or ("float32" if device == "cpu" else "bfloat16")
+    lm.model.to(device, getattr(torch, chosen))
     return lm
 
 

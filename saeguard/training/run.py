@@ -95,7 +95,7 @@ def _recorded(settings: Settings, options: Options, streamed: Streamed, shown: S
     of = {
         name: value
         for name, value in asdict(settings).items()
-        if name in {"model", "layer", "d_in", "texts_sha256", "context", "seed"}
+        if name in {"model", "model_dtype", "layer", "d_in", "texts_sha256", "context", "seed"}
     } | {"rows": settings.buffer}
     record(
         streamed, options.recording, of, settings.tokens, dtype=settings.recorded,

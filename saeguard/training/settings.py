@@ -39,6 +39,8 @@ class Settings:
     """Tokens that are shuffled together."""
     recorded: str = ""
     """Type of the recorded residuals; empty if they are streamed from the model."""
+    model_dtype: str = ""
+    """Type of the model's weights; empty for float32 on a CPU and bfloat16 elsewhere."""
 
     @property
     def steps(self) -> int:

@@ -209,6 +209,22 @@ def test_the_command_fills_the_card(made: Path, trained: Path) -> None:
     assert "loss recovered" in shown.stdout
 
 
+def test_the_models_type(made: Path, trained: Path, tmp_path: Path) -> None:
+    """A run reads the model in the type that is asked for, and goes on in no other."""
+    out = tmp_path / "sae"
+    assert _run(*_train(made, out, "--model-dtype", "bfloat16")).exit_code == 0
+    whole = load_file(trained / "sae_weights.safetensors")["W_enc"]
+    rounded = load_file(out / "sae_weights.safetensors")["W_enc"]
+    assert whole.equal(rounded) is False
+    cosine = torch.nn.functional.cosine_similarity(whole, rounded, dim=0)
+    assert float(cosine.median()) > 0.9
+    record = ("--record", tmp_path / "residuals")
+    assert _run(*_train(made, tmp_path / "a", *record, "--model-dtype", "bfloat16")).exit_code == 0
+    shown = _run(*_train(made, tmp_path / "b", *record))
+    assert shown.exit_code == 2
+    assert "model_dtype: found 'bfloat16'" in " ".join(shown.output.split())
+
+
 def test_density() -> None:
     """Latents are counted by powers of ten, those that never fire apart."""
     fired = np.array([0, 0.5, 0.02, 0.011, 1.0, 1e-8])
