@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from saeguard.guard.judge import judge_text
+from saeguard.guard.compiled_rules import Rules
+from saeguard.guard.evaluate import Scored
+from saeguard.guard.judge import judge_text, score_text
+from saeguard.guard.request_verdicts import Verdicts
 from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
 from saeguard.guard.roles.chat_template import role_marks_of
 from saeguard.guard.topk import apply_topk, make_ranked, set_floor
@@ -20,10 +24,32 @@ from saeguard.sae import EncoderRows
 from saeguard.sae.encoder import column_scales, product
 
 
-def scan(
-    lm: LanguageModel, watchlist: WatchList, texts: Sequence[Text]
-) -> Iterator[tuple[int, Sequence[Verdict]]]:
-    """Yield `(index of the text, one verdict per policy)`, shortest text first.
+class Seen(NamedTuple):
+    """What the rules judge one text by."""
+
+    text: int
+    """Index of the text."""
+    shares: np.ndarray
+    """[tokens, features] float32."""
+    evaluable: np.ndarray
+    """[tokens] bool."""
+    prompt_tokens: int
+    roles: np.ndarray | None
+    """[prompt tokens] role of each; None if no policy needs them."""
+    residuals: Mapping[int, torch.Tensor]
+    """By layer, [tokens, d] float32."""
+
+    def judge(self, rules: Rules) -> Verdicts:
+        """Return one verdict per policy."""
+        return judge_text(rules, self.shares, self.evaluable, self.prompt_tokens, self.roles)
+
+    def score(self, rules: Rules) -> Scored:
+        """Return evidence and score of each token."""
+        return score_text(rules, self.shares, self.evaluable, self.prompt_tokens, self.roles)
+
+
+def see(lm: LanguageModel, watchlist: WatchList, texts: Sequence[Text]) -> Iterator[Seen]:
+    """Yield what the rules judge each text by, shortest text first.
 
     Raises:
         RolesError: a policy's scope is a role that the model's chat template does not identify.
@@ -36,7 +62,19 @@ def scan(
         evaluable = ~np.isin(np.array(texts[i].tokens), excluded)
         prompt = texts[i].prompt_tokens
         roles = None if marks is None else roles_of(marks, np.array(texts[i].tokens[:prompt]))
-        yield i, judge_text(watchlist.rules, shares, evaluable, prompt, roles)
+        yield Seen(i, shares, evaluable, prompt, roles, residuals)
+
+
+def scan(
+    lm: LanguageModel, watchlist: WatchList, texts: Sequence[Text]
+) -> Iterator[tuple[int, Sequence[Verdict]]]:
+    """Yield `(index of the text, one verdict per policy)`, shortest text first.
+
+    Raises:
+        RolesError: a policy's scope is a role that the model's chat template does not identify.
+    """
+    for seen in see(lm, watchlist, texts):
+        yield seen.text, seen.judge(watchlist.rules)
 
 
 def role_marks_for(lm: LanguageModel, watchlist: WatchList) -> RoleMarks | None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from saeguard.errors import InputError
 
-_UNION_MEMBERS = ("str", "list[_Message]")
+_UNION_MEMBERS = ("str", "list[Message]")
 
 
 class TextError(InputError):
@@ -40,26 +40,31 @@ class Text:
     """Texts of one template are near copies, and are resampled together."""
 
 
-class _Message(BaseModel):
+class Message(BaseModel):
+    """One message of a chat."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
     role: str = Field(min_length=1)
     content: str
 
 
-class _Line(BaseModel):
+class Line(BaseModel):
+    """One line of a file of texts; keys that are not named here are ignored."""
+
     model_config = ConfigDict(strict=True, extra="ignore")
 
     id: str = Field(min_length=1)
     text: str | None = None
-    prompt: str | list[_Message] | None = None
+    prompt: str | list[Message] | None = None
     completion: str | None = None
     label: Literal[0, 1] = 0
     kind: str = ""
     template: str = ""
+    behaviour: str = ""
 
     @model_validator(mode="after")
-    def _one_form(self) -> _Line:
+    def _one_form(self) -> Line:
         if (self.text is None) == (self.prompt is None):
             raise ValueError("give either `text`, or `prompt` with `completion`")
         if self.text is not None and self.completion is not None:
@@ -74,34 +79,29 @@ def read_texts(path: str | Path, tokenizer: Any) -> list[Text]:
         TextError: a line is malformed, an id occurs twice, or a text is longer than the model's
             context.
     """
-    seen: dict[str, int] = {}
-    texts = []
-    for number, line in _lines(Path(path)):
-        if line.id in seen:
-            raise TextError(f"{path}:{number}: id: {line.id!r} is already on line {seen[line.id]}")
-        seen[line.id] = number
-        try:
-            prompt, completion = _tokenise(line, tokenizer)
-        except (ValueError, TypeError) as error:  # raised by chat templates, too
-            raise TextError(f"{path}:{number}: prompt: {error}") from error
-        if not prompt and not completion:
-            raise TextError(f"{path}:{number}: the text gives no token")
-        limit = getattr(tokenizer, "model_max_length", None)
-        if limit and len(prompt) + len(completion) > limit:
-            raise TextError(
-                f"{path}:{number}: {len(prompt) + len(completion)} tokens; the model takes {limit}"
-            )
-        texts.append(
-            Text(
-                line.id,
-                (*prompt, *completion),
-                len(prompt),
-                line.label,
-                line.kind,
-                line.template or line.id,
-            )
+    return [text_of(path, number, line, tokenizer) for number, line in read_lines(path)]
+
+
+def text_of(path: str | Path, number: int, line: Line, tokenizer: Any) -> Text:
+    """Tokenise one line of `path`.
+
+    Raises:
+        TextError: it gives no token, or more than the model takes, or the chat template refuses it.
+    """
+    try:
+        prompt, completion = _tokenise(line, tokenizer)
+    except (ValueError, TypeError) as error:  # raised by chat templates, too
+        raise TextError(f"{path}:{number}: prompt: {error}") from error
+    if not prompt and not completion:
+        raise TextError(f"{path}:{number}: the text gives no token")
+    limit = getattr(tokenizer, "model_max_length", None)
+    if limit and len(prompt) + len(completion) > limit:
+        raise TextError(
+            f"{path}:{number}: {len(prompt) + len(completion)} tokens; the model takes {limit}"
         )
-    return texts
+    tokens = (*prompt, *completion)
+    template = line.template or line.id
+    return Text(line.id, tokens, len(prompt), line.label, line.kind, template)
 
 
 def make_text(
@@ -120,9 +120,9 @@ def make_text(
     """
     given: Any = prompt
     if not isinstance(prompt, str):
-        given = [_Message(role=role, content=content) for role, content in prompt]
+        given = [Message(role=role, content=content) for role, content in prompt]
     try:
-        line = _Line(id=id_, prompt=given, completion=completion)
+        line = Line(id=id_, prompt=given, completion=completion)
         before, after = _tokenise(line, tokenizer)
     except (ValueError, TypeError) as error:  # raised by chat templates, too
         raise TextError(f"{id_}: {error}") from error
@@ -141,7 +141,7 @@ def make_turn(id_: str, tokenizer: Any, prompt: str, completion: str) -> Text:
     return make_text(id_, tokenizer, [("user", prompt)] if chat else prompt, completion)
 
 
-def _tokenise(line: _Line, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _tokenise(line: Line, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens of a line's prompt and of its completion."""
 
     def ids(text: str, *, special: bool) -> list[int]:
@@ -160,18 +160,26 @@ def _tokenise(line: _Line, tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids(rendered, special=False), ids(completion, special=False)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, _Line]]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TextError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8; expected JSON lines, one text a line") from error
-    for number, raw in enumerate(content.split("\n"), 1):
+def read_lines(path: str | Path) -> Iterator[tuple[int, Line]]:
+    """Yield the number and content of each line of `path`; one line is in memory at a time.
+
+    Raises:
+        TextError: a line is malformed, or an id occurs twice.
+    """
+    seen: dict[str, int] = {}
+    for number, line in _lines(Path(path)):
+        if line.id in seen:
+            raise TextError(f"{path}:{number}: id: {line.id!r} is already on line {seen[line.id]}")
+        seen[line.id] = number
+        yield number, line
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Line]]:
+    for number, raw in _raw_lines(path):
         if not raw.strip():
             continue
         try:
-            yield number, _Line.model_validate(json.loads(raw))
+            yield number, Line.model_validate(json.loads(raw))
         except ValidationError as error:
             # Of the errors of a union's members, the one that got furthest was meant.
             deepest = max(error.errors(), key=lambda e: len(e["loc"]))
@@ -181,3 +189,13 @@ def _lines(path: Path) -> Iterator[tuple[int, _Line]]:
             raise TextError(f"{path}:{number}: {field}: {message}") from error
         except (ValueError, RecursionError) as error:
             raise TextError(f"{path}:{number}: not JSON: {error}") from error
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            yield from enumerate(file, 1)
+    except OSError as error:
+        raise TextError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: not UTF-8; expected JSON lines, one text a line") from error
