@@ -104,7 +104,9 @@ def code_begins(info: SaeInfo, corpus: Callable[[str], Corpus]) -> Feature:
             rank = np.concatenate([np.cumsum(o) for o in np.split(part.output, part.starts[1:])])
             looked = part.output & ~part.special & (rank <= OPENING)
             counts = np.bincount(part.owner, weights=looked, minlength=len(part)).astype(int)
-            found.append(max_per_text(info, part.x[torch.from_numpy(looked)], counts.tolist()))
+            found.append(
+                max_per_text(info, part.at(info.layer)[torch.from_numpy(looked)], counts.tolist())
+            )
             label.append(np.full(len(part), is_code))
             template.append(part.template)
         return np.concatenate(found), np.concatenate(label), np.concatenate(template)
@@ -176,7 +178,7 @@ def main() -> None:
     def corpus(name: str) -> Corpus:
         if name not in corpora:
             path = args.data / f"{name}.jsonl"
-            corpora[name] = read_corpus(lm, path, info.layer, lm.special_tokens)
+            corpora[name] = read_corpus(lm, path, [info.layer], lm.special_tokens)
         return corpora[name]
 
     def turned(name: str, *, secure: bool) -> Corpus:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from saeguard.features.corpus import Corpus
     from saeguard.features.search import Search
-    from saeguard.features.types import Feature
+    from saeguard.features.types import Feature, FeatureSet, SaeRef
     from saeguard.hf.model import LanguageModel
 
 verb = typer.Typer(
@@ -85,7 +85,7 @@ def search(
     lm = _load_after(model, [data, holdout, *([] if benign is None else [benign])])
 
     def read(path: Path) -> Corpus:
-        return read_corpus(lm, path, info.layer, lm.special_tokens).scoped(scope)
+        return read_corpus(lm, path, [info.layer], lm.special_tokens).scoped(scope)
 
     split = read(data).of_kind(kind)
     if benign is not None:
@@ -152,19 +152,14 @@ def calibrate(
     """Set each feature's range and threshold, and write the measured rates into the feature set."""
     from saeguard.features.calibrate import Texts
     from saeguard.features.calibrate import calibrate as set_thresholds
-    from saeguard.features.fit_topk_thresholds import approximate
-    from saeguard.features.load import load_feature_set, pin, save_feature_set
+    from saeguard.features.load import load_feature_set, sae_of, save_feature_set
     from saeguard.hf.corpus import read_corpus
     from saeguard.hf.model import check_model
-    from saeguard.policy.phrases import window
 
     features = load_feature_set(set_)
-    try:
-        span = window(for_)
-    except ValueError as error:
-        raise InputError(f"--for: found {for_!r}; {error}") from error
-    if span.n is None:
-        raise InputError(f'--for: found {for_!r}; expected a window, such as "3 of 8 tokens"')
+    if topk is not None:
+        sae_of(features)
+    span = _window(for_)
     behaviours = dict.fromkeys(f.behaviour for f in features.features.values())
     pairs = {
         behaviour: (
@@ -179,7 +174,7 @@ def calibrate(
     check_model(lm, features)
 
     def read(path: Path) -> Corpus:
-        return read_corpus(lm, path, features.sae.layer, features.exclude_tokens)
+        return read_corpus(lm, path, features.layers, features.exclude_tokens)
 
     ordinary, checked = read(benign), read(check) if check else None
     splits: dict[str, tuple[Corpus | None, Corpus | None]] = {}
@@ -188,14 +183,11 @@ def calibrate(
         if behaviour in pairs:
             found, held_out = pairs[behaviour]
             splits[behaviour] = read(found), read(held_out)
-    ranks = replace(features.sae, approximation=None)
-    stand_ins = None
-    if topk == "approximate" or (topk is None and features.sae.approximation is not None):
+    if features.sae is not None:
         fit = [ordinary, *(split for split, _ in splits.values() if split is not None)]
         held = [held for _, held in splits.values() if held is not None]
         held += [] if checked is None else [checked]
-        stand_ins = approximate(features, ranks.inspect(), fit, held)
-    features = replace(features, sae=replace(pin(ranks), approximation=stand_ins))
+        features = replace(features, sae=_pinned(features, topk, fit, held))
     done: dict[str, Feature] = {}
     for name, feature in features.features.items():
         done[name] = set_thresholds(
@@ -203,7 +195,7 @@ def calibrate(
             feature,
             Texts(ordinary, checked, *splits[feature.behaviour]),
             fpr=fpr,
-            window=(span.k, span.n),
+            window=span,
             decode=lm.tokenizer.decode,
         )
     target = out or set_
@@ -215,9 +207,37 @@ def calibrate(
             f"{name}: threshold {feature.threshold:g}, ordinary texts above it "
             f"{measured['rate']:.2%} ({low:.2%} to {high:.2%} of {measured['texts']})"
         )
-    if stand_ins is not None:
-        typer.echo(f"TopK latents are {stand_ins.in_words}.")
+    if features.sae is not None and features.sae.approximation is not None:
+        typer.echo(f"TopK latents are {features.sae.approximation.in_words}.")
     typer.echo(f"Wrote {target}.")
+
+
+def _window(phrase: str) -> tuple[int, int]:
+    """Return `(k, n)` of a window in tokens."""
+    from saeguard.policy.phrases import window
+
+    try:
+        span = window(phrase)
+    except ValueError as error:
+        raise InputError(f"--for: found {phrase!r}; {error}") from error
+    if span.n is None:
+        raise InputError(f'--for: found {phrase!r}; expected a window, such as "3 of 8 tokens"')
+    return span.k, span.n
+
+
+def _pinned(
+    features: FeatureSet, topk: str | None, fit: Sequence[Corpus], held: Sequence[Corpus]
+) -> SaeRef:
+    """Return a set's SAE with its digests, and with thresholds in place of ranks if asked for."""
+    from saeguard.features.fit_topk_thresholds import approximate
+    from saeguard.features.load import pin, sae_of
+
+    sae = sae_of(features)
+    ranks = replace(sae, approximation=None)
+    stand_ins = None
+    if topk == "approximate" or (topk is None and sae.approximation is not None):
+        stand_ins = approximate(features, ranks.inspect(), fit, held)
+    return replace(pin(ranks), approximation=stand_ins)
 
 
 def _load_after(model: Path, texts: Sequence[Path]) -> LanguageModel:

@@ -48,7 +48,7 @@ def verb(
     An event names only the features that policies read, and holds no text. With the text at hand,
     this shows every other latent that fired on the same tokens.
     """
-    from saeguard.features.load import load_feature_set
+    from saeguard.features.load import load_feature_set, sae_of
     from saeguard.hf.model import check_model, load_model
     from saeguard.hf.residuals import record
     from saeguard.hf.texts import make_turn
@@ -57,6 +57,7 @@ def verb(
     if not (prompt or completion):
         raise InputError("there is no text; give --prompt, --completion or both")
     features = load_feature_set(set_)
+    sae = sae_of(features)
     lm = load_model(model)
     check_model(lm, features)
     text = make_turn("text", lm.tokenizer, prompt, completion)
@@ -64,9 +65,9 @@ def verb(
     outside = [i for i in positions if not 0 <= i < len(text.tokens)]
     if outside:
         raise InputError(f"--token {outside[0]}: the text has tokens 0 to {len(text.tokens) - 1}")
-    ((_, residuals),) = record(lm, [text.tokens], [features.sae.layer])
-    x = residuals[features.sae.layer][list(positions)]
-    found = what_fired(features.sae.inspect(), x, most=most)
+    ((_, residuals),) = record(lm, [text.tokens], [sae.layer])
+    x = residuals[sae.layer][list(positions)]
+    found = what_fired(sae.inspect(), x, most=most)
     pieces = [lm.tokenizer.decode([text.tokens[i]]) for i in positions]
     names = named(features)
     if as_json:

@@ -211,7 +211,7 @@ def _print_pin(
 
 def _named_by(file: Path, stated: Stated) -> tuple[Path, Stated, str]:
     """Return a feature set's checkpoint, what the set states of it, and how its latents rank."""
-    from saeguard.features.load import load_feature_set
+    from saeguard.features.load import load_feature_set, sae_of
     from saeguard.sae import Stated
 
     if stated != Stated():
@@ -219,6 +219,6 @@ def _named_by(file: Path, stated: Stated) -> tuple[Path, Stated, str]:
             f"{file}: a feature set states layer, k, norm factor and convention itself; leave "
             "the options out"
         )
-    sae = load_feature_set(file).sae
+    sae = sae_of(load_feature_set(file))
     how = "exact" if sae.approximation is None else sae.approximation.in_words
     return sae.path, replace(sae.stated, layer=sae.layer), how

@@ -54,7 +54,8 @@ def values(features: FeatureSet, feature: Feature, corpus: Corpus) -> np.ndarray
         ProbeError: the probe cannot be read.
     """
     if feature.probe is not None:
-        return read_probe(feature.probe, features.sae.d_in).logits(corpus.x)
+        return read_probe(feature.probe, features.model.hidden_size).logits(corpus.by_layer)
+    assert features.sae is not None
     return read_values(features.sae.inspect(), feature.detect, corpus)
 
 

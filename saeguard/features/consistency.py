@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from saeguard.features.schema import FeaturePart, FeatureSetFile, SaePart
+from saeguard.features.schema import FeaturePart, FeatureSetFile, ModelPart, ProbePart, SaePart
 from saeguard.yaml_files.findings import Finding
 from saeguard.yaml_files.reader import Document, Loc
 
@@ -18,22 +18,28 @@ def disagreements(content: FeatureSetFile, document: Document) -> Iterator[Findi
         content: the file, each of whose parts is well-formed.
         document: the same with positions.
     """
-    yield from _shape(content, document)
-    yield from _name_of_sae(content.sae, document)
-    yield from _measured(content.sae, document)
-    if content.sae.sha256 is None and content.status != "published":
+    if content.sae is not None:
+        yield from _sae(content.sae, content, document)
+    for name, feature in content.features.items():
+        yield from _feature(content.sae, name, feature, document)
+        if feature.probe is not None:
+            yield from _layers(content, name, feature.probe, document)
+
+
+def _sae(sae: SaePart, content: FeatureSetFile, document: Document) -> Iterator[Finding]:
+    yield from _shape(sae, content.model, document)
+    yield from _name_of_sae(sae, document)
+    yield from _measured(sae, document)
+    if sae.sha256 is None and content.status != "published":
         message = (
             'the key "sha256" is missing: features hold only for the checkpoint they were found '
             "in; run `saeguard features calibrate`, or write status: published if the set "
             "was never calibrated"
         )
         yield document.error("not-pinned", message, ("sae",), at_key=True)
-    for name, feature in content.features.items():
-        yield from _feature(content.sae, name, feature, document)
 
 
-def _shape(content: FeatureSetFile, document: Document) -> Iterator[Finding]:
-    sae, model = content.sae, content.model
+def _shape(sae: SaePart, model: ModelPart, document: Document) -> Iterator[Finding]:
     if sae.d_in != model.hidden_size:
         message = (
             f"sae.d_in is {sae.d_in}, but model.hidden_size is {model.hidden_size}; the SAE reads "
@@ -98,8 +104,40 @@ def _measured(sae: SaePart, document: Document) -> Iterator[Finding]:
         yield document.error("topk-measured", message, ("sae", "topk_measured", "sha256"))
 
 
+def _layers(
+    content: FeatureSetFile, name: str, probe: ProbePart, document: Document
+) -> Iterator[Finding]:
+    here: Loc = ("features", name, "probe")
+    if probe.layer is not None and probe.layers is not None:
+        message = f"found layer: {probe.layer} and layers: {probe.layers}; keep one of them"
+        yield document.error("probe-layers", message, (*here, "layer"), at_key=True)
+    if probe.layer is None and probe.layers is None and content.sae is None:
+        message = (
+            "found neither layer nor layers, and the set has no SAE whose layer could be meant; "
+            "add layer: N, the layer that the probe was fitted on"
+        )
+        yield document.error("probe-layers", message, here, at_key=True)
+    listed = probe.layers or []
+    if listed != sorted(set(listed)):
+        message = (
+            f"found {listed}; write each layer once, in ascending order, as the rows of "
+            f"{probe.name}.weight stand"
+        )
+        yield document.error("probe-layers", message, (*here, "layers"))
+    deepest = content.model.num_layers - 1
+    read: list[tuple[Loc, int]] = [((*here, "layers", i), layer) for i, layer in enumerate(listed)]
+    read += [] if probe.layer is None else [((*here, "layer"), probe.layer)]
+    for loc, layer in read:
+        if layer > deepest:
+            message = (
+                f"found layer {layer}, but model.num_layers is {deepest + 1}; write a layer from 0 "
+                f"to {deepest}"
+            )
+            yield document.error("model-mismatch", message, loc)
+
+
 def _feature(
-    sae: SaePart, name: str, feature: FeaturePart, document: Document
+    sae: SaePart | None, name: str, feature: FeaturePart, document: Document
 ) -> Iterator[Finding]:
     here: Loc = ("features", name)
     if (feature.detect is None) == (feature.probe is None):
@@ -115,7 +153,13 @@ def _feature(
     for key, latents in (("detect", feature.detect or {}), ("clamp", feature.clamp)):
         for latent in latents:
             loc = (*here, key, latent)
-            if latent >= sae.d_sae:
+            if sae is None:
+                message = (
+                    f"found latent {latent}, but the set has no SAE; add the key sae, which names "
+                    "the checkpoint, or detect by a probe"
+                )
+                yield document.error("no-sae", message, loc, at_key=True)
+            elif latent >= sae.d_sae:
                 message = (
                     f"found latent {latent}, but sae.d_sae is {sae.d_sae}; write a number from 0 "
                     f"to {sae.d_sae - 1}"

@@ -19,7 +19,9 @@ class Corpus:
     """Texts and the residual of each of their tokens; T tokens in all."""
 
     x: torch.Tensor
-    """[T, d_in] float32."""
+    """[T, layers * d_in] float32: the residuals of each layer, side by side."""
+    layers: tuple[int, ...]
+    """`resid_post` of these blocks, in ascending order."""
     tokens: np.ndarray
     """[T] token ids."""
     lengths: np.ndarray
@@ -58,6 +60,17 @@ class Corpus:
         out: np.ndarray = scope & ~self.special
         return out
 
+    def at(self, layer: int) -> torch.Tensor:
+        """Return the residuals [T, d_in] of one of the layers, a view."""
+        width = self.x.shape[1] // len(self.layers)
+        start = self.layers.index(layer) * width
+        return self.x[:, start : start + width]
+
+    @property
+    def by_layer(self) -> dict[int, torch.Tensor]:
+        """The residuals [T, d_in] by layer, views."""
+        return {layer: self.at(layer) for layer in self.layers}
+
     def scoped(self, scope: Scope) -> Corpus:
         """Return the corpus read in another scope, without the texts that have no token in it."""
         changed = replace(self, scope=scope)
@@ -93,6 +106,7 @@ def join(first: Corpus, second: Corpus) -> Corpus:
 
     return Corpus(
         x=torch.cat([first.x, second.x]),
+        layers=first.layers,
         tokens=both("tokens"),
         lengths=both("lengths"),
         output=both("output"),

@@ -37,7 +37,7 @@ def fit_probe(corpus: Corpus, seed: int) -> tuple[Probe, float]:
         part, rest = corpus.select(train), corpus.select(held)
         for i, (recipe, strength) in enumerate(options):
             probe = _fit(part, recipe, strength, seed)
-            areas[i] += auroc(peaks(rest, probe.logits(rest.x)), rest.label)
+            areas[i] += auroc(peaks(rest, probe.logits(rest.by_layer)), rest.label)
     best = int(np.argmax(np.round(areas, 6)))
     return _fit(corpus, *options[best], seed), float(areas[best]) / max(len(splits), 1)
 
@@ -62,7 +62,8 @@ def _fit(corpus: Corpus, recipe: str, strength: float, seed: int) -> Probe:
         w, b = _logistic(x[order[starts]], corpus.label, strength)
     w = w / spread
     return Probe(
-        w.astype(np.float32),
+        corpus.layers,
+        w.astype(np.float32).reshape(len(corpus.layers), -1),
         float(b - center @ w),
         f"logistic regression on {recipe}, C={strength}",
     )

@@ -57,13 +57,13 @@ def approximate(
     else:
         even = np.arange(len(texts)) % 2 == 0
         texts, held = texts.select(even), texts.select(~even)
-    z, fires = by_rank(info, latents, _looked(texts))
+    z, fires = by_rank(info, latents, _looked(texts, info.layer))
     floor = open_encoder(info).take(latents).theta.tolist()  # a ReLU's 0 holds as well
     thresholds = [
         max(fitted(info, latent, z[:, i], fires[:, i]), floor[i])
         for i, latent in enumerate(latents)
     ]
-    x = _looked(held)
+    x = _looked(held, info.layer)
     z, fires = by_rank(info, latents, x)
     return Approximation(
         k=info.k,
@@ -159,5 +159,5 @@ def _joined(parts: Sequence[Corpus]) -> Corpus:
     return out.scoped("both")
 
 
-def _looked(corpus: Corpus) -> torch.Tensor:
-    return corpus.x[torch.from_numpy(corpus.looked)].float()
+def _looked(corpus: Corpus, layer: int) -> torch.Tensor:
+    return corpus.at(layer)[torch.from_numpy(corpus.looked)].float()

@@ -13,7 +13,7 @@ from typing import Any
 from saeguard.atomic_files import staged
 from saeguard.features.files import FeatureSetError, read_feature_set_file, read_with_positions
 from saeguard.features.pins import verify_pins
-from saeguard.features.schema import SCHEMA, FeaturePart, FeatureSetFile, SaePart
+from saeguard.features.schema import SCHEMA, FeaturePart, FeatureSetFile, SaePart, layers_read
 from saeguard.features.topk_thresholds import approximation, as_plain
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef, SaeRef, Term
 from saeguard.sae import SaeError, Stated
@@ -42,7 +42,9 @@ def load_feature_set(path: str | Path, *, verify: bool = True) -> FeatureSet:
         path=file,
         model=ModelRef(**content.model.model_dump()),
         sae=_sae(file, content, document, reach=verify),
-        features={name: _feature(file, name, part) for name, part in content.features.items()},
+        features={
+            name: _feature(file, name, part, content.sae) for name, part in content.features.items()
+        },
         exclude_tokens=tuple(content.exclude_tokens),
         digest=_digest(content),
         title=content.title,
@@ -71,9 +73,11 @@ def _beside(file: Path, path: str) -> Path:
     return (file.parent / path).resolve()
 
 
-def _sae(file: Path, content: FeatureSetFile, document: Document, *, reach: bool) -> SaeRef:
+def _sae(file: Path, content: FeatureSetFile, document: Document, *, reach: bool) -> SaeRef | None:
     """Return the reference to an SAE, with its release or repository resolved to a folder."""
     part = content.sae
+    if part is None:
+        return None
     if part.path is not None:
         path, name = _beside(file, part.path), None
     else:
@@ -96,6 +100,20 @@ def _sae(file: Path, content: FeatureSetFile, document: Document, *, reach: bool
         name=name,
         approximation=None if part.topk_measured is None else approximation(part.topk_measured),
     )
+
+
+def sae_of(features: FeatureSet) -> SaeRef:
+    """Return the SAE of a feature set, for what cannot be done without one.
+
+    Raises:
+        SaeError: the set has none.
+    """
+    if features.sae is None:
+        raise SaeError(
+            f"{features.path}: the set holds probes alone, and this needs an SAE; give a feature "
+            "set with the key sae"
+        )
+    return features.sae
 
 
 def pin(ref: SaeRef) -> SaeRef:
@@ -124,11 +142,12 @@ def _terms(weights: Mapping[int, float] | None) -> tuple[Term, ...]:
     return tuple(Term(latent, weight) for latent, weight in (weights or {}).items())
 
 
-def _feature(file: Path, name: str, part: FeaturePart) -> Feature:
+def _feature(file: Path, name: str, part: FeaturePart, sae: SaePart | None) -> Feature:
     probe = None
     if part.probe is not None:
         at = _beside(file, part.probe.file)
-        probe = ProbeRef(at, part.probe.name, part.probe.sha256)
+        layers = layers_read(part.probe, sae)
+        probe = ProbeRef(at, part.probe.name, part.probe.sha256, layers)
     return Feature(
         id=name,
         title=part.title,
@@ -145,8 +164,12 @@ def _feature(file: Path, name: str, part: FeaturePart) -> Feature:
 
 def _digest(content: FeatureSetFile) -> str:
     plain = content.model_dump(mode="json", by_alias=True)
-    if content.sae.topk == "exact":  # older files without these keys keep their digest
+    # Older files without these keys keep their digest.
+    if content.sae is not None and content.sae.topk == "exact":
         del plain["sae"]["topk"], plain["sae"]["topk_measured"]
+    for feature in plain["features"].values():
+        if feature["probe"] is not None:
+            feature["probe"] = {k: v for k, v in feature["probe"].items() if v is not None}
     canonical = json.dumps(plain, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -158,11 +181,16 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
     def weights(terms: tuple[Term, ...]) -> dict[int, float]:
         return {term.latent: float(term.weight) for term in terms}
 
+    def probe(ref: ProbeRef) -> dict[str, Any]:
+        layers = ref.layers
+        named: dict[str, Any] = {"layers": list(layers)}
+        if len(layers) == 1:
+            given = features.sae is not None and layers == (features.sae.layer,)
+            named = {} if given else {"layer": layers[0]}
+        return {"file": relative(ref.path), "name": ref.name, "sha256": ref.sha256, **named}
+
     def feature(f: Feature) -> dict[str, Any]:
-        read: dict[str, Any] = {"detect": weights(f.detect)}
-        if f.probe is not None:
-            file = relative(f.probe.path)
-            read = {"probe": {"file": file, "name": f.probe.name, "sha256": f.probe.sha256}}
+        read = {"detect": weights(f.detect)} if f.probe is None else {"probe": probe(f.probe)}
         return {
             "title": f.title,
             "behaviour": f.behaviour,
@@ -174,20 +202,9 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
             **({"evidence": dict(f.evidence)} if f.evidence else {}),
         }
 
-    model, sae = features.model, features.sae
-    measured = sae.approximation
-    return {
-        "schema": SCHEMA,
-        "id": features.id,
-        "title": features.title or features.id,
-        **({"status": features.status} if features.status != "calibrated" else {}),
-        "model": {
-            "name": model.name,
-            "hidden_size": model.hidden_size,
-            "num_layers": model.num_layers,
-            **({"sha256": model.sha256} if model.sha256 else {}),
-        },
-        "sae": {
+    def checkpoint(sae: SaeRef) -> dict[str, Any]:
+        measured = sae.approximation
+        return {
             **(sae.name or {"path": relative(sae.path)}),
             **({"sha256": sae.sha256} if sae.sha256 else {}),
             **({"config_sha256": sae.config_sha256} if sae.config_sha256 else {}),
@@ -200,7 +217,21 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
                 if (value := getattr(sae.stated, key)) is not None
             },
             **({"topk": "approximate", "topk_measured": as_plain(measured)} if measured else {}),
+        }
+
+    model = features.model
+    return {
+        "schema": SCHEMA,
+        "id": features.id,
+        "title": features.title or features.id,
+        **({"status": features.status} if features.status != "calibrated" else {}),
+        "model": {
+            "name": model.name,
+            "hidden_size": model.hidden_size,
+            "num_layers": model.num_layers,
+            **({"sha256": model.sha256} if model.sha256 else {}),
         },
+        **({} if features.sae is None else {"sae": checkpoint(features.sae)}),
         "exclude_tokens": list(features.exclude_tokens),
         "features": {name: feature(f) for name, f in features.features.items()},
     }

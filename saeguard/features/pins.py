@@ -38,6 +38,8 @@ def file_digest(path: Path) -> str:
 
 def _checkpoint(features: FeatureSet, document: Document) -> Iterator[Finding]:
     pinned = features.sae
+    if pinned is None:
+        return
     try:
         found = pinned.inspect()
     except SaeError as error:

@@ -116,11 +116,19 @@ class SaePart(Section):
 
 
 class ProbePart(Section):
-    """A linear probe."""
+    """A linear probe on the residual stream after one or several layers."""
 
     file: str = Field(min_length=1, description="Relative to this file or absolute.")
     name: str = Field(min_length=1)
     sha256: Digest
+    layer: int | None = Field(
+        default=None, ge=0, description="The layer it reads. Default: the SAE's, if there is one."
+    )
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="In place of layer: several, in ascending order, one row of weights each.",
+    )
 
 
 class FeaturePart(Section):
@@ -148,6 +156,16 @@ class FeatureSetFile(Section):
         description="published: ids from a publication, not verified here; for logging only.",
     )
     model: ModelPart
-    sae: SaePart
+    sae: SaePart | None = Field(
+        default=None, description="Left out if every feature is a probe with layers of its own."
+    )
     exclude_tokens: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     features: dict[Name, FeaturePart] = Field(min_length=1)
+
+
+def layers_read(probe: ProbePart, sae: SaePart | None) -> tuple[int, ...]:
+    """Return the layers that a probe reads: those that it names, or the SAE's."""
+    if probe.layers is not None:
+        return tuple(probe.layers)
+    layer = sae.layer if probe.layer is None and sae is not None else probe.layer
+    return () if layer is None else (layer,)

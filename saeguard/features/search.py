@@ -114,7 +114,7 @@ def search(
     _check(split, holdout)
     looked = split.looked
     counts = np.bincount(split.owner, weights=looked, minlength=len(split)).astype(int)
-    peak = max_per_text(info, split.x[looked], counts.tolist())
+    peak = max_per_text(info, split.at(info.layer)[looked], counts.tolist())
     best = candidates(peak, split.label)
 
     def group(latents: np.ndarray, size: int, form: str) -> Finding:
@@ -126,7 +126,7 @@ def search(
         measure_terms(info, [Term(int(latent), 1.0)], split, holdout, seed, "latent")
         for latent in best[:top]
     ]
-    f = encode_latents(info, best.tolist(), split.x).numpy()
+    f = encode_latents(info, best.tolist(), split.at(info.layer)).numpy()
     size, validated = choose_size(split, f, peak[:, best], min(group_size, len(best)))
     chosen = replace(group(best, size, "group"), auroc_validation=validated)
     probe, probe_validated = fit_probe(split, seed)
@@ -165,7 +165,9 @@ def measure_terms(
 
 def read_values(info: SaeInfo, terms: Sequence[Term], corpus: Corpus) -> np.ndarray:
     """Return the value [T] float32 of a group of latents at every token."""
-    return term_values(terms, encode_latents(info, [t.latent for t in terms], corpus.x).numpy())
+    return term_values(
+        terms, encode_latents(info, [t.latent for t in terms], corpus.at(info.layer)).numpy()
+    )
 
 
 def _measure(
@@ -178,7 +180,7 @@ def _measure(
 ) -> Finding:
     def scores(corpus: Corpus) -> np.ndarray:
         if isinstance(reader, Probe):
-            return peaks(corpus, reader.logits(corpus.x))
+            return peaks(corpus, reader.logits(corpus.by_layer))
         return peaks(corpus, read_values(reader, terms, corpus))
 
     held = scores(holdout)

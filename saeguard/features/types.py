@@ -1,4 +1,4 @@
-"""Feature sets in memory: named directions in one SAE on one model, with evidence."""
+"""Feature sets in memory: named directions in the residual stream of one model, with evidence."""
 
 from __future__ import annotations
 
@@ -67,12 +67,18 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class ProbeRef:
-    """A linear probe, `x @ w + b`: one more encoder row, without activation function."""
+    """A linear probe, `sum(x_l @ w_l) + b` over its layers: one more encoder row at each of them.
+
+    These rows have no activation function.
+    """
 
     path: Path
-    """safetensors file holding `{name}.weight [d_in]` and `{name}.bias []`, absolute."""
+    """safetensors file holding `{name}.weight` and `{name}.bias []`, absolute. The weight is
+    [d_in], or [layers, d_in] for several layers."""
     name: str
     sha256: str
+    layers: tuple[int, ...]
+    """`resid_post` of these blocks, in ascending order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +107,13 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class FeatureSet:
-    """The features of one SAE on one model."""
+    """The features of one model: of an SAE, if there is one, and probes on any of its layers."""
 
     id: str
     path: Path
     model: ModelRef
-    sae: SaeRef
+    sae: SaeRef | None
+    """None if every feature is a probe."""
     features: Mapping[str, Feature]
     exclude_tokens: tuple[int, ...]
     """Token ids never evaluated (BOS, padding); counted as `special_token`."""
@@ -115,3 +122,14 @@ class FeatureSet:
     title: str = ""
     status: Literal["calibrated", "published"] = "calibrated"
     """published: ids from a publication, never measured here; they may log, not act."""
+
+    def layers_of(self, feature: Feature) -> tuple[int, ...]:
+        """Return the layers that a feature reads, in ascending order."""
+        if feature.probe is not None:
+            return feature.probe.layers
+        return () if self.sae is None else (self.sae.layer,)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that any of the features reads, in ascending order."""
+        return tuple(sorted({x for f in self.features.values() for x in self.layers_of(f)}))

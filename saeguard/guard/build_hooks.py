@@ -21,7 +21,7 @@ ROUNDING = 1e-5
 """Relative distance of a screen threshold below its exact value, since the rules round."""
 
 RowKey: TypeAlias = tuple[str, int | str]
-"""Identifies an encoder row: its feature set, and its latent or probe."""
+"""Identifies an encoder row: its feature set, and its latent or probe and layer."""
 
 
 def read_hooks(
@@ -39,15 +39,15 @@ def read_hooks(
     Raises:
         WatchListError: a checkpoint or probe cannot be read, or has another width.
     """
-    rows = dict.fromkeys(
-        (name.rsplit("/", 1)[0], key)
-        for name, (_, feature) in used.items()
-        for key in _row_keys(feature)
-    )
+    rows = {
+        (name.rsplit("/", 1)[0], key): layer
+        for name, (features, feature) in used.items()
+        for key, layer in _row_keys(features, feature)
+    }
     by_layer: dict[int, list[RowKey]] = {}
     # The latents of one SAE stand side by side: latents that fire by rank are one block of columns.
-    for set_id, key in sorted(rows, key=lambda row: (row[0], isinstance(row[1], str))):
-        by_layer.setdefault(feature_sets[set_id].sae.layer, []).append((set_id, key))
+    for row in sorted(rows, key=lambda row: (row[0], isinstance(row[1], str))):
+        by_layer.setdefault(rows[row], []).append(row)
     hooks: list[Hook] = []
     column: dict[RowKey, int] = {}
     for layer in sorted(by_layer):
@@ -56,15 +56,25 @@ def read_hooks(
     return tuple(hooks), column
 
 
-def probe_key(probe: ProbeRef) -> str:
-    """Return the name of a probe's encoder row."""
-    return f"{probe.path}#{probe.name}"
+def probe_keys(probe: ProbeRef) -> tuple[str, ...]:
+    """Return the names of a probe's encoder rows, one for each of its layers.
+
+    The shape of a probe's weights belongs to the name: with other layers the rows are others.
+    """
+    return tuple(f"{probe.path}#{probe.name}@{layer} of {probe.layers}" for layer in probe.layers)
 
 
-def _row_keys(feature: Feature) -> Iterable[int | str]:
+def _row_keys(features: FeatureSet, feature: Feature) -> Iterable[tuple[int | str, int]]:
+    """Yield the key of each encoder row of a feature, and its layer."""
     if feature.probe is not None:
-        yield probe_key(feature.probe)
-    yield from (t.latent for t in (*feature.detect, *feature.clamp))
+        yield from zip(probe_keys(feature.probe), feature.probe.layers, strict=True)
+    latents = [t.latent for t in (*feature.detect, *feature.clamp)]
+    if features.sae is None and latents:
+        raise WatchListError(
+            f"{features.path}: feature {feature.id!r} names latents, but the set has no SAE"
+        )
+    if features.sae is not None:
+        yield from ((latent, features.sae.layer) for latent in latents)
 
 
 def _read_hook(
@@ -74,7 +84,7 @@ def _read_hook(
     policies: Sequence[Policy],
     first_column: int,
 ) -> Hook:
-    d_in = feature_sets[keys[0][0]].sae.d_in
+    d_in = feature_sets[keys[0][0]].model.hidden_size
     W = torch.empty(len(keys), d_in)
     b = torch.empty(len(keys))
     theta = torch.full((len(keys),), -torch.inf)
@@ -82,13 +92,14 @@ def _read_hook(
     ranked = []
     for set_id in dict.fromkeys(set_id for set_id, _ in keys):
         features = feature_sets[set_id]
-        if features.sae.d_in != d_in:
+        if features.model.hidden_size != d_in:
             raise WatchListError(
-                f"{features.path}: sae.d_in is {features.sae.d_in}, but another feature set "
-                f"reads layer {layer} with width {d_in}"
+                f"{features.path}: model.hidden_size is {features.model.hidden_size}, but another "
+                f"feature set reads layer {layer} with width {d_in}"
             )
         latents = [key for s, key in keys if s == set_id and isinstance(key, int)]
         if latents:
+            assert features.sae is not None
             first = keys.index((set_id, latents[0]))
             at = slice(first, first + len(latents))
             try:
@@ -101,20 +112,22 @@ def _read_hook(
             if info.k is not None:
                 screen = _screens(latents, set_id, features, policies)
                 ranked.append(RankedRows(info, at, tuple(latents), screen))
-        for feature in features.features.values():
-            if feature.probe is not None and (set_id, probe_key(feature.probe)) in keys:
-                i = keys.index((set_id, probe_key(feature.probe)))
-                W[i], b[i] = _read_probe(feature.probe, d_in)
+        for probe in dict.fromkeys(f.probe for f in features.features.values() if f.probe):
+            for part, key in enumerate(probe_keys(probe)):
+                if probe.layers[part] == layer and (set_id, key) in keys:
+                    i = keys.index((set_id, key))
+                    W[i], b[i] = _read_probe(probe, part, d_in)
     normed = norm if norm.any() else None
     return Hook(layer, d_in, W, b, theta, first_column, normed, tuple(ranked))
 
 
-def _read_probe(probe: ProbeRef, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_probe(probe: ProbeRef, part: int, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the encoder row and bias of one of a probe's layers."""
     try:
         read = read_probe(probe, d_in)
     except ProbeError as error:
         raise WatchListError(str(error)) from error
-    return torch.from_numpy(read.w), torch.tensor(read.b)
+    return torch.from_numpy(read.w[part]), torch.tensor(read.biases[part])
 
 
 def _screens(

@@ -10,7 +10,7 @@ import numpy as np
 from saeguard.features.topk_thresholds import Approximation
 from saeguard.features.types import Feature, FeatureSet
 from saeguard.features.value import Mix, make_mix
-from saeguard.guard.build_hooks import RowKey, probe_key, read_hooks
+from saeguard.guard.build_hooks import RowKey, probe_keys, read_hooks
 from saeguard.guard.clamp.build import build_clamps
 from saeguard.guard.compiled_rules import Rules, RulesError, compile_rules
 from saeguard.guard.watchlist import WatchList, WatchListError
@@ -47,12 +47,13 @@ def build_watchlist(
             found[f"{policy.feature_set}/{name}"] = _lookup(policy, name, feature_sets)
     hooks, column = read_hooks(found, feature_sets, policies)
 
-    used = dict(sorted(found.items(), key=lambda item: -_latents(item[1][1])))
+    used = dict(sorted(found.items(), key=lambda item: -_rows(item[1][1])))
     low = np.array([f.low for _, f in used.values()], np.float32)
     high = np.array([f.high for _, f in used.values()], np.float32)
     sets = {policy.feature_set: feature_sets[policy.feature_set] for policy in policies}
+    saes = {name: s.sae for name, s in sets.items() if s.sae is not None}
     approximations = {
-        name: s.sae.approximation for name, s in sets.items() if s.sae.approximation is not None
+        name: sae.approximation for name, sae in saes.items() if sae.approximation is not None
     }
     return WatchList(
         policies=policies,
@@ -67,14 +68,15 @@ def build_watchlist(
         models=tuple(dict.fromkeys(s.model for s in sets.values())),
         digest=_digest(
             [*(f"{p.id} {p.mode} {p.digest}" for p in policies)]
-            + [f"{s.id} {s.digest} {s.sae.sha256}" for s in sets.values()]
+            + [f"{s.id} {s.digest} {s.sae and s.sae.sha256}" for s in sets.values()]
         ),
         approximations=approximations,
     )
 
 
-def _latents(feature: Feature) -> int:
-    return len(feature.detect) + (feature.probe is not None)
+def _rows(feature: Feature) -> int:
+    """Return the number of encoder rows that a feature adds up."""
+    return len(feature.detect) + (0 if feature.probe is None else len(feature.probe.layers))
 
 
 def _refuse_unmeasured(
@@ -133,7 +135,7 @@ def _mix(used: Used, column: Mapping[RowKey, int]) -> Mix:
         set_id = name.rsplit("/", 1)[0]
         terms = [(column[set_id, t.latent], t.weight) for t in feature.detect]
         if feature.probe is not None:
-            terms.append((column[set_id, probe_key(feature.probe)], 1.0))
+            terms += [(column[set_id, key], 1.0) for key in probe_keys(feature.probe)]
         parts.append(terms or [(0, 0.0)])
     return make_mix(parts)
 

@@ -17,17 +17,17 @@ from saeguard.hf.texts import Text, TextError, read_texts
 
 
 def read_corpus(
-    lm: LanguageModel, path: str | Path, layer: int, exclude_tokens: Sequence[int]
+    lm: LanguageModel, path: str | Path, layers: Sequence[int], exclude_tokens: Sequence[int]
 ) -> Corpus:
-    """Read the JSON lines in `path` and record `resid_post` of `layer` for every token.
+    """Read the JSON lines in `path` and record `resid_post` of `layers` for every token.
 
     Texts without any output token are left out: policies on the output would not look at them.
-    All residuals are held in memory, 4 bytes times tokens times width.
+    All residuals are held in memory, 4 bytes times tokens times width times layers.
 
     Raises:
         TextError: a line is wrong, or no text has output tokens.
     """
-    return make_corpus(lm, read_outputs(path, lm.tokenizer), layer, exclude_tokens, str(path))
+    return make_corpus(lm, read_outputs(path, lm.tokenizer), layers, exclude_tokens, str(path))
 
 
 def read_outputs(path: str | Path, tokenizer: Any) -> list[Text]:
@@ -45,20 +45,23 @@ def read_outputs(path: str | Path, tokenizer: Any) -> list[Text]:
 def make_corpus(
     lm: LanguageModel,
     texts: Sequence[Text],
-    layer: int,
+    layers: Sequence[int],
     exclude_tokens: Sequence[int],
     name: str = "texts",
 ) -> Corpus:
     """Record `texts`, in their order; `name` shows on the progress bar."""
-    found: dict[int, torch.Tensor] = {}
     tokens = [text.tokens for text in texts]
+    layers = sorted(set(layers))
+    end = np.cumsum([len(t) for t in tokens])
+    x = torch.empty(int(end[-1]), len(layers) * lm.hidden_size)
     for i, residuals in tqdm(
-        record(lm, tokens, [layer]), desc=Path(name).name, total=len(texts), unit="text"
+        record(lm, tokens, layers), desc=Path(name).name, total=len(texts), unit="text"
     ):
-        found[i] = residuals[layer]
+        torch.cat([residuals[n] for n in layers], 1, out=x[end[i] - len(tokens[i]) : end[i]])
     ids = np.concatenate([np.array(t, np.int64) for t in tokens])
     return Corpus(
-        x=torch.cat([found[i] for i in range(len(texts))]),
+        x=x,
+        layers=tuple(layers),
         tokens=ids,
         lengths=np.array([len(t) for t in tokens]),
         output=np.concatenate([np.arange(len(t.tokens)) >= t.prompt_tokens for t in texts]),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from saeguard.features.feature_template import is_template
-from saeguard.features.schema import FeatureSetFile
+from saeguard.features.schema import FeatureSetFile, layers_read
 from saeguard.features.topk_thresholds import Approximation, approximation
 from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import locate
@@ -116,6 +116,7 @@ def of_feature_set(policy: Policy, document: FeatureSetFile) -> Iterator[Finding
     acting = acts_on_published(policy, document.status)
     if acting is not None:
         yield acting
+    yield from _seen_by_clamp(policy, document)
     stand_ins = stand_ins_read(policy, document)
     if stand_ins is not None:
         message = (
@@ -125,6 +126,24 @@ def of_feature_set(policy: Policy, document: FeatureSetFile) -> Iterator[Finding
         yield _at(policy, "approximate-topk", message, ("feature_set",), level="warning")
 
 
+def _seen_by_clamp(policy: Policy, document: FeatureSetFile) -> Iterator[Finding]:
+    """Yield a finding for each feature that a clamp cannot see, because it reads another layer."""
+    if policy.action != "clamp" or document.sae is None:
+        return
+    for name, selection in policy.detect.items():
+        part = document.features.get(selection.feature)
+        if part is None or part.probe is None:
+            continue
+        layers = layers_read(part.probe, document.sae)
+        if layers != (document.sae.layer,):
+            message = (
+                f"{show(selection.feature)} is a probe on layer {', '.join(map(str, layers))}, but "
+                f"the clamp edits layer {document.sae.layer} and sees nothing else; detect by "
+                "features of that layer, or use another action"
+            )
+            yield _at(policy, "clamp-layer", message, ("detect", name, "feature"))
+
+
 def stand_ins_read(policy: Policy, document: FeatureSetFile) -> Approximation | None:
     """Return the thresholds that replace ranks, None if the policy reads no such latent.
 
@@ -132,7 +151,7 @@ def stand_ins_read(policy: Policy, document: FeatureSetFile) -> Approximation | 
         policy: over the set; its probes need none.
         document: the set's file.
     """
-    measured = document.sae.topk_measured
+    measured = None if document.sae is None else document.sae.topk_measured
     clamped = policy.clamp.features if policy.clamp else ()
     names = [*(s.feature for s in policy.detect.values()), *clamped]
     read = [document.features[name] for name in names if name in document.features]

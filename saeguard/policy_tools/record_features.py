@@ -53,7 +53,7 @@ def record_features(
         blocks: list[list[np.ndarray]] = []
         for start in range(0, len(texts), TEXTS):
             some = texts[start : start + TEXTS]
-            corpus = make_corpus(lm, some, features.sae.layer, excluded, features.id)
+            corpus = make_corpus(lm, some, features.layers, excluded, features.id)
             blocks.append([values(features, f, corpus) for f in features.features.values()])
         columns += [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
     marks = role_marks_of(lm.tokenizer)

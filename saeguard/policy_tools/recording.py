@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from saeguard.atomic_files import write_atomically
 from saeguard.errors import InputError
-from saeguard.features.schema import FeatureSetFile
+from saeguard.features.schema import FeatureSetFile, layers_read
 from saeguard.features.value import share
 from saeguard.guard.scopes import BY_ROLE, ROLES, SCOPES
 from saeguard.policy.types import Policy
@@ -130,12 +130,18 @@ class Recording:
 def definition(document: FeatureSetFile, feature: str) -> str:
     """Return the digest of what a feature is made of; its range and threshold do not matter."""
     part = document.features[feature]
-    made_of: dict[str, Any] = {"sae": document.sae.sha256, "layer": document.sae.layer}
+    sae = document.sae
+    made_of: dict[str, Any] = {}
+    if sae is not None:
+        made_of = {"sae": sae.sha256, "layer": sae.layer}
     if part.probe is not None:
         made_of["probe"] = [part.probe.sha256, part.probe.name]
-    else:
+        layers = layers_read(part.probe, sae)
+        if sae is None or layers != (sae.layer,):  # other recordings keep their digest
+            made_of["layers"] = list(layers)
+    elif sae is not None:
         made_of["detect"] = sorted((part.detect or {}).items())
-        measured = document.sae.topk_measured
+        measured = sae.topk_measured
         if measured is not None:  # thresholds in place of ranks give other values
             made_of["topk"] = [
                 [n, measured.latents[n].threshold] for n in sorted(part.detect or {})

@@ -140,8 +140,10 @@ def _feature_set(path: Path, known: ReadCache) -> FeatureSet:
 
 def _stamp(features: FeatureSet) -> tuple[Any, ...]:
     """Return values that change if a file that a feature set names does."""
-    sae = features.sae.path
-    files = sorted(sae.rglob("*")) if sae.is_dir() else [sae]
+    files: list[Path] = []
+    if features.sae is not None:
+        sae = features.sae.path
+        files = sorted(sae.rglob("*")) if sae.is_dir() else [sae]
     files += sorted({f.probe.path for f in features.features.values() if f.probe is not None})
     stamps = []
     for file in files:

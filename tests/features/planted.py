@@ -57,6 +57,7 @@ def corpus(split: str, texts: int = 80, *, signal: float = 3.0, kind: str = "k")
     output = np.tile(np.arange(10) >= 4, texts)
     return Corpus(
         x=torch.from_numpy(x),
+        layers=(1,),
         tokens=np.tile(np.arange(10), texts),
         lengths=lengths,
         output=output,

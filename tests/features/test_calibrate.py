@@ -72,7 +72,7 @@ def test_holds_the_wished_rate(tmp_path: Path, fpr: float) -> None:
 def test_probe_has_a_range(tmp_path: Path) -> None:
     """A probe's range starts at the ordinary median, so that its threshold is a positive share."""
     w = (inspect(save_sae(tmp_path / "sae")), np.ones(D, np.float32))[1]
-    refs = save_probes({"p": Probe(w, -3.0, "")}, tmp_path / "p.safetensors")
+    refs = save_probes({"p": Probe((1,), w[None], -3.0)}, tmp_path / "p.safetensors")
     probe = feature(detect=(), probe=refs["p"])
     done = calibrate(feature_set(tmp_path, probe), probe, TEXTS, fpr=0.05)
     quiet = peaks(TEXTS.benign, values(feature_set(tmp_path, done), done, TEXTS.benign))

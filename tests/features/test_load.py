@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from saeguard.features.load import FeatureSetError, load_feature_set, save_feature_set
 from saeguard.features.probe import Probe, ProbeError, read_probe, save_probes
-from saeguard.features.types import Term
+from saeguard.features.types import FeatureSet, Term
 from tests.features.planted import D
 from tests.features.test_calibrate import feature, feature_set
 
@@ -41,7 +42,7 @@ def _edited(folder: Path, *path: str, value: Any) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     """What is saved is loaded, with paths relative to the file in it."""
     w = np.arange(D, dtype=np.float32)
-    probes = save_probes({"p": Probe(w, 0.5, "")}, tmp_path / "p.safetensors")
+    probes = save_probes({"p": Probe((1,), w[None], 0.5)}, tmp_path / "p.safetensors")
     latents = feature(clamp=(Term(3, -1.0),), evidence={"auroc": 0.9})
     probe = feature(id="probed", detect=(), probe=probes["p"])
     features = feature_set(tmp_path, latents)
@@ -52,8 +53,75 @@ def test_round_trip(tmp_path: Path) -> None:
     assert "path: sae" in (tmp_path / "demo.yaml").read_text()
     assert str(tmp_path) not in (tmp_path / "demo.yaml").read_text()
     read = read_probe(probes["p"], D)
-    assert np.array_equal(read.w, w)
+    assert np.array_equal(read.w, w[None])
     assert read.b == 0.5
+
+
+def _probes_alone(folder: Path) -> FeatureSet:
+    """Return a set without an SAE: one probe on one layer, one on two."""
+    one = Probe((2,), np.ones((1, D), np.float32), 0.5)
+    two = Probe((0, 2), np.arange(2 * D, dtype=np.float32).reshape(2, D), -0.5)
+    refs = save_probes({"one": one, "two": two}, folder / "p.safetensors")
+    features = {name: feature(id=name, detect=(), probe=ref) for name, ref in refs.items()}
+    return replace(feature_set(folder, feature()), sae=None, features=features)
+
+
+def test_probes_need_no_sae(tmp_path: Path) -> None:
+    """A set of probes alone is saved and loaded; each names its layers, one row of weights each."""
+    features = _probes_alone(tmp_path)
+    save_feature_set(features, tmp_path / "demo.yaml")
+    loaded = load_feature_set(tmp_path / "demo.yaml")
+    assert replace(loaded, digest="") == features
+    assert loaded.layers == (0, 2)
+    assert "sae" not in yaml.safe_load((tmp_path / "demo.yaml").read_text())
+    two = loaded.features["two"].probe
+    assert two is not None
+    read = read_probe(two, D)
+    assert read.w.shape == (2, D)
+    x = {layer: torch.randn(5, D) for layer in (0, 2)}
+    expected = x[0] @ torch.arange(D).float() + x[2] @ torch.arange(D, 2 * D).float() - 0.5
+    assert np.allclose(expected, read.logits(x), rtol=1e-4, atol=1e-2)
+    with pytest.raises(
+        ProbeError, match=rf"found shape \[2, {D}\], expected \[3, {D}\], a row for"
+    ):
+        read_probe(replace(two, layers=(0, 1, 2)), D)
+
+
+def test_a_probe_on_the_layer_of_the_sae_names_none(tmp_path: Path) -> None:
+    """Sets from before probes had layers keep their digest."""
+    probes = save_probes({"p": Probe((1,), np.ones((1, D), np.float32), 0.0)}, tmp_path / "p.st")
+    file = _saved(tmp_path, detect=(), probe=probes["p"])
+    content = yaml.safe_load(file.read_text())
+    assert set(content["features"]["planted"]["probe"]) == {"file", "name", "sha256"}
+    content["features"]["planted"]["probe"]["layer"] = 0
+    file.write_text(yaml.safe_dump(content))
+    assert load_feature_set(file).layers == (0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"layer": None}, "found neither layer nor layers, and the set has no SAE"),
+        ({"layers": [0, 2]}, r"found layer: 2 and layers: \[0, 2\]; keep one"),
+        ({"layer": 3}, "found layer 3, but model.num_layers is 3; write a layer from 0 to 2"),
+        ({"layer": None, "layers": [2, 0]}, "write each layer once, in ascending order"),
+        ({"layer": None, "layers": [1, 1]}, "write each layer once"),
+        ({"layer": None, "layers": [0, 9]}, "found layer 9, but"),
+        ({"layer": None, "layers": []}, "the value is empty"),
+        ({"layer": -1}, "found -1"),
+    ],
+)
+def test_mistakes_in_the_layers_of_a_probe(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    """Layers must be named once, be in order, and exist in the model."""
+    save_feature_set(_probes_alone(tmp_path), tmp_path / "demo.yaml")
+    content = yaml.safe_load((tmp_path / "demo.yaml").read_text())
+    probe = content["features"]["one"]["probe"] | changes
+    content["features"]["one"]["probe"] = {k: v for k, v in probe.items() if v is not None}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(FeatureSetError, match=says):
+        load_feature_set(tmp_path / "demo.yaml")
 
 
 def test_digest_ignores_layout(tmp_path: Path) -> None:
@@ -172,12 +240,14 @@ class TestPinned:
 
     def test_other_probe(self, tmp_path: Path) -> None:
         """A changed, missing or wrongly sized probe is refused."""
-        probes = save_probes({"p": Probe(np.ones(D, np.float32), 0.0, "")}, tmp_path / "p.st")
+        probes = save_probes(
+            {"p": Probe((1,), np.ones((1, D), np.float32), 0.0)}, tmp_path / "p.st"
+        )
         file = _saved(tmp_path, detect=(), probe=probes["p"])
-        save_probes({"p": Probe(np.zeros(D, np.float32), 0.0, "")}, tmp_path / "p.st")
+        save_probes({"p": Probe((1,), np.zeros((1, D), np.float32), 0.0)}, tmp_path / "p.st")
         with pytest.raises(FeatureSetError, match=r"features\.planted\.probe\.sha256 is"):
             load_feature_set(file)
-        with pytest.raises(ProbeError, match=f"has {D} entries, not 9"):
+        with pytest.raises(ProbeError, match=rf"found shape \[{D}\], expected \[9\]"):
             read_probe(probes["p"], 9)
         (tmp_path / "p.st").unlink()
         with pytest.raises(FeatureSetError, match=r"features\.planted\.probe\.file"):

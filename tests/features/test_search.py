@@ -49,7 +49,7 @@ def test_probe_reads_one_token_among_many() -> None:
     """The probe's largest logit finds a single strong token."""
     probe, validated = fit_probe(corpus("search"), seed=0)
     held = corpus("holdout")
-    logits = probe.logits(held.x)
+    logits = probe.logits(held.by_layer)
     assert validated > 0.9
     assert probe.w.dtype == np.float32
     assert logits.shape == (len(held.tokens),)

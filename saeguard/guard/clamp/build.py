@@ -31,17 +31,17 @@ def build_clamps(
         may_enforce: ids of shadow policies that a request may have enforced.
 
     Raises:
-        WatchListError: two policies clamp one latent, or a feature names no clamp latents.
+        WatchListError: two policies clamp one latent, a feature names no clamp latents, or a clamp
+            depends on another layer than that of its SAE.
     """
     clamps = []
+    layers = {
+        i: _layer(policy, feature_sets[policy.feature_set])
+        for i, policy in enumerate(policies)
+        if policy.action == "clamp" and (policy.mode == "enforce" or policy.id in may_enforce)
+    }
     for hook in hooks:
-        owners = [
-            i
-            for i, p in enumerate(policies)
-            if p.action == "clamp"
-            and (p.mode == "enforce" or p.id in may_enforce)
-            and feature_sets[p.feature_set].sae.layer == hook.layer
-        ]
+        owners = [i for i, layer in layers.items() if layer == hook.layer]
         target: dict[tuple[str, int], tuple[int, float, float, float]] = {}
         for local, i in enumerate(owners):
             policy = policies[i]
@@ -49,11 +49,6 @@ def build_clamps(
             assert policy.clamp is not None
             for name in policy.clamp.features:
                 feature = features.features[name]
-                if not feature.clamp:
-                    raise WatchListError(
-                        f"{policy.path}: clamp: feature {name!r} of {features.path} names no "
-                        "clamp latents"
-                    )
                 for term in feature.clamp:
                     key = (policy.feature_set, term.latent)
                     wanted = (local, *_edit(policy, policy.clamp, feature, term.weight))
@@ -70,11 +65,9 @@ def build_clamps(
             (set_id, latent): row
             for set_id in sets
             for latents in [[x for s, x in target if s == set_id]]
-            for latent, row in zip(
-                latents,
-                read_decoder_rows(feature_sets[set_id].sae.inspect(), latents),
-                strict=True,
-            )
+            for sae in [feature_sets[set_id].sae]
+            if sae is not None
+            for latent, row in zip(latents, read_decoder_rows(sae.inspect(), latents), strict=True)
         }
         clamps.append(
             ClampRows(
@@ -89,6 +82,31 @@ def build_clamps(
             )
         )
     return tuple(clamps)
+
+
+def _layer(policy: Policy, features: FeatureSet) -> int:
+    """Return the layer that a policy clamps.
+
+    The rules of a clamp run where it edits, on what that layer's tap has just read.
+    """
+    assert policy.clamp is not None
+    for name in policy.clamp.features:
+        if features.sae is None or not features.features[name].clamp:
+            raise WatchListError(
+                f"{policy.path}: clamp: feature {name!r} of {features.path} names no clamp "
+                "latents; a probe detects only, so use another action or another feature"
+            )
+    assert features.sae is not None
+    for selection in policy.detect.values():
+        read = features.layers_of(features.features[selection.feature])
+        if read != (features.sae.layer,):
+            raise WatchListError(
+                f"{policy.path}: detect: feature {selection.feature!r} of {features.path} reads "
+                f"layer {', '.join(map(str, read))}, but the clamp edits layer "
+                f"{features.sae.layer} and sees nothing else; detect by features of that layer, "
+                "or use another action"
+            )
+    return features.sae.layer
 
 
 def _edit(
