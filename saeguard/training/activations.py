@@ -26,7 +26,7 @@ MASSIVE = 10.0
 """Norm, in medians, above which a token is left out."""
 SAMPLE_TOKENS = 8192
 """Tokens that the median is taken over."""
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 2048
 """Tokens of one forward pass, padding included."""
 
 

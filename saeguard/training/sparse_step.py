@@ -14,10 +14,8 @@ import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
-LOOSE = 0.7
-"""Share of the last threshold above which the largest activations are searched."""
-PAIRS = 4096
-"""(row, latent) pairs that are gathered at once; more would not stay in the cache."""
+LOOSE = (0.9, 0.7, 0.0)
+"""Shares of the last threshold above which the largest activations are searched, in turn."""
 
 
 class SparseBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]
@@ -59,9 +57,11 @@ class SparseBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]
     def _largest(self, z: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return row and latent of the `count` largest positive entries of `z`, row by row."""
         flat = z.flatten()
-        at = (flat > LOOSE * float(self.topk_threshold)).nonzero().flatten()
-        if len(at) < count:  # there is no threshold yet, or it is too high
-            at = (flat > 0).nonzero().flatten()
+        last = float(self.topk_threshold)
+        for share in LOOSE if last > 0 else (0.0,):
+            at = (flat > share * last).nonzero().flatten()
+            if len(at) >= count:
+                break
         if len(at) > count:
             at = at[flat[at].topk(count, sorted=False).indices].sort().values
         return at // z.shape[1], at % z.shape[1]
@@ -114,16 +114,9 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         acts, W, rows, latents = ctx.saved_tensors
         by_latent = _csr(acts, rows, latents, (len(grads[0]), len(W)), transposed=True)
-        return _pairs(grads[0], W, rows, latents), by_latent @ grads[0], None, None, None
-
-
-def _pairs(
-    x: torch.Tensor, W: torch.Tensor, rows: torch.Tensor, latents: torch.Tensor
-) -> torch.Tensor:
-    """Return `x[row] @ W[latent]` of each pair."""
-    starts = range(0, len(rows), PAIRS)
-    parts = [(x[rows[i : i + PAIRS]] * W[latents[i : i + PAIRS]]).sum(1) for i in starts]
-    return torch.cat(parts)
+        # All products are cheaper than those of the pairs, whose rows would have to be gathered.
+        acts_grad = (grads[0] @ W.t())[rows, latents]
+        return acts_grad, by_latent @ grads[0], None, None, None
 
 
 def _csr(
