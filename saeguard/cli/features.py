@@ -16,7 +16,7 @@ from saeguard.cli.options import ModelOption, existing_file, existing_folder
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from saeguard.features.corpus import Corpus
     from saeguard.features.search import Search
@@ -149,26 +149,23 @@ def calibrate(
         Path | None, typer.Option(help="Feature-set file to write. Default: --set.")
     ] = None,
 ) -> None:
-    """Set each feature's range and threshold, and write the measured rates into the feature set."""
+    """Set each feature's range and threshold, and write the measured rates into the feature set.
+
+    The set may be new: ranges, thresholds and digests that it lacks are found here. A behaviour
+    without labelled files keeps its range, and its true-positive rate is not measured.
+    """
     from saeguard.features.calibrate import Texts
     from saeguard.features.calibrate import calibrate as set_thresholds
     from saeguard.features.load import load_feature_set, sae_of, save_feature_set
     from saeguard.hf.corpus import read_corpus
     from saeguard.hf.model import check_model
 
-    features = load_feature_set(set_)
+    features = load_feature_set(set_, unfinished=True)
     if topk is not None:
         sae_of(features)
     span = _window(for_)
     behaviours = dict.fromkeys(f.behaviour for f in features.features.values())
-    pairs = {
-        behaviour: (
-            labelled / f"{behaviour}.search.jsonl",
-            labelled / f"{behaviour}.holdout.jsonl",
-        )
-        for behaviour in behaviours
-        if labelled is not None
-    }
+    pairs = {} if labelled is None else _pairs(labelled, behaviours)
     given = [benign, *([] if check is None else [check])]
     lm = _load_after(model, [*given, *(path for pair in pairs.values() for path in pair)])
     check_model(lm, features)
@@ -200,6 +197,21 @@ def calibrate(
         )
     target = out or set_
     save_feature_set(replace(features, features=done, status="calibrated"), target)
+    _print_unlabelled([n for n, f in done.items() if labelled and f.behaviour not in pairs])
+    _print_thresholds(done, f"{span[0]} of {span[1]}")
+    if features.sae is not None and features.sae.approximation is not None:
+        typer.echo(f"TopK latents are {features.sae.approximation.in_words}.")
+    typer.echo(f"Wrote {target}.")
+
+
+def _print_unlabelled(names: Sequence[str]) -> None:
+    if names:
+        typer.echo(f"Not calibrated with labels, for want of files: {', '.join(names)}.")
+
+
+def _print_thresholds(done: Mapping[str, Feature], window: str) -> None:
+    from saeguard.features.weakness import weaknesses
+
     for name, feature in done.items():
         measured = feature.evidence.get("fpr_holdout", feature.evidence["fpr_calibration"])
         low, high = measured["interval"]
@@ -207,9 +219,25 @@ def calibrate(
             f"{name}: threshold {feature.threshold:g}, ordinary texts above it "
             f"{measured['rate']:.2%} ({low:.2%} to {high:.2%} of {measured['texts']})"
         )
-    if features.sae is not None and features.sae.approximation is not None:
-        typer.echo(f"TopK latents are {features.sae.approximation.in_words}.")
-    typer.echo(f"Wrote {target}.")
+        for reason in weaknesses(feature, feature.threshold, window):
+            typer.echo(f"{name}: warning: {reason}", err=True)
+
+
+def _pairs(folder: Path, behaviours: Iterable[str]) -> dict[str, tuple[Path, Path]]:
+    """Return the search and hold-out files of each behaviour that has one of them.
+
+    Raises:
+        InputError: the folder holds files of none.
+    """
+    named = {
+        behaviour: (folder / f"{behaviour}.search.jsonl", folder / f"{behaviour}.holdout.jsonl")
+        for behaviour in behaviours
+    }
+    there = {behaviour: pair for behaviour, pair in named.items() if any(p.exists() for p in pair)}
+    if not there:
+        wanted = " or ".join(pair[0].name for pair in named.values())
+        raise InputError(f"--labelled: {folder} holds no {wanted}; name the files so")
+    return there
 
 
 def _window(phrase: str) -> tuple[int, int]:

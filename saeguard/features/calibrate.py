@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from saeguard.features.corpus import Corpus, Scope, peaks
+from saeguard.features.measure_edit import measure_edit
 from saeguard.features.probe import read_probe
 from saeguard.features.search import read_values
-from saeguard.features.stats import rate
+from saeguard.features.stats import auroc, auroc_interval, rate
 from saeguard.features.types import Feature, FeatureSet
 from saeguard.features.value import share
+from saeguard.features.weakness import FEW
 
 MIN_SHARE = 0.05
 """Least threshold: a latent that is silent on ordinary texts must still rise out of the noise."""
@@ -28,6 +30,11 @@ SNIPPETS = 5
 AROUND = 14
 """Tokens shown on each side of a snippet's strongest one."""
 DIGITS = 4
+
+MEASURED = ("fpr_holdout", "tpr_holdout", "twin_rate_holdout")
+"""What holds for one threshold, and is dropped if another is set without measuring it again."""
+RANGED = ("reach",)
+"""What holds for one range."""
 
 Decode = Callable[[list[int]], str]
 
@@ -93,14 +100,10 @@ def calibrate(
     benign = texts.benign.scoped(scope)
     quiet = peaks_of(benign)
     split = texts.split and texts.split.scoped(scope).of_kind(kind)
-    if split is not None:
-        low = float(np.median(quiet)) if feature.probe is not None else 0.0
-        # A feature that is no stronger on positives has no range; keep it finite for the report.
-        high = max(float(np.quantile(peaks_of(split)[split.label], 0.99)), low + 1e-3)
-        feature = replace(feature, low=_rounded(low), high=_rounded(high))
-    elif features.status == "published":
-        # No range was measured: 1 is then as strong as ordinary texts showed.
-        feature = replace(feature, low=0.0, high=_rounded(max(float(quiet.max()), 1e-3)))
+    positive = None if split is None else peaks_of(split)[split.label]
+    before = feature.low, feature.high
+    feature = _with_range(features, feature, quiet, positive)
+    stale = MEASURED if (feature.low, feature.high) == before else (*MEASURED, *RANGED)
     threshold = threshold_for(shares(feature, quiet), fpr)
     feature = replace(feature, threshold=threshold)
 
@@ -108,7 +111,8 @@ def calibrate(
         out: np.ndarray = shares(feature, peaks_of(corpus)) > threshold
         return out
 
-    evidence: dict[str, Any] = dict(feature.evidence) | {
+    kept = {key: value for key, value in feature.evidence.items() if key not in stale}
+    evidence: dict[str, Any] = kept | {
         "window": f"{k} of {n}",
         "fpr_target": fpr,
         "fpr_calibration": _rate(above(benign)),
@@ -120,10 +124,33 @@ def calibrate(
         fired = above(holdout)
         evidence["tpr_holdout"] = _rate(fired[holdout.label])
         evidence["twin_rate_holdout"] = _rate(fired[~holdout.label])
+        if "holdout" not in evidence:  # by a search, usually
+            evidence["holdout"] = _area(holdout, peaks_of(holdout))
+    shown = texts.holdout or texts.split
+    if shown is not None:
+        evidence["reach"] = _reach(features, feature, shown.scoped(scope).of_kind(kind))
+    if feature.clamp:
+        evidence["edit"] = measure_edit(features, feature, benign)
     if decode is not None and split is not None:
         at_tokens = shares(feature, values(features, feature, split))
         evidence["snippets"] = snippets(split, at_tokens, decode)
     return replace(feature, evidence=evidence)
+
+
+def _with_range(
+    features: FeatureSet, feature: Feature, quiet: np.ndarray, positive: np.ndarray | None
+) -> Feature:
+    """Return a feature with the range that ordinary and positive texts' peaks [texts] show."""
+    low = float(np.median(quiet)) if feature.probe is not None else 0.0
+    if positive is not None:
+        high = float(np.quantile(positive, 0.99))
+    elif features.status == "published" or math.isnan(feature.low) or math.isnan(feature.high):
+        # No range was measured: 1 is then as strong as ordinary texts showed.
+        high = float(quiet.max())
+    else:
+        return feature
+    # A feature that is no stronger on positives has no range; keep it finite for the report.
+    return replace(feature, low=_rounded(low), high=_rounded(max(high, low + 1e-3)))
 
 
 def threshold_for(share: np.ndarray, fpr: float) -> float:
@@ -167,8 +194,20 @@ def snippets(corpus: Corpus, share: np.ndarray, decode: Decode) -> list[Mapping[
     return list(shown.values())
 
 
+def _reach(features: FeatureSet, feature: Feature, labelled: Corpus) -> float:
+    """Return the share that the fraction `FEW` of the positives exceeds with any token."""
+    single = peaks(labelled, values(features, feature, labelled))[labelled.label]
+    return threshold_for(shares(feature, single), FEW)
+
+
 def _rate(fired: np.ndarray) -> dict[str, Any]:
     return rate(int(fired.sum()), len(fired))
+
+
+def _area(corpus: Corpus, scores: np.ndarray) -> dict[str, Any]:
+    low, high = auroc_interval(scores, corpus.label, corpus.template, seed=0)
+    area = float(auroc(scores, corpus.label))
+    return {"auroc": round(area, 4), "interval": [round(low, 4), round(high, 4)]}
 
 
 def _rounded(value: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from saeguard.features.schema import FeaturePart, FeatureSetFile, ModelPart, ProbePart, SaePart
@@ -11,32 +12,61 @@ from saeguard.yaml_files.reader import Document, Loc
 MEASURE = "`saeguard features calibrate --topk approximate`"
 
 
+CALIBRATE = "`saeguard features calibrate`"
+
+
 def disagreements(content: FeatureSetFile, document: Document) -> Iterator[Finding]:
-    """Yield every contradiction between parts of the file.
+    """Yield everything for which the file cannot be served.
+
+    Args:
+        content: the file, each of whose parts is well-formed.
+        document: the same with positions.
+    """
+    yield from contradictions(content, document)
+    yield from _unfinished(content, document)
+
+
+def contradictions(content: FeatureSetFile, document: Document) -> Iterator[Finding]:
+    """Yield every contradiction between parts of the file that calibration does not set.
 
     Args:
         content: the file, each of whose parts is well-formed.
         document: the same with positions.
     """
     if content.sae is not None:
-        yield from _sae(content.sae, content, document)
+        yield from _shape(content.sae, content.model, document)
+        yield from _name_of_sae(content.sae, document)
+        yield from _measured(content.sae, document)
     for name, feature in content.features.items():
         yield from _feature(content.sae, name, feature, document)
         if feature.probe is not None:
             yield from _layers(content, name, feature.probe, document)
 
 
-def _sae(sae: SaePart, content: FeatureSetFile, document: Document) -> Iterator[Finding]:
-    yield from _shape(sae, content.model, document)
-    yield from _name_of_sae(sae, document)
-    yield from _measured(sae, document)
-    if sae.sha256 is None and content.status != "published":
+def _unfinished(content: FeatureSetFile, document: Document) -> Iterator[Finding]:
+    """Yield a finding for each value that `saeguard features calibrate` is still to set."""
+    if content.sae is not None and content.sae.sha256 is None and content.status != "published":
         message = (
             'the key "sha256" is missing: features hold only for the checkpoint they were found '
-            "in; run `saeguard features calibrate`, or write status: published if the set "
-            "was never calibrated"
+            f"in; run {CALIBRATE}, or write status: published if the set was never calibrated"
         )
         yield document.error("not-pinned", message, ("sae",), at_key=True)
+    for name, feature in content.features.items():
+        here: Loc = ("features", name)
+        keys = ("low", "high", "threshold")
+        missing = [key for key in keys if math.isnan(getattr(feature, key))]
+        if missing:
+            message = (
+                f"the feature has no {', '.join(missing)} yet; run {CALIBRATE}, which "
+                "finds its range and its threshold"
+            )
+            yield document.error("not-calibrated", message, here, at_key=True)
+        elif feature.low >= feature.high:
+            message = (
+                f"low ({feature.low:g}) must be below high ({feature.high:g}): a share is "
+                "(value - low) / (high - low)"
+            )
+            yield document.error("empty-range", message, (*here, "low"))
 
 
 def _shape(sae: SaePart, model: ModelPart, document: Document) -> Iterator[Finding]:
@@ -144,12 +174,6 @@ def _feature(
         found = "neither" if feature.detect is None else "both"
         message = f"found {found} of detect and probe; give either detect or probe"
         yield document.error("detect-or-probe", message, here, at_key=True)
-    if feature.low >= feature.high:
-        message = (
-            f"low ({feature.low:g}) must be below high ({feature.high:g}): a share is "
-            "(value - low) / (high - low)"
-        )
-        yield document.error("empty-range", message, (*here, "low"))
     for key, latents in (("detect", feature.detect or {}), ("clamp", feature.clamp)):
         for latent in latents:
             loc = (*here, key, latent)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from saeguard.features.consistency import disagreements
+from saeguard.features.consistency import contradictions, disagreements
 from saeguard.features.feature_template import SCHEMA as TEMPLATE
 from saeguard.features.feature_template import FeatureTemplateFile, is_template
 from saeguard.features.schema import SCHEMA, FeatureSetFile
@@ -36,13 +36,17 @@ def read_feature_set_file(path: Path) -> FeatureSetFile:
     return read_with_positions(path)[0]
 
 
-def read_with_positions(path: Path) -> tuple[FeatureSetFile, Document]:
+def read_with_positions(path: Path, *, unfinished: bool = False) -> tuple[FeatureSetFile, Document]:
     """Read and check the file at `path`; also return where each of its values stands.
+
+    Args:
+        path: of the file.
+        unfinished: accept a set that is still to be calibrated; values that it lacks are NaN.
 
     Raises:
         FeatureSetError: every mistake in the file.
     """
-    return _read(path, FeatureSetFile, disagreements)
+    return _read(path, FeatureSetFile, contradictions if unfinished else disagreements)
 
 
 def read_feature_file(path: Path) -> FeatureSetFile | FeatureTemplateFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saeguard.atomic_files import staged
-from saeguard.features.files import FeatureSetError, read_feature_set_file, read_with_positions
+from saeguard.features.files import FeatureSetError, read_with_positions
 from saeguard.features.pins import verify_pins
 from saeguard.features.schema import SCHEMA, FeaturePart, FeatureSetFile, SaePart, layers_read
 from saeguard.features.topk_thresholds import approximation, as_plain
@@ -24,19 +25,23 @@ from saeguard.yaml_files.writer import as_yaml
 __all__ = ["FeatureSetError", "load_feature_set", "save_feature_set"]
 
 
-def load_feature_set(path: str | Path, *, verify: bool = True) -> FeatureSet:
+def load_feature_set(
+    path: str | Path, *, verify: bool = True, unfinished: bool = False
+) -> FeatureSet:
     """Load the feature set in the file at `path`.
 
     Args:
         path: a YAML file of schema `saeguard.features/v1`.
         verify: compare the SAE and the probes with what the file pins.
+        unfinished: accept a set that is still to be calibrated; ranges and thresholds that it
+            lacks are NaN.
 
     Raises:
         FeatureSetError: the file is wrong, or a checkpoint is not the one it was made for; then
             the message holds both values.
     """
     file = Path(path).resolve()
-    content, document = read_with_positions(file)
+    content, document = read_with_positions(file, unfinished=unfinished)
     features = FeatureSet(
         id=content.id,
         path=file,
@@ -65,7 +70,7 @@ def save_feature_set(features: FeatureSet, path: str | Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     text = as_yaml(_plain(features, file.parent))
     with staged(file, text) as part:
-        read_feature_set_file(part)
+        read_with_positions(part, unfinished=not features.calibrated)
         part.replace(file)
 
 
@@ -196,9 +201,11 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
             "behaviour": f.behaviour,
             **read,
             **({"clamp": weights(f.clamp)} if f.clamp else {}),
-            "low": float(f.low),
-            "high": float(f.high),
-            "threshold": float(f.threshold),
+            **{
+                key: float(value)
+                for key in ("low", "high", "threshold")
+                if not math.isnan(value := getattr(f, key))
+            },
             **({"evidence": dict(f.evidence)} if f.evidence else {}),
         }
 

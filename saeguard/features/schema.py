@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -139,9 +140,9 @@ class FeaturePart(Section):
     detect: dict[Latent, Weight] | None = Field(default=None, min_length=1)
     probe: ProbePart | None = None
     clamp: dict[Latent, Weight] = Field(default_factory=dict)
-    low: float
-    high: float
-    threshold: float = Field(gt=0)
+    low: float = Field(default=math.nan, description="Value at share 0; `calibrate` finds it.")
+    high: float = Field(default=math.nan, description="Value at share 1; `calibrate` finds it.")
+    threshold: float = Field(default=math.nan, gt=0, description="A share; `calibrate` finds it.")
     evidence: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,7 +88,8 @@ class Feature:
 
     The value at a token is `v = sum(weight * f)` (or the probe's logit). Policies compare
     the *share* `(v - low) / (high - low)` of the calibrated range, so that 0 is quiet and
-    1 is as strong as the calibration texts showed.
+    1 is as strong as the calibration texts showed. Range and threshold are NaN until
+    calibration has set them.
     """
 
     id: str
@@ -133,3 +135,12 @@ class FeatureSet:
     def layers(self) -> tuple[int, ...]:
         """The layers that any of the features reads, in ascending order."""
         return tuple(sorted({x for f in self.features.values() for x in self.layers_of(f)}))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every feature has a range and a threshold."""
+        return not any(
+            math.isnan(number)
+            for f in self.features.values()
+            for number in (f.low, f.high, f.threshold)
+        )

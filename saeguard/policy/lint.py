@@ -15,6 +15,7 @@ from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.load import locate
 from saeguard.policy.published import acts_on_published
 from saeguard.policy.types import Policy
+from saeguard.policy.weak import weak
 from saeguard.yaml_files.codes import Code
 from saeguard.yaml_files.findings import Finding, Level, did_you_mean, show
 from saeguard.yaml_files.reader import Loc
@@ -117,6 +118,7 @@ def of_feature_set(policy: Policy, document: FeatureSetFile) -> Iterator[Finding
     if acting is not None:
         yield acting
     yield from _seen_by_clamp(policy, document)
+    yield from weak(policy, document)
     stand_ins = stand_ins_read(policy, document)
     if stand_ins is not None:
         message = (

@@ -123,6 +123,7 @@ def parse_policy(path: Path, raw: bytes) -> tuple[Policy | None, list[Finding]]:
         digest=digest(document.data),
         sample=content.sample,
         message=content.message,
+        accept_weak=content.accept_weak,
     )
     return policy, []
 

@@ -217,6 +217,11 @@ class PolicyFile(Section):
         default=None,
         description="What the client reads in place of the text, with action: stop, and only then.",
     )
+    accept_weak: ShortText | None = Field(
+        default=None,
+        description="Why the policy may be enforced although `saeguard check` finds that a feature "
+        "or a threshold is of no use (weak-feature).",
+    )
     exceptions: list[ExceptionSection] = Field(
         default=[], max_length=100, description="Tenants for whom the action is waived for a time."
     )

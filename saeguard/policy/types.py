@@ -157,3 +157,5 @@ class Policy:
     """The share of requests that are looked at."""
     message: str | None = None
     """What a client reads in place of the text if the policy stops a request."""
+    accept_weak: str | None = None
+    """Why the policy may be enforced although its features were measured to be of no use."""

@@ -14,9 +14,11 @@ from saeguard.guard.build_watchlist import build_watchlist
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy import signing
 from saeguard.policy.access import UNRESTRICTED, Access, check_against
+from saeguard.policy.errors import PolicyErrors
 from saeguard.policy.lint import leave_out_templates
 from saeguard.policy.load import Cache, load_policies
 from saeguard.policy.signing import Manifest
+from saeguard.policy.weak import weak
 from saeguard.reload.file_watcher import fingerprint
 
 
@@ -49,6 +51,8 @@ class Loaded(NamedTuple):
     """The signed manifest; None if bundles need no signature."""
     left_out: tuple[str, ...] = ()
     """Ids of policies whose feature set is still an uncalibrated template."""
+    weak: tuple[str, ...] = ()
+    """Reasons for which policies in shadow, or those that accept it, would guard nothing."""
 
 
 @dataclass(slots=True)
@@ -118,8 +122,17 @@ def _load(source: Source, known: ReadCache) -> Loaded:
         digests = {name: features.digest for name, features in sets.items()}
         signing.check_loaded(manifest, source.policies, found, digests)
     may_enforce = source.may_enforce | source.access.ever_enforced(ids)
+    doubts = [f for p in policies for f in weak(p, sets[p.feature_set], may_enforce)]
+    refused = [finding for finding in doubts if finding.level == "error"]
+    if refused:
+        raise PolicyErrors(refused)
     left_out = tuple(sorted({p.id for p in found} - ids)) if notes else ()
-    return Loaded(build_watchlist(policies, sets, may_enforce=may_enforce), manifest, left_out)
+    return Loaded(
+        build_watchlist(policies, sets, may_enforce=may_enforce),
+        manifest,
+        left_out,
+        tuple(finding.render() for finding in doubts),
+    )
 
 
 def _feature_set(path: Path, known: ReadCache) -> FeatureSet:

@@ -69,6 +69,8 @@ def load(settings: Settings) -> policy_source.Loaded:
         log.warning(
             "policies without calibrated features are not served", policies=list(loaded.left_out)
         )
+    for doubt in loaded.weak:
+        log.warning("a policy rests on weak evidence", finding=doubt)
     check_manifest(settings, loaded.manifest)
     return loaded
 

@@ -70,6 +70,8 @@ Code: TypeAlias = Literal[
     "clamp-layer",
     "not-calibrated",
     "approximate-topk",
+    "weak-feature",
+    "strong-edit",
     "other-model",
     "to-do",
     # a feature set

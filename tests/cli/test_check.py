@@ -91,15 +91,21 @@ def test_warnings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_note_fails_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """A policy that acts on the user's messages alone gets a note, and passes `--strict`."""
+    """A policy that acts on the user's messages alone gets a note, and passes `--strict`.
+
+    So does one whose features were never measured on labelled texts.
+    """
     spoil(("mode: shadow", "mode: enforce"), ("scope: output", "scope: user"))
 
     assert run("check", "--strict") == 0
     assert capsys.readouterr().out == (
-        "1 policy read: 0 errors, 0 warnings, 1 note (--notes shows them)\n"
+        "1 policy read: 0 errors, 0 warnings, 2 notes (--notes shows them)\n"
     )
     assert run("check", "--strict", "--notes") == 0
-    assert "policies/p.yaml:9:8: note[forgeable-turn]: the caller of" in capsys.readouterr().out
+    assert "policies/p.yaml:9:8: note[forgeable-turn]: the caller of" in (
+        out := capsys.readouterr().out
+    )
+    assert "note[weak-feature]: not measured on labelled texts" in out
 
 
 def test_broken_feature_set(capsys: pytest.CaptureFixture[str]) -> None:

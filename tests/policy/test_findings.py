@@ -54,6 +54,15 @@ APPROXIMATE = FEATURES.replace(
     f"latents: {{3: {STAND_IN}, 4: {STAND_IN}}}}}",
 )
 
+CHANCE = "holdout: {auroc: 0.531, interval: [0.42, 0.64]}, tpr_holdout: {rate: 0.4}"
+RANDOM = "holdout: {auroc: 0.7, interval: [0.6, 0.8]}, compared: {random_group: {auroc: 0.72}}"
+
+
+def evidence(text: str) -> str:
+    """Return the set in which the first feature's evidence is this."""
+    return FEATURES.replace("threshold: 0.5", f"threshold: 0.5\n    evidence: {{{text}}}", 1)
+
+
 Scene = Callable[[Path], Iterable[Finding]]
 
 
@@ -176,6 +185,32 @@ SCENES: dict[str, Scene] = {
     "ranks that are approximated": lambda f: check(f, BOTH, APPROXIMATE),
     "an approximation that nobody measured": lambda f: check(
         f, BOTH, FEATURES.replace("d_sae: 16", "d_sae: 16, topk: approximate")
+    ),
+    "a feature that tells nothing": lambda f: check(f, BOTH, evidence(CHANCE)),
+    "and enforced without a reason": lambda f: check(
+        f, BOTH.replace("shadow", "enforce"), evidence(CHANCE)
+    ),
+    "or with one": lambda f: check(
+        f, BOTH.replace("mode: shadow", "mode: enforce\naccept_weak: a drill"), evidence(CHANCE)
+    ),
+    "a reason without need": lambda f: check(
+        f, BOTH.replace("mode: shadow", "mode: shadow\naccept_weak: a drill")
+    ),
+    "no better than random latents": lambda f: check(f, BOTH, evidence(RANDOM)),
+    "a threshold that hardly a positive exceeds": lambda f: check(f, BOTH, evidence("reach: 0.55")),
+    "a window that hardly a positive passes": lambda f: check(
+        f, BOTH, evidence("tpr_holdout: {rate: 0.012}, window: 3 of 8")
+    ),
+    "a threshold above the range": lambda f: check(f, BOTH.replace("0.6", "1.2")),
+    "an edit longer than the residual": lambda f: check(
+        f,
+        BOTH.replace("action: flag", CLAMP.replace("0}", "5}")),
+        evidence("edit: {per_activation: 12.0, residual: 98.4}").replace(
+            "detect: {3: 1.0}", "detect: {3: 1.0}\n    clamp: {3: 1.0}"
+        ),
+    ),
+    "a set that is still to be calibrated": lambda f: check(
+        f, BOTH, FEATURES.replace("    low: 0.0\n    high: 2.0\n    threshold: 0.5\n", "", 1)
     ),
     "a feature set of another model": other_model,
     "an expired exception": lambda f: check(f, GOOD.replace("2027-03-31", "2026-03-31")),
