@@ -150,6 +150,7 @@ def choose(found: Search, wanted: Wanted) -> Finding:
     if wanted.secure or wanted.single:
         return found.latents[0]
     group, probe = found.group, found.probe
+    assert group is not None
     assert group.auroc_validation is not None
     assert probe.auroc_validation is not None
     if group.auroc_validation >= probe.auroc_validation - READABLE:
@@ -290,6 +291,7 @@ def evidence_of(wanted: Wanted, finding: Finding, found: Search) -> dict[str, An
         low, high = f.interval
         return {"auroc": round(f.auroc_holdout, 4), "interval": [round(low, 4), round(high, 4)]}
 
+    assert found.group is not None
     return {
         "scope": wanted.scope,
         **({"kind": wanted.kind} if wanted.kind else {}),

@@ -35,6 +35,7 @@ def markdown(features: FeatureSet, findings: dict[str, Search], fpr: float) -> s
     ]
     for name, found in findings.items():
         terms = features.features[name].detect
+        assert found.group is not None
         form = "probe" if not terms else f"{len(terms)} latents" if terms[1:] else "one latent"
         cells = [_area(f) for f in (found.probe, found.group, found.latents[0], found.controls[0])]
         lines.append(f"| `{name}` | {form} | " + " | ".join(cells) + " |")

@@ -37,9 +37,6 @@ verb.command("fired")(fired.verb)
 @verb.command()
 def search(
     model: ModelOption,
-    sae: Annotated[
-        Path, typer.Option(help="Folder of an SAE checkpoint.", callback=existing_folder)
-    ],
     data: Annotated[
         Path,
         typer.Option(help="Labelled texts (JSON lines) to choose on.", callback=existing_file),
@@ -53,6 +50,20 @@ def search(
     ],
     behaviour: Annotated[str, typer.Option(help="Name of the behaviour, for the report.")],
     out: Annotated[Path, typer.Option(help="Report to write, JSON.")],
+    sae: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an SAE checkpoint. Without one, only probes are searched.",
+            callback=existing_folder,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers for probes, such as 14,18,22: each alone and all together. "
+            "Default: the SAE's."
+        ),
+    ] = None,
     kind: Annotated[
         str | None, typer.Option(help="Use positives of this kind only. Default: all kinds.")
     ] = None,
@@ -72,7 +83,7 @@ def search(
     ] = 8,
     seed: Annotated[int, _SEED] = 0,
 ) -> None:
-    """Rank single latents, a weighted group and a linear probe as detectors of a behaviour.
+    """Rank single latents, a weighted group and linear probes as detectors of a behaviour.
 
     Everything is chosen on --data; AUROC and its 95 % interval are measured on --holdout.
     """
@@ -81,24 +92,30 @@ def search(
     from saeguard.hf.corpus import read_corpus
     from saeguard.sae import inspect
 
-    info = inspect(sae)
+    info = None if sae is None else inspect(sae)
+    if info is None and layers is None:
+        raise InputError("found neither --sae nor --layers; give --layers 14,18,22 for probes")
+    probed = [] if layers is None else _layers(layers)
+    read_layers = sorted({*probed, *([] if info is None else [info.layer])})
     lm = _load_after(model, [data, holdout, *([] if benign is None else [benign])])
 
     def read(path: Path) -> Corpus:
-        return read_corpus(lm, path, [info.layer], lm.special_tokens).scoped(scope)
+        return read_corpus(lm, path, read_layers, lm.special_tokens).scoped(scope)
 
     split = read(data).of_kind(kind)
     if benign is not None:
         split = with_ordinary(split, read(benign))
     held = read(holdout).of_kind(kind)
-    found = find(info, split, held, top=top, group_size=group_size, seed=seed)
+    found = find(
+        info, split, held, layers=probed or None, top=top, group_size=group_size, seed=seed
+    )
     report = {
         "behaviour": behaviour,
         "kind": kind,
         "scope": scope,
         "seed": seed,
         "model": lm.name,
-        "sae": {"sha256": info.sha256, "layer": info.layer},
+        "sae": None if info is None else {"sha256": info.sha256, "layer": info.layer},
         "texts": {"search": len(split), "holdout": len(held)},
         "findings": found.report(),
     }
@@ -240,6 +257,14 @@ def _pairs(folder: Path, behaviours: Iterable[str]) -> dict[str, tuple[Path, Pat
     return there
 
 
+def _layers(text: str) -> list[int]:
+    """Return the layers of `--layers`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"--layers: found {text!r}; expected layers, such as 14,18,22")
+    return sorted({int(part) for part in parts})
+
+
 def _window(phrase: str) -> tuple[int, int]:
     """Return `(k, n)` of a window in tokens."""
     from saeguard.policy.phrases import window
@@ -283,13 +308,16 @@ def _print_table(found: Search, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("form", "made of", "AUROC search", "AUROC hold-out", "95 %", title=title)
+    table = Table(
+        "form", "made of", "AUROC search", "AUROC folds", "AUROC hold-out", "95 %", title=title
+    )
     for finding in found.findings:
         low, high = finding.interval
         table.add_row(
             finding.form,
             finding.name,
             f"{finding.auroc_search:.3f}",
+            "" if finding.auroc_validation is None else f"{finding.auroc_validation:.3f}",
             f"{finding.auroc_holdout:.3f}",
             f"{low:.3f} to {high:.3f}",
         )

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from saeguard.features.room import stacked, taken
 from saeguard.features.window import window_score
 
 Scope = Literal["prompt", "output", "both"]
@@ -82,7 +83,7 @@ class Corpus:
         tokens = texts[self.owner]
         return replace(
             self,
-            x=self.x[torch.from_numpy(tokens)],
+            x=taken(self.x, torch.from_numpy(tokens)),
             tokens=self.tokens[tokens],
             lengths=self.lengths[texts],
             output=self.output[tokens],
@@ -105,7 +106,7 @@ def join(first: Corpus, second: Corpus) -> Corpus:
         return out
 
     return Corpus(
-        x=torch.cat([first.x, second.x]),
+        x=stacked([first.x, second.x]),
         layers=first.layers,
         tokens=both("tokens"),
         lengths=both("lengths"),

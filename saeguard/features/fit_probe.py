@@ -1,11 +1,19 @@
-"""Fit a linear probe: its largest logit over a text separates texts that show a behaviour."""
+"""Fit linear probes: the largest logit over a text separates texts that show a behaviour.
+
+A probe is a logistic regression with an L2 penalty on standardised residuals, folded back into the
+residual's own units. On several layers it reads their residuals side by side.
+"""
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from saeguard.features.corpus import Corpus, peaks
 from saeguard.features.latent_groups import folds
@@ -14,64 +22,134 @@ from saeguard.features.stats import auroc
 
 RECIPES = ("mean", "tokens", "peak")
 """What a text is in training: the mean of its tokens, each of them, or its strongest one."""
-STRENGTHS = (0.001, 0.01, 0.1)
+STRENGTHS = (0.0001, 0.001, 0.01, 0.1)
 """Inverse L2 penalties, on standardised residuals."""
 MOST_TOKENS = 8000
+"""Tokens that are drawn to fit on, and to standardise by."""
 ROUNDS = 3
 """Of picking each text's strongest token and fitting again, as in multiple-instance learning."""
 
 
-def fit_probe(corpus: Corpus, seed: int) -> tuple[Probe, float]:
-    """Fit a probe by the recipe that does best on templates left out of the fit.
+class Fitted(NamedTuple):
+    """A probe that was fitted on all of the search split."""
 
-    Returns the probe, fitted on all of `corpus`, and that recipe's AUROC on the templates left out.
+    probe: Probe
+    validated: float
+    """AUROC on templates that were left out of the fit; recipe and penalty were chosen by it."""
+
+
+class Inputs(NamedTuple):
+    """What a fit reads of a corpus at some of its layers."""
+
+    corpus: Corpus
+    parts: tuple[torch.Tensor, ...]
+    """[T, d_in] residuals of each layer, views."""
+    means: np.ndarray
+    """[texts, layers * d_in] mean of each text's tokens in scope."""
+
+    def rows(self, tokens: np.ndarray) -> np.ndarray:
+        """Return [tokens, layers * d_in] residuals of the tokens with these indices."""
+        which = torch.from_numpy(tokens)
+        return torch.cat([part[which] for part in self.parts], 1).numpy()
+
+    def logits(self, w: np.ndarray) -> np.ndarray:
+        """Return [T, columns] float32 without bias for the directions `w` [layers * d_in, columns].
+
+        The residuals are not copied: they may be larger than memory.
+        """
+        weights = torch.split(torch.from_numpy(w.astype(np.float32)), self.parts[0].shape[1])
+        out = self.parts[0] @ weights[0]
+        for part, weight in zip(self.parts[1:], weights[1:], strict=True):
+            out += part @ weight
+        found: np.ndarray = out.numpy()
+        return found
+
+
+def fit_probe(corpus: Corpus, seed: int, layers: Sequence[int] | None = None) -> Fitted:
+    """Fit a probe by the recipe and penalty that do best on templates left out of the fit.
 
     Args:
-        corpus: the search split; nothing else may choose the recipe.
+        corpus: the search split; nothing else may choose.
         seed: of the choice of tokens, if there are too many.
+        layers: what it reads; None for all of the corpus's layers.
     """
-    options = list(product(RECIPES, STRENGTHS))
+    layers = corpus.layers if layers is None else tuple(layers)
+    inputs = _inputs(corpus, layers)
+    options = [(recipe, strength) for recipe in RECIPES for strength in STRENGTHS]
     areas = np.zeros(len(options))
     splits = list(folds(corpus))
     for train, held in splits:
-        part, rest = corpus.select(train), corpus.select(held)
-        for i, (recipe, strength) in enumerate(options):
-            probe = _fit(part, recipe, strength, seed)
-            areas[i] += auroc(peaks(rest, probe.logits(rest.by_layer)), rest.label)
+        w = np.stack([w for w, _ in _fit_all(inputs, train, RECIPES, STRENGTHS, seed)], 1)
+        areas += auroc(peaks(corpus, inputs.logits(w))[held], corpus.label[held])
     best = int(np.argmax(np.round(areas, 6)))
-    return _fit(corpus, *options[best], seed), float(areas[best]) / max(len(splits), 1)
+    recipe, strength = options[best]
+    ((w, b),) = _fit_all(inputs, np.ones(len(corpus), bool), (recipe,), (strength,), seed)
+    note = f"logistic regression on {recipe}, C={strength}"
+    rows = w.astype(np.float32).reshape(len(layers), -1)
+    return Fitted(Probe(layers, rows, b, note), float(areas[best]) / max(len(splits), 1))
 
 
-def _fit(corpus: Corpus, recipe: str, strength: float, seed: int) -> Probe:
-    looked = corpus.looked
-    x = corpus.x.numpy()[looked]
-    owner = corpus.owner[looked]
-    center, spread = x.mean(0), x.std(0) + 1e-6
-    x = (x - center) / spread
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    means = np.add.reduceat(x, starts, axis=0) / np.diff([*starts, len(x)])[:, None]
-    if recipe == "tokens":
-        rng = np.random.default_rng(seed)
-        drawn = rng.permutation(len(x))[:MOST_TOKENS]
-        w, b = _logistic(x[drawn], corpus.label[owner[drawn]], strength)
-    else:
-        w, b = _logistic(means, corpus.label, strength)
-    for _ in range(ROUNDS if recipe == "peak" else 0):
-        # Within a text the first of its tokens in descending order of logit is its peak.
-        order = np.lexsort((-(x @ w), owner))
-        w, b = _logistic(x[order[starts]], corpus.label, strength)
-    w = w / spread
-    return Probe(
-        corpus.layers,
-        w.astype(np.float32).reshape(len(corpus.layers), -1),
-        float(b - center @ w),
-        f"logistic regression on {recipe}, C={strength}",
-    )
+def _inputs(corpus: Corpus, layers: Sequence[int]) -> Inputs:
+    parts = tuple(corpus.at(layer) for layer in layers)
+    width = parts[0].shape[1]
+    means = np.empty((len(corpus), len(parts) * width), np.float32)
+    looked = torch.from_numpy(corpus.looked)
+    edges = [*corpus.starts.tolist(), len(corpus.tokens)]
+    for i in range(len(corpus)):
+        text = slice(edges[i], edges[i + 1])
+        for j, part in enumerate(parts):
+            means[i, j * width : (j + 1) * width] = part[text][looked[text]].mean(0).numpy()
+    return Inputs(corpus, parts, means)
 
 
-def _logistic(x: np.ndarray, label: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
-    model = LogisticRegression(
-        C=strength, class_weight="balanced", solver="newton-cholesky", max_iter=100
-    )
-    model.fit(x, label)
-    return model.coef_[0], float(model.intercept_[0])
+def _fit_all(
+    inputs: Inputs,
+    train: np.ndarray,
+    recipes: Sequence[str],
+    strengths: Sequence[float],
+    seed: int,
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield a direction [layers * d_in] and a bias for each recipe, and for each penalty of it.
+
+    Args:
+        inputs: of the search split.
+        train: [texts] bool, the texts to fit on.
+        recipes: some of `RECIPES`.
+        strengths: inverse penalties.
+        seed: of the choice of tokens.
+    """
+    corpus = inputs.corpus
+    label = corpus.label[train]
+    tokens = np.flatnonzero(corpus.looked & train[corpus.owner])
+    drawn = np.random.default_rng(seed).permutation(tokens)[:MOST_TOKENS]
+    x = inputs.rows(drawn)
+    fit = partial(_logistic, StandardScaler().fit(x))
+    for recipe in recipes:
+        if recipe == "tokens":
+            of_token = corpus.label[corpus.owner[drawn]]
+            fitted = [fit(x, of_token, c) for c in strengths]
+        else:
+            fitted = [fit(inputs.means[train], label, c) for c in strengths]
+        for _ in range(ROUNDS if recipe == "peak" else 0):
+            values = inputs.logits(np.stack([w for w, _ in fitted], 1))
+            peak = [_strongest(corpus, column)[train] for column in values.T]
+            fitted = [fit(inputs.rows(at), label, c) for at, c in zip(peak, strengths, strict=True)]
+        yield from fitted
+
+
+def _strongest(corpus: Corpus, value: np.ndarray) -> np.ndarray:
+    """Return [texts] the index of each text's token in scope of the highest `value` [T]."""
+    seen = np.where(corpus.looked, value, -np.inf)
+    order = np.lexsort((-seen, corpus.owner))
+    out: np.ndarray = order[corpus.starts]
+    return out
+
+
+def _logistic(
+    scaler: StandardScaler, x: np.ndarray, label: np.ndarray, strength: float
+) -> tuple[np.ndarray, float]:
+    """Return direction and bias in the units of `x` [rows, width]."""
+    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
+    model.fit(scaler.transform(x), label)
+    w = model.coef_[0] / scaler.scale_
+    return w, float(model.intercept_[0] - scaler.mean_ @ w)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from saeguard.errors import InputError
 from saeguard.features.corpus import Corpus, peaks
@@ -23,6 +24,8 @@ from saeguard.features.value import term_values
 from saeguard.sae import SaeInfo, encode_latents, max_per_text
 
 CONTROLS = 20
+TOKENS = 1 << 17
+"""Tokens that all latents are computed on at a time."""
 MIN_HOLD_OUT = 20
 """Least number of texts of each label; a smaller hold-out shows nothing."""
 
@@ -49,10 +52,15 @@ class Finding:
     """How a probe was fitted, or which of the controls this is."""
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that a probe reads; empty for latents, which read the SAE's."""
+        return () if self.probe is None else self.probe.layers
+
+    @property
     def name(self) -> str:
         """What the finding is made of."""
         if self.probe is not None:
-            return "probe"
+            return f"layer {', '.join(map(str, self.layers))}"
         return " + ".join(f"{t.weight:.2g}*{t.latent}" for t in self.terms) or self.form
 
 
@@ -60,16 +68,21 @@ class Finding:
 class Search:
     """The outcome for one behaviour."""
 
-    latents: tuple[Finding, ...]
-    """Best first, by the search split."""
-    group: Finding
     probe: Finding
-    controls: tuple[Finding, ...]
+    """The best by templates left out of the fit."""
+    other_probes: tuple[Finding, ...] = ()
+    """On the other choices of layers."""
+    group: Finding | None = None
+    """None without an SAE; so are latents and controls."""
+    latents: tuple[Finding, ...] = ()
+    """Best first, by the search split."""
+    controls: tuple[Finding, ...] = ()
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """All findings, in the order of the report."""
-        return (self.probe, self.group, *self.latents, *self.controls)
+        group = () if self.group is None else (self.group,)
+        return (self.probe, *self.other_probes, *group, *self.latents, *self.controls)
 
     def report(self) -> list[dict[str, Any]]:
         """Return plain rows, for a file."""
@@ -78,6 +91,7 @@ class Search:
             row = {
                 "form": finding.form,
                 "name": finding.name,
+                "layers": list(finding.layers),
                 "detect": {t.latent: round(t.weight, 4) for t in finding.terms},
                 "auroc_search": round(finding.auroc_search, 4),
                 "auroc_validation": finding.auroc_validation and round(finding.auroc_validation, 4),
@@ -90,10 +104,11 @@ class Search:
 
 
 def search(
-    info: SaeInfo,
+    info: SaeInfo | None,
     split: Corpus,
     holdout: Corpus,
     *,
+    layers: Sequence[int] | None = None,
     top: int = 20,
     group_size: int = 8,
     seed: int = 0,
@@ -101,9 +116,10 @@ def search(
     """Search `split` for detectors and measure them on `holdout`.
 
     Args:
-        info: the SAE that reads the corpora's residuals.
+        info: the SAE that reads the corpora's residuals; without one only probes are searched.
         split: labelled texts to choose on.
         holdout: labelled texts of other templates.
+        layers: for probes: each of them alone, and all together. None for the SAE's.
         top: single latents to report.
         group_size: bound on the latents of a group.
         seed: of resampling and controls.
@@ -112,9 +128,47 @@ def search(
         SearchError: a label is rare, or the splits share templates.
     """
     _check(split, holdout)
-    looked = split.looked
-    counts = np.bincount(split.owner, weights=looked, minlength=len(split)).astype(int)
-    peak = max_per_text(info, split.at(info.layer)[looked], counts.tolist())
+    if layers is None:
+        layers = split.layers if info is None else (info.layer,)
+    probe, *others = search_probes(split, holdout, layers, seed)
+    found = Search(probe, tuple(others))
+    return (
+        found
+        if info is None
+        else _search_latents(found, info, split, holdout, top, group_size, seed)
+    )
+
+
+def search_probes(
+    split: Corpus, holdout: Corpus, layers: Sequence[int], seed: int
+) -> list[Finding]:
+    """Return a probe on each layer and one on all of them, best first.
+
+    They are compared by AUROC on templates of the search split that were left out of the fit. Of
+    equals the one that reads fewer layers wins.
+    """
+    layers = tuple(sorted(set(layers)))
+    alone = [(layer,) for layer in layers]
+    choices = [*alone, layers] if len(layers) > 1 else alone
+    findings = []
+    for choice in choices:
+        probe, validated = fit_probe(split, seed, choice)
+        measured = _measure("probe", (), probe, split, holdout, seed)
+        findings.append(replace(measured, auroc_validation=validated, note=probe.recipe))
+    return sorted(findings, key=lambda f: -round(f.auroc_validation or 0.0, 6))
+
+
+def _search_latents(
+    found: Search,
+    info: SaeInfo,
+    split: Corpus,
+    holdout: Corpus,
+    top: int,
+    group_size: int,
+    seed: int,
+) -> Search:
+    """Add single latents, a group and controls to the probes that were found."""
+    peak = _peak_of_each(info, split)
     best = candidates(peak, split.label)
 
     def group(latents: np.ndarray, size: int, form: str) -> Finding:
@@ -128,10 +182,6 @@ def search(
     ]
     f = encode_latents(info, best.tolist(), split.at(info.layer)).numpy()
     size, validated = choose_size(split, f, peak[:, best], min(group_size, len(best)))
-    chosen = replace(group(best, size, "group"), auroc_validation=validated)
-    probe, probe_validated = fit_probe(split, seed)
-    measured = _measure("probe", (), probe, split, holdout, seed)
-
     alive = np.flatnonzero((peak > 0).any(0))
     rng = np.random.default_rng(seed)
     random = [
@@ -140,15 +190,31 @@ def search(
     ]
     random.sort(key=lambda finding: finding.auroc_search)
     median, strongest = random[len(random) // 2], random[-1]
-    return Search(
+    return replace(
+        found,
         latents=tuple(singles),
-        group=chosen,
-        probe=replace(measured, auroc_validation=probe_validated, note=probe.recipe),
+        group=replace(group(best, size, "group"), auroc_validation=validated),
         controls=(
             replace(strongest, note=f"best of {CONTROLS} by the search split"),
             replace(median, note=f"median of {CONTROLS} by the search split"),
         ),
     )
+
+
+def _peak_of_each(info: SaeInfo, split: Corpus) -> np.ndarray:
+    """Return the largest activation of every latent in each text, [texts, latents]."""
+    looked = split.looked
+    counts = np.bincount(split.owner, weights=looked, minlength=len(split)).astype(int)
+    x, peaks_of = split.at(info.layer), []
+    ends = np.cumsum(split.lengths)
+    first = 0
+    while first < len(split):  # in parts, since a copy of all residuals may not fit in memory
+        last = max(int(np.searchsorted(ends, split.starts[first] + TOKENS, "right")), first + 1)
+        tokens = slice(int(split.starts[first]), int(ends[last - 1]))
+        seen = x[tokens][torch.from_numpy(looked[tokens])]
+        peaks_of.append(max_per_text(info, seen, counts[first:last].tolist()))
+        first = last
+    return np.concatenate(peaks_of)
 
 
 def measure_terms(

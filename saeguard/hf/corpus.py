@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from saeguard.features.corpus import Corpus
+from saeguard.features.room import allocate
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.residuals import record
 from saeguard.hf.texts import Text, TextError, read_texts
@@ -22,10 +23,11 @@ def read_corpus(
     """Read the JSON lines in `path` and record `resid_post` of `layers` for every token.
 
     Texts without any output token are left out: policies on the output would not look at them.
-    All residuals are held in memory, 4 bytes times tokens times width times layers.
+    The residuals take 4 bytes times tokens times width times layers, in memory or on disk.
 
     Raises:
         TextError: a line is wrong, or no text has output tokens.
+        RoomError: there is no room for the residuals.
     """
     return make_corpus(lm, read_outputs(path, lm.tokenizer), layers, exclude_tokens, str(path))
 
@@ -53,7 +55,7 @@ def make_corpus(
     tokens = [text.tokens for text in texts]
     layers = sorted(set(layers))
     end = np.cumsum([len(t) for t in tokens])
-    x = torch.empty(int(end[-1]), len(layers) * lm.hidden_size)
+    x = allocate(int(end[-1]), len(layers) * lm.hidden_size)
     for i, residuals in tqdm(
         record(lm, tokens, layers), desc=Path(name).name, total=len(texts), unit="text"
     ):

@@ -15,6 +15,7 @@ from saeguard.features.load import load_feature_set
 from saeguard.hf.model import load_model
 from saeguard.hf.residuals import record
 from saeguard.hf.texts import make_text
+from tests.guard.test_probes import probes_alone
 from tests.guarded import LATENTS, feature_set
 from tests.tiny import D, save_model
 
@@ -80,6 +81,43 @@ def test_search_then_calibrate(tmp_path: Path) -> None:
     assert loud.evidence["fpr_calibration"]["rate"] <= 0.05
     assert loud.evidence["window"] == "1 of 2"
     assert {"fpr_holdout", "tpr_holdout", "snippets"} <= loud.evidence.keys()
+
+
+def test_probes_without_an_sae(tmp_path: Path) -> None:
+    """Layers are searched, a set of probes alone is calibrated; what needs an SAE says so."""
+    model = save_model(tmp_path / "model")
+    data = _texts(tmp_path / "noise.search.jsonl", "s")
+    holdout = _texts(tmp_path / "noise.holdout.jsonl", "h")
+    benign = _texts(tmp_path / "benign.jsonl", "benign", 200, ordinary=True)
+    out = tmp_path / "report.json"
+    common = ("search", "--model", model, "--behaviour", "noise", "--data", data, "--holdout",
+              holdout, "--out", out)  # fmt: skip
+    _run(*common, "--layers", "2,0")
+    report = json.loads(out.read_text())
+    assert report["sae"] is None
+    assert sorted(row["layers"] for row in report["findings"]) == [[0], [0, 2], [2]]
+    for layers, says in (((), "neither --sae nor --layers"), (("--layers", "a"), "found 'a'"),
+                         (("--layers", "9"), "there is no layer 9")):  # fmt: skip
+        result = CliRunner().invoke(verb, [str(a) for a in (*common, *layers)])
+        assert (result.exit_code, says in result.output) == (2, True), result.output
+
+    features = probes_alone(tmp_path / "sets")
+    _run("calibrate", "--set", features.path, "--model", model, "--benign", benign,
+         "--labelled", tmp_path)  # fmt: skip
+    calibrated = load_feature_set(features.path)
+    assert calibrated.sae is None
+    assert calibrated.features["both"].evidence["fpr_calibration"]["rate"] <= 0.01
+    assert calibrated.features["both"].probe == features.features["both"].probe
+    for command in (
+        ("calibrate", "--benign", benign, "--topk", "exact"),
+        ("fired", "--prompt", "a"),
+    ):
+        result = CliRunner().invoke(
+            verb,
+            [str(a) for a in (*command, "--set", features.path, "--model", model)],
+        )
+        assert result.exit_code == 2
+        assert "the set holds probes alone, and this needs an SAE" in result.output
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

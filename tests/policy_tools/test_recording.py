@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from saeguard.features.files import read_feature_set_file
 from saeguard.policy_tools.recording import (
     SCHEMA,
     Recording,
     RecordingError,
+    definition,
     read_recording,
     write_recording,
 )
+from tests.guard.test_probes import PROBES, probes_alone
 
 MADE = Recording(
     path=Path("r.safetensors"),
@@ -90,3 +93,16 @@ def test_no_safetensors(tmp_path: Path, content: bytes) -> None:
     for name in ("x.safetensors", "gone.safetensors"):
         with pytest.raises(RecordingError, match=f"{re.escape(name)}: this is no recording"):
             read_recording(tmp_path / name)
+
+
+def test_layers_belong_to_what_a_probe_is_made_of(tmp_path: Path) -> None:
+    """With equal weights on another layer the values are others, and a recording does not hold."""
+    sets = [
+        probes_alone(tmp_path / str(layer), {"early": replace(PROBES["early"], layers=(layer,))})
+        for layer in (0, 1)
+    ]
+
+    one, other = (definition(read_feature_set_file(s.path), "early") for s in sets)
+
+    assert sets[0].features["early"].probe.sha256 == sets[1].features["early"].probe.sha256
+    assert one != other
