@@ -22,6 +22,7 @@ VERBS = {
     "check": "Check policy files; every mistake comes with file, line and column.",
     "test": "Run the tests that lie beside the policies.",
     "scan": "Judge a file of texts with a Hugging Face model, without vLLM.",
+    "evaluate": "Measure policies on labelled texts, beside floors and baselines.",
     "features": "Find latents that detect a behaviour, and set their thresholds.",
     "sae": "Inspect, download, convert, train and evaluate SAE checkpoints.",
     "demo-model": "Download SmolLM2-135M-Instruct and save it as a plain Llama.",

@@ -15,6 +15,7 @@ INTERRUPTED = 130
 """128 and the number of SIGINT, as shells count."""
 EXTRAS = {
     "cryptography": "saeguard[sign]",
+    "jinja2": "saeguard[features]",
     "scipy": "saeguard[features]",
     "sklearn": "saeguard[features]",
     "tqdm": "saeguard[features]",

@@ -1,0 +1,1 @@
+"""Policies on labelled texts: one report, with floors and baselines beside the policies."""
