@@ -49,7 +49,7 @@ def _section(section: Section, *, ordinary: bool) -> RenderableType:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    table.add_column("", overflow="fold", min_width=22)
+    table.add_column("", overflow="fold", min_width=19)
     table.add_column("AUROC [95 %]", no_wrap=True)
     for name in ("pairs", "TPR", "FPR", *(("TPR@1%", "TPR@.1%") if ordinary else ())):
         table.add_column(name, justify="right", no_wrap=True)
@@ -87,7 +87,7 @@ def _ordinary(found: Evaluation) -> RenderableType:
         shown = NONE
         if rate is not None:
             low, high = rate["interval"]
-            shown = f"{rate['value']:.2%} [{low:.2%}, {high:.2%}]"
+            shown = f"{rate['value']:.2%} [{low:.1%}, {high:.1%}]"
         table.add_row(
             name,
             shown,
