@@ -28,8 +28,7 @@ def tables(found: Evaluation) -> Iterator[RenderableType]:
         if section.rows:
             yield _section(section, ordinary=bool(found.benign))
         for row in section.rows:
-            if left := no_verdict(row):
-                yield f"  {_name(row)}: {left}"
+            yield from (f"  {_name(row)}: {x}" for x in (row.detector.note, no_verdict(row)) if x)
         for note in section.notes:
             yield f"  {section.dataset.name}: {note}"
     if found.ordinary:

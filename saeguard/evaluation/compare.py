@@ -85,7 +85,9 @@ def _all(
         for row, name in enumerate(baselines.POOLED):
             why = f"probe, {name}, layer {layer}, {part}"
             yield why, _probe(c, dataset, layer, part, row)
-    for policy in policies if wanted.judge else ():
+    # A shadow policy and an enforced one may share an id and ask the same.
+    asked = {(c.policies[i].id, c.policies[i].title, c.policies[i].scope): i for i in policies}
+    for policy in asked.values() if wanted.judge else ():
         yield f"judge, {c.policies[policy].id}", _judge(c, dataset, c.policies[policy])
 
 

@@ -187,6 +187,7 @@ def _row(
         (np.concatenate(scores) if scores else np.empty(0),),
         np.zeros(len(dataset), np.int64),
         found.match,
+        "thresholds replace TopK ranks" if inputs.watchlist.rules.approximate[policy] else "",
     )
     outcomes = {
         "positives": found.counts(dataset.label),
