@@ -11,8 +11,8 @@ import pytest
 
 import saeguard
 from tests.cli.project import run
+from tests.fixture.project import save_project, save_texts
 
-ROOT = Path.cwd()
 PAGE = Path("docs/embedding.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -47,15 +47,18 @@ def test_other_names_are_not() -> None:
 def test_the_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its blocks run one after the other, in a folder with the checkout's files and two texts."""
+    """Its blocks run one after the other, on a tiny model in place of the one that they name."""
     pytest.importorskip("transformers")
-    for name in ("policies", "feature_sets", "demo"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    lines = Path("demo/data/unsafe_code.holdout.jsonl").read_text().splitlines()[:2]
     blocks = BLOCK.findall(PAGE.read_text())
+    (named,) = set(re.findall(r'load_model\("(.+?)"\)', "\n".join(blocks)))
+    shipped = set(re.findall(r'"(policies/.+?\.yaml)"', "\n".join(blocks)))
+    assert [name for name in shipped if not Path(name).exists()] == []
+    guarded = save_project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    Path("texts.jsonl").write_text("\n".join(lines) + "\n")
-    recorded = ("policy", "record", "texts.jsonl", "--model", "demo/model")
+    Path(named).parent.mkdir(parents=True, exist_ok=True)
+    Path(named).symlink_to(guarded.model)
+    save_texts(Path("texts.jsonl"))
+    recorded = ("policy", "record", "texts.jsonl", "--model", named)
     assert run(*recorded, "--out", "texts.safetensors") == 0
     capsys.readouterr()
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from saeguard.cli import main
+from saeguard.policy.load import load_policies
 from tests import models
+from tests.fixture.project import save_project
 
 
 def run(*arguments: object) -> int:
@@ -86,12 +88,23 @@ def test_reload_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_policies_over_templates_are_signed(tmp_path: Path) -> None:
-    """The shipped library can be signed: what a server leaves out needs no feature set."""
-    folder = tmp_path / "policies"
-    shutil.copytree("policies", folder)
+    """With others beside them: what a server leaves out needs no calibrated feature set."""
+    guarded = save_project(tmp_path)
+    shutil.copytree("policies/bias", guarded.policies / "bias")
+    shutil.copytree("feature_sets/templates", guarded.feature_sets / "templates")
+    where = [guarded.policies, "--feature-sets", guarded.feature_sets]
     assert run("policy", "keygen", tmp_path / "key") == 0
-    assert run("policy", "sign", "--key", tmp_path / "key", folder) == 0
-    assert run("policy", "verify", "--key", tmp_path / "key.pub", folder) == 0
+    assert run("policy", "sign", "--key", tmp_path / "key", *where) == 0
+    assert run("policy", "verify", "--key", tmp_path / "key.pub", *where) == 0
+    assert run("check", *where) == 0
+
+
+def test_the_library_is_signed(tmp_path: Path) -> None:
+    """The shipped policies can be signed, over the feature sets that ship."""
+    shutil.copytree("policies", tmp_path / "policies")
+    assert run("policy", "keygen", tmp_path / "key") == 0
+    assert run("policy", "sign", "--key", tmp_path / "key", tmp_path / "policies") == 0
+    assert run("policy", "verify", "--key", tmp_path / "key.pub", tmp_path / "policies") == 0
 
 
 def test_keys_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +122,7 @@ def test_keys_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_signing_what_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A missing key, a policy in place of its folder, a revision below 1: each says what it is."""
-    key, policy = tmp_path / "key", "policies/unsafe-code/exposure.yaml"
+    key, policy = tmp_path / "key", load_policies(Path("policies"))[0].path
     assert run("policy", "sign", "--key", key, "policies") == 2
     assert f"--key: {key}: there is no such file" in capsys.readouterr().err
     assert run("policy", "keygen", key) == 0

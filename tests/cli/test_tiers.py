@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from tests.cli.project import ONE, lay_out, record, run
+from tests.fixture import project
 
-ROOT = Path.cwd()
 HEAD = "schema: saeguard.test/v1\npolicy: unsafe-code.shell-injection\ncases:\n"
 TRACES = """\
   - {name: fires, prompt_tokens: 0, shares: {shell_exec: 0.9x4}, expect: match}
@@ -141,46 +143,63 @@ def test_budget(capsys: pytest.CaptureFixture[str], budget: str, code: int) -> N
     assert ("or look at: loud" in out) == bool(code)
 
 
-def test_real_texts(
+def test_texts_of_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The demo's model reads texts, `record` keeps them, and both tiers agree with `scan`."""
-    pytest.importorskip("transformers")
-    monkeypatch.chdir(ROOT)
-    policies = tmp_path / "demo"
-    policies.mkdir()
-    shell = Path("policies/unsafe-code/shell-command.yaml")
-    (policies / "p.yaml").write_text(shell.read_text())
-    lines = Path("demo/data/unsafe_code.holdout.jsonl").read_text().splitlines()[:2]
-    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
-    first, second = (json.loads(line) for line in lines)
-    model = ["--model", "demo/model"]
-    out = str(policies / "p.safetensors")
-    assert run("policy", "record", str(tmp_path / "texts.jsonl"), *model, "--out", out) == 0
+    """A model reads texts, `record` keeps its features, and all tiers agree with `scan`."""
+    root = tmp_path / "own"
+    project.save_project(root)
+    monkeypatch.chdir(root)
+    project.save_texts(Path("texts.jsonl"))
+    model = ["--model", "model"]
+    policy = Path("policies/unsafe-code/shell-command.yaml")
+    recording = policy.with_name("kept.safetensors")
+    assert run("policy", "record", "texts.jsonl", *model, "--out", str(recording)) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^2 texts, \d+ tokens, 3 features written to ", out, re.MULTILINE), out
 
-    def given(line: dict[str, str]) -> str:
-        return (
-            f"messages: {json.dumps(line['prompt'])}, completion: {json.dumps(line['completion'])}"
-        )
+    def given(text: dict[str, Any]) -> str:
+        messages, completion = json.dumps(text["prompt"]), json.dumps(text["completion"])
+        return f"messages: {messages}, completion: {completion}"
 
-    (policies / "p.test.yaml").write_text(
+    fires, twin = project.TEXTS
+    at = project.FIRES_AT
+    policy.with_suffix(".test.yaml").write_text(
         "schema: saeguard.test/v1\npolicy: unsafe-code.shell-command\ncases:\n"
-        f"  - {{name: text that fires, {given(first)}, expect: match, first_token: 47}}\n"
-        f"  - {{name: quiet text, {given(second)}, expect: no_match}}\n"
-        f"  - {{name: kept, recording: p.safetensors, recorded_text: {first['id']}, "
-        "expect: match, first_token: 47}\n"
+        f"  - {{name: text that fires, {given(fires)}, expect: match, first_token: {at}}}\n"
+        f"  - {{name: quiet text, {given(twin)}, expect: no_match}}\n"
+        f"  - {{name: kept, recording: {recording.name}, recorded_text: {fires['id']}, "
+        f"expect: match, first_token: {at}}}\n"
+        f"  - {{name: kept and quiet, recording: {recording.name}, recorded_text: {twin['id']}, "
+        "expect: no_match}\n"
     )
-    assert run("test", str(policies), *model) == 0
-    assert capsys.readouterr().out.endswith("3 passed, 0 failed\n")
+    assert run("test", str(policy), *model) == 0
+    assert capsys.readouterr().out.endswith("4 passed, 0 failed\n")
 
-    scanned = tmp_path / "scan.jsonl"
-    arguments = [str(tmp_path / "texts.jsonl"), *model, "--policies", str(policies / "p.yaml")]
-    assert run("scan", *arguments, "--out", str(scanned)) == 0
+    arguments = ["texts.jsonl", *model, "--policies", str(policy)]
+    assert run("scan", *arguments, "--out", "scan.jsonl") == 0
     capsys.readouterr()
-    expected = [json.loads(line) for line in scanned.read_text().splitlines()]
-    assert run("policy", "explain", str(policies / "p.yaml"), out, "--json") == 0
+    expected = [json.loads(line) for line in Path("scan.jsonl").read_text().splitlines()]
+    assert [line["verdict"] for line in expected] == ["match", "no_match"]
+    assert run("policy", "explain", str(policy), str(recording), "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert [(t["verdict"], t["first_token"]) for t in told] == [
         (e["verdict"], e["first_token"]) for e in expected
     ]
     assert [t["score"] for t in told] == pytest.approx([e["score"] for e in expected], rel=1e-5)
+
+
+def test_the_fixtures_own_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What tests/fixture says of its model holds, and would be reported if it did not."""
+    project.save_project(tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
+    assert run("check", "--strict", "--require-tests") == 0
+    capsys.readouterr()
+    assert run("test", "--require-tests", "--model", "model") == 0
+    assert capsys.readouterr().out.endswith("8 passed, 0 failed\n")
+    cases = Path("policies/unsafe-code/shell-command.test.yaml")
+    cases.write_text(cases.read_text().replace("os.system(cmd)", "os.popen(cmd)"))
+    assert run("test", "--model", "model") == 1
+    assert "verdict: found no_match, expected match" in capsys.readouterr().out

@@ -25,6 +25,7 @@ with atheris.instrument_imports(include=["saeguard.policy", "saeguard.yaml_files
 from tests.fuzz.mutate import MAX_BYTES, mutate
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = ROOT / "tests" / "fixture" / "policies" / "unsafe-code"
 MEMORY_MIB = 1024
 SHARE_ATHERIS, SHARE_GOOD = 0.1, 0.6
 """Of the inputs: changed by libFuzzer itself; made of a good file rather than of a kept one."""
@@ -45,7 +46,7 @@ def main() -> None:
         (corpus / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
 
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))  # noqa: S108
-    good, errors = read_policy(ROOT / "policies" / "unsafe-code" / "injection.yaml")
+    good, errors = read_policy(OURS / "exposure.yaml")
     assert good, errors
     good_files = [path.read_bytes() for path in seeds()]
     seen: Counter[str] = Counter()
@@ -95,9 +96,9 @@ def main() -> None:
 
 
 def seeds() -> list[Path]:
-    """Return the files to start from: the shipped policies, their tests, and the attacks."""
+    """Return the files to start from: shipped and the tests' policies, their tests, attacks."""
     attacks = ROOT / "tests" / "policy" / "attacks"
-    files = [*(ROOT / "policies").rglob("*.yaml"), *attacks.glob("*.yaml")]
+    files = [*(ROOT / "policies").rglob("*.yaml"), *OURS.glob("*.yaml"), *attacks.glob("*.yaml")]
     return [path for path in sorted(files) if path.stat().st_size <= MAX_BYTES]
 
 

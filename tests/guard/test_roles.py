@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from saeguard.guard.scopes import ROLES
 from saeguard.guard.verdict import balanced
 from saeguard.policy.types import Name, Policy, Selection
 from tests import tiny
+from tests.fixture import words
 from tests.guard.watchlists import coded, make_policy, make_watchlist
 from tests.templates import FAMILIES, REFUSED, make_tokenizer
 
@@ -117,10 +119,11 @@ def test_a_role_without_turns_is_refused() -> None:
     check_roles(make_watchlist([scoped("both")]), "no template")
 
 
-@pytest.mark.parametrize("path", ["demo/model", None])
-def test_tokenizers_of_this_repository(path: str | None) -> None:
-    """The demo's model and that of the tests are told, and round-trip."""
-    tokenizer: Any = tiny.tokenizer() if path is None else AutoTokenizer.from_pretrained(path)
+@pytest.mark.parametrize("make", [tiny.tokenizer, words.make_tokenizer])
+def test_tokenizers_of_this_repository(make: Callable[[], Any], tmp_path: Path) -> None:
+    """Roles of the tests' own chat formats are found, and round-trip; saved ones, as served."""
+    make().save_pretrained(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
     marks = read_template(tokenizer)
     messages = [{"role": r, "content": "hi you"} for r in ("user", "assistant", "user")]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
