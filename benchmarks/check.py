@@ -7,8 +7,8 @@ stretch as much.
 from __future__ import annotations
 
 import argparse
-import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +17,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from tests.fixture.project import save_project
+
+ROOT = Path(__file__).parents[1]
 
 POLICY = """\
 schema: saeguard.policy/v1
@@ -27,7 +31,7 @@ severity: high
 mode: shadow
 action: flag
 scope: output
-feature_set: demo
+feature_set: fixture
 rationale: A file as long as those that people write, of which there are many in one folder.
 falsepositives: [Texts that are harmless, Others that are harmless too]
 review_by: 2099-01-01
@@ -48,13 +52,16 @@ def main() -> None:
     args = parser.parse_args()
     walls, used = [], []
     with tempfile.TemporaryDirectory(prefix="saeguard-check-") as name:
-        folder = Path(name)
+        folder = Path(name) / "policies"
+        sets = save_project(Path(name) / "own").feature_sets
+        shutil.copytree(ROOT / "feature_sets" / "templates", sets / "templates")
+        folder.mkdir()
         for i in range(args.files):
             (folder / f"p{i}.yaml").write_text(POLICY.format(i=i))
         for _ in range(args.runs):
             before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
             subprocess.run(
-                [sys.executable, "-m", "saeguard", "check", os.fspath(folder)],
+                [sys.executable, "-m", "saeguard", "check", folder, "--feature-sets", sets],
                 check=True,
                 stdout=subprocess.DEVNULL,
             )

@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks import gpu_engines
 from benchmarks.gpu_engines import STATES, Plan
 from benchmarks.gpu_process import log_of, run_groups, stop_all, stop_on_signals
-from benchmarks.gpu_record import ROOT, append, conditions, read
+from benchmarks.gpu_record import append, conditions, read
 from benchmarks.gpu_report import show, status
 
 KERNELS = "kernels"
@@ -108,7 +108,7 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, help="file of records, JSON lines (default $OUT/gpu.jsonl, else here)")
     add("--tiny", action="store_true", help="smallest sizes; without a GPU, in an interpreter")
     add("--report", type=Path, help="print the tables of a file of records, run nothing")
-    add("--model", type=Path, default=ROOT / "demo/model", help="that vLLM serves")
+    add("--model", type=Path, help="that vLLM serves (default: the tests' own, 256 wide)")
     add("--dtype", default="float32", choices=tuple(gpu_engines.NEAR), help="of the model")
     add("--states", type=words, default=STATES, help=f"of {', '.join(STATES)}")
     add("--runners", type=words, help="model runners (default V1,V2; V1 without a GPU)")

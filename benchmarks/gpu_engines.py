@@ -39,7 +39,8 @@ CLOSING_S = 3.0
 class Plan:
     """What is to be run."""
 
-    model: Path
+    model: Path | None
+    """None: one is made."""
     dtype: str
     folder: Path
     out: Path
@@ -105,7 +106,8 @@ class Child:
 
 def prepare(plan: Plan) -> subprocess.Popen[Any]:
     """Begin to write what the engines serve; it needs no GPU."""
-    command = ["-m", "benchmarks.gpu_guarded", f"--folder={plan.folder}", f"--model={plan.model}"]
+    command = ["-m", "benchmarks.gpu_guarded", f"--folder={plan.folder}"]
+    command += [] if plan.model is None else [f"--model={plan.model}"]
     longest = plan.longest - plan.answer
     command += [f"--prompts={plan.prompts}", f"--longest={longest}"]
     return start(command, log_of(plan.out), {"CUDA_VISIBLE_DEVICES": ""})
@@ -172,7 +174,7 @@ def _spec(plan: Plan, state: str) -> Record:
     """Return what a child is told."""
     written = json.loads((plan.folder / WRITTEN).read_text())
     engine: Record = {
-        "model": str(plan.model),
+        "model": written["model"],
         "dtype": plan.dtype,
         "skip_tokenizer_init": True,
         "max_model_len": plan.longest,

@@ -12,16 +12,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.gpu_engines import WRITTEN
+from tests.fixture.words import save_model
 from tests.models import random_policies, write_feature_set, write_policy
 
 LATENTS, WATCHED, CLAMPED = 16_384, 32, 4
 THRESHOLD = 1e-4
 """Activations from which latents show: about every second does on any token."""
 CLAMPED_TO = 100.0
-"""The activation that clamped latents are set to. Rows of the decoder are of length 1, the demo's
-residual is about 100 long: with 20, no text changes."""
+"""The activation that clamped latents are set to. Rows of the decoder are of length 1, the residual
+of SmolLM2-135M is about 200 long: too weak a clamp changes no text."""
 BOS = 1
 """The token that the feature set excludes."""
+WIDTH = 256
+"""Of the model that is made if none is given."""
+ASKS = (
+    "What is {}?",
+    "Explain {} to a child of ten, in three sentences.",
+    "Write a short Python function that has to do with {}, and say what it does.",
+    "Somebody told me that {} is overrated. I half agree, but I would like to hear both sides.",
+)
+THINGS = ("sorting", "a hash table", "the tide", "recursion", "rust", "a proxy", "yeast", "a fugue")
 
 
 @dataclass(frozen=True)
@@ -127,16 +137,19 @@ def _write_clamp(path: Path) -> None:
 
 
 def write_prompts(model: Model, count: int, longest: int) -> list[list[int]]:
-    """Return prompts as token ids: the demo's if the model can read them, else random ones."""
-    texts = Path(__file__).parents[1] / "demo" / "data" / "unsafe_code.holdout.jsonl"
+    """Return prompts as token ids: chats if the model can read them, else random ones."""
     if (model.path / "tokenizer.json").exists() and (model.path / "chat_template.jinja").exists():
         from transformers import AutoTokenizer  # noqa: PLC0415 - seconds
 
         tokenizer = AutoTokenizer.from_pretrained(model.path)
-        chats = [json.loads(line)["prompt"] for line in texts.read_text().splitlines()[:count]]
+        asked = [ask.format(thing) for thing in THINGS for ask in ASKS]
         told = [
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-            for chat in chats
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": asked[i % len(asked)]}],
+                add_generation_prompt=True,
+                return_dict=True,
+            )
+            for i in range(count)
         ]
         return [list(one["input_ids"])[:longest] for one in told]
     drawn = torch.randint(3, model.vocabulary, (count, 16), generator=torch.manual_seed(0))
@@ -196,12 +209,13 @@ def main() -> None:
     """Write the SAE, the policies and the prompts, and a file that says where they are."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--prompts", type=int, required=True)
     parser.add_argument("--longest", type=int, required=True)
     args = parser.parse_args()
-    model = look_at(args.model)
+    model = look_at(args.model or save_model(args.folder / "model", WIDTH))
     told = {
+        "model": str(model.path),
         "guards": write_guards(args.folder, model),
         "sae": str(args.folder / "sae"),
         "prompts": write_prompts(model, args.prompts, args.longest),
