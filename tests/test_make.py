@@ -19,6 +19,7 @@ BENCHMARKS = "tests/test_benchmarks.py"
 RUN_BY = {
     "setup": ".ci/run",
     "check": ".ci/run",
+    "check-texts": HERE,
     "docs": ".ci/run",
     "test": ".ci/run",
     "build": ".ci/run",
@@ -185,6 +186,12 @@ def test_demo_features(data: Path, tmp_path: Path) -> None:
     make("demo-features", f"ARGS=--data {data} --out {out} --report {report}")
     assert "hardcoded_secret" in out.read_text()
     assert report.stat().st_size
+
+
+@pytest.mark.slow
+def test_check_texts() -> None:
+    """The policies' cases that need a model are judged, none is skipped."""
+    assert re.search(r"^[1-9]\d* passed, 0 failed$", make("check-texts"), re.MULTILINE)
 
 
 @pytest.mark.slow
