@@ -23,6 +23,7 @@ from saeguard.errors import InputError
 
 if TYPE_CHECKING:
     from saeguard.events.record_schema import Event
+    from saeguard.features.edit_norm import Edit
     from saeguard.policy.types import Policy
     from saeguard.policy_tools.explanation import Explanation
     from saeguard.policy_tools.recording import Recording
@@ -110,6 +111,7 @@ def of_recording(
     recording: Recording, policies: Sequence[Policy], sets: FeatureSets, request: str | None
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Yield the record of each policy and text, with its lines for a terminal."""
+    from saeguard.policy.weak import clamp_edit
     from saeguard.policy_tools.explain_text import in_words
     from saeguard.policy_tools.explanation import explain
 
@@ -120,10 +122,21 @@ def of_recording(
         for policy in policies:
             found = explain(policy, sets.known, recording, text)
             lines = [f"Text {recording.ids[text]}", "", *in_words(found, pieces, written(policy))]
+            edit = None
+            if policy.clamp is not None:
+                edit = clamp_edit(policy, sets.known[policy.feature_set])
+                lines += ["", _clamp_line(edit)]
             approximate = approximations([policy], sets)
             if approximate:
                 lines += ["", *approximate_lines(approximate)]
-            yield _record(recording.ids[text], found, bool(approximate)), lines
+            record = _record(recording.ids[text], found, bool(approximate))
+            yield record | ({} if edit is None else {"edit": edit._asdict()}), lines
+
+
+def _clamp_line(edit: Edit | None) -> str:
+    if edit is None:
+        return "The clamp's size was not measured; `saeguard features calibrate` measures it."
+    return f"If it clamps, {edit.in_words}."
 
 
 def of_log(

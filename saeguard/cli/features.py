@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from saeguard.atomic_files import write_atomically
-from saeguard.cli import fired
+from saeguard.cli import fired, learn, search_features
 from saeguard.cli.failures import Verbs
+from saeguard.cli.inputs import load_after
 from saeguard.cli.options import ModelOption, existing_file, existing_folder
 from saeguard.errors import InputError
 
@@ -19,9 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from saeguard.features.corpus import Corpus
-    from saeguard.features.search import Search
     from saeguard.features.types import Feature, FeatureSet, SaeRef
-    from saeguard.hf.model import LanguageModel
 
 verb = typer.Typer(
     cls=Verbs,
@@ -29,99 +26,9 @@ verb = typer.Typer(
     no_args_is_help=True,
 )
 
-_SEED = typer.Option(help="Random seed of resampling and controls.")
-
+verb.command("learn")(learn.verb)
+verb.command("search")(search_features.verb)
 verb.command("fired")(fired.verb)
-
-
-@verb.command()
-def search(
-    model: ModelOption,
-    data: Annotated[
-        Path,
-        typer.Option(help="Labelled texts (JSON lines) to choose on.", callback=existing_file),
-    ],
-    holdout: Annotated[
-        Path,
-        typer.Option(
-            help="Labelled texts (JSON lines) of other templates, to measure on.",
-            callback=existing_file,
-        ),
-    ],
-    behaviour: Annotated[str, typer.Option(help="Name of the behaviour, for the report.")],
-    out: Annotated[Path, typer.Option(help="Report to write, JSON.")],
-    sae: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of an SAE checkpoint. Without one, only probes are searched.",
-            callback=existing_folder,
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers for probes, such as 14,18,22: each alone and all together. "
-            "Default: the SAE's."
-        ),
-    ] = None,
-    kind: Annotated[
-        str | None, typer.Option(help="Use positives of this kind only. Default: all kinds.")
-    ] = None,
-    benign: Annotated[
-        Path | None,
-        typer.Option(
-            help="Ordinary texts (JSON lines), as further negatives to choose on.",
-            callback=existing_file,
-        ),
-    ] = None,
-    scope: Annotated[
-        Literal["prompt", "output", "both"], typer.Option(help="Tokens to look at.")
-    ] = "output",
-    top: Annotated[int, typer.Option(help="Number of single latents to report.", min=1)] = 20,
-    group_size: Annotated[
-        int, typer.Option(help="Highest number of latents in a group.", min=1)
-    ] = 8,
-    seed: Annotated[int, _SEED] = 0,
-) -> None:
-    """Rank single latents, a weighted group and linear probes as detectors of a behaviour.
-
-    Everything is chosen on --data; AUROC and its 95 % interval are measured on --holdout.
-    """
-    from saeguard.features.corpus import with_ordinary
-    from saeguard.features.search import search as find
-    from saeguard.hf.corpus import read_corpus
-    from saeguard.sae import inspect
-
-    info = None if sae is None else inspect(sae)
-    if info is None and layers is None:
-        raise InputError("found neither --sae nor --layers; give --layers 14,18,22 for probes")
-    probed = [] if layers is None else _layers(layers)
-    read_layers = sorted({*probed, *([] if info is None else [info.layer])})
-    lm = _load_after(model, [data, holdout, *([] if benign is None else [benign])])
-
-    def read(path: Path) -> Corpus:
-        return read_corpus(lm, path, read_layers, lm.special_tokens).scoped(scope)
-
-    split = read(data).of_kind(kind)
-    if benign is not None:
-        split = with_ordinary(split, read(benign))
-    held = read(holdout).of_kind(kind)
-    found = find(
-        info, split, held, layers=probed or None, top=top, group_size=group_size, seed=seed
-    )
-    report = {
-        "behaviour": behaviour,
-        "kind": kind,
-        "scope": scope,
-        "seed": seed,
-        "model": lm.name,
-        "sae": None if info is None else {"sha256": info.sha256, "layer": info.layer},
-        "texts": {"search": len(split), "holdout": len(held)},
-        "findings": found.report(),
-    }
-    write_atomically(out, json.dumps(report, indent=2) + "\n")
-    _print_table(found, f"{behaviour} {kind or ''}".strip())
-    typer.echo(f"Wrote {out}.")
 
 
 @verb.command()
@@ -184,7 +91,7 @@ def calibrate(
     behaviours = dict.fromkeys(f.behaviour for f in features.features.values())
     pairs = {} if labelled is None else _pairs(labelled, behaviours)
     given = [benign, *([] if check is None else [check])]
-    lm = _load_after(model, [*given, *(path for pair in pairs.values() for path in pair)])
+    lm = load_after(model, [*given, *(path for pair in pairs.values() for path in pair)])
     check_model(lm, features)
 
     def read(path: Path) -> Corpus:
@@ -257,14 +164,6 @@ def _pairs(folder: Path, behaviours: Iterable[str]) -> dict[str, tuple[Path, Pat
     return there
 
 
-def _layers(text: str) -> list[int]:
-    """Return the layers of `--layers`."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise InputError(f"--layers: found {text!r}; expected layers, such as 14,18,22")
-    return sorted({int(part) for part in parts})
-
-
 def _window(phrase: str) -> tuple[int, int]:
     """Return `(k, n)` of a window in tokens."""
     from saeguard.policy.phrases import window
@@ -291,34 +190,3 @@ def _pinned(
     if topk == "approximate" or (topk is None and sae.approximation is not None):
         stand_ins = approximate(features, ranks.inspect(), fit, held)
     return replace(pin(ranks), approximation=stand_ins)
-
-
-def _load_after(model: Path, texts: Sequence[Path]) -> LanguageModel:
-    """Load a model after checking every file of texts, since weights take long to load."""
-    from saeguard.hf.corpus import read_outputs
-    from saeguard.hf.model import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    for path in texts:
-        read_outputs(path, tokenizer)
-    return load_model(model, tokenizer)
-
-
-def _print_table(found: Search, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "form", "made of", "AUROC search", "AUROC folds", "AUROC hold-out", "95 %", title=title
-    )
-    for finding in found.findings:
-        low, high = finding.interval
-        table.add_row(
-            finding.form,
-            finding.name,
-            f"{finding.auroc_search:.3f}",
-            "" if finding.auroc_validation is None else f"{finding.auroc_validation:.3f}",
-            f"{finding.auroc_holdout:.3f}",
-            f"{low:.3f} to {high:.3f}",
-        )
-    Console().print(table)

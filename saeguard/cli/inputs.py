@@ -13,6 +13,7 @@ from saeguard.errors import InputError
 if TYPE_CHECKING:
     from saeguard.cli.feature_folder import FeatureSets
     from saeguard.guard.verdict import Verdict
+    from saeguard.hf.model import LanguageModel
     from saeguard.policy.types import Policy
     from saeguard.policy_tools.recording import Recording
     from saeguard.yaml_files.findings import Finding
@@ -132,3 +133,14 @@ def judge_corpus(
     from saeguard.policy_tools.explanation import judge_recorded
 
     return list(judge_recorded(policies, sets.known, recording, range(len(recording.ids))))
+
+
+def load_after(model: Path, texts: Sequence[Path]) -> LanguageModel:
+    """Load a model after checking every file of texts, since weights take long to load."""
+    from saeguard.hf.corpus import read_outputs
+    from saeguard.hf.model import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    for path in texts:
+        read_outputs(path, tokenizer)
+    return load_model(model, tokenizer)

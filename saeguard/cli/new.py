@@ -8,7 +8,7 @@ import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -16,8 +16,11 @@ from saeguard.atomic_files import write_new
 from saeguard.cli.feature_folder import read_feature_sets
 from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption
 from saeguard.errors import InputError
+from saeguard.policy.types import Scope
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from saeguard.cli.feature_folder import FeatureSets
 
 TEMPLATE_SHARE = 0.5
@@ -43,17 +46,20 @@ def verb(
 ) -> None:
     """Write a new policy and its tests, with marks for what its owner has to fill in.
 
-    The policy is in shadow mode, its tests pass, and `saeguard check` lists what is still to do.
+    Thresholds, scope and window are those of the calibration. The policy is in shadow mode, its
+    tests pass, and `saeguard check` lists what is still to do.
     Existing files are never overwritten. Exit codes: 0 written, 2 the command is wrong, 3 the files
     cannot be written.
     """
     from saeguard.policy.schema import POLICY_ID
-    from saeguard.policy_tools.scaffold import draft
+    from saeguard.policy_tools.scaffold import Draft, draft
     from saeguard.yaml_files.section import FORMS
 
     if not re.fullmatch(POLICY_ID, id_):
         raise InputError(f"{id_!r} is not a policy id; write {FORMS[POLICY_ID]}")
-    thresholds = chosen(read_feature_sets(feature_sets), set_, feature or [])
+    sets = read_feature_sets(feature_sets)
+    thresholds = chosen(sets, set_, feature or [])
+    scope, window = calibrated_for(sets, set_, thresholds)
     path = folder.joinpath(*id_.split(".")).with_suffix(".yaml")
     tests = path.with_suffix(".test.yaml")
     there = [str(file) for file in (path, tests) if os.path.lexists(file)]
@@ -62,15 +68,19 @@ def verb(
             f"{' and '.join(there)}: exists already; choose another id, or edit that file"
         )
     schema = os.path.relpath(folder, path.parent)
-    texts = draft(id_, set_, thresholds, f"{Path(schema).as_posix()}/", datetime.now(UTC).date())
+    wanted = Draft(id_, set_, thresholds, scope, window)
+    texts = draft(wanted, f"{Path(schema).as_posix()}/", datetime.now(UTC).date())
     write_new(dict(zip((path, tests), texts, strict=True)) | missing_schemas(folder))
     typer.echo(f"Wrote {path} and {tests.name}. `saeguard check {path}` lists what is still to do.")
 
 
 def chosen(sets: FeatureSets, name: str, features: list[str]) -> dict[str, float]:
     """Return the features to watch, each with its calibrated threshold or `TEMPLATE_SHARE`."""
+    from saeguard.features.files import FeatureSetError
     from saeguard.yaml_files.findings import did_you_mean
 
+    if name in sets.broken:
+        raise FeatureSetError(sets.broken[name])
     known = sets.known.get(name)
     available = known or sets.templates.get(name)
     if available is None:
@@ -85,7 +95,43 @@ def chosen(sets: FeatureSets, name: str, features: list[str]) -> dict[str, float
     picked = list(dict.fromkeys(features)) or [next(iter(available.features))]
     if known is None:
         return dict.fromkeys(picked, TEMPLATE_SHARE)
-    return {f: math.ceil(known.features[f].threshold * 1000) / 1000 for f in picked}
+    return {f: rounded_up(known.features[f].threshold) for f in picked}
+
+
+def rounded_up(threshold: float) -> float:
+    """Return a threshold with three decimals, at which no more texts match."""
+    return math.ceil(threshold * 1000) / 1000
+
+
+def calibrated_for(
+    sets: FeatureSets, name: str, features: Iterable[str]
+) -> tuple[Scope, tuple[int, int]]:
+    """Return the scope and the window `(k, n)` that features were calibrated for.
+
+    Raises:
+        InputError: they differ, so that one policy cannot keep the calibrated rates.
+    """
+    known = sets.known.get(name)
+    if known is None:
+        return "output", (1, 1)
+    found: dict[tuple[Scope, tuple[int, int]], str] = {}
+    for feature in features:
+        evidence = known.features[feature].evidence
+        scope, window = evidence.get("scope", "output"), str(evidence.get("window", "1 of 1"))
+        if scope not in get_args(Scope) or not re.fullmatch(r"\d+ of \d+", window):
+            raise InputError(
+                f"{name}: features.{feature}.evidence: found scope {scope!r} and window "
+                f"{window!r}; run `saeguard features calibrate`, which writes both"
+            )
+        k, n = map(int, window.split(" of "))
+        found.setdefault((scope, (k, n)), feature)
+    if len(found) > 1:
+        listed = "; ".join(f"{f}: {s}, {k} of {n} tokens" for (s, (k, n)), f in found.items())
+        raise InputError(
+            f"the features were calibrated for different scopes or windows ({listed}); write a "
+            "policy for each"
+        )
+    return next(iter(found))
 
 
 def missing_schemas(folder: Path) -> dict[Path, str]:

@@ -99,6 +99,13 @@ class Search:
                 "interval": [round(bound, 4) for bound in finding.interval],
                 "note": finding.note,
             }
+            if finding.probe is not None:
+                probe = finding.probe
+                row["probe"] = {
+                    "layers": list(probe.layers),
+                    "weight": probe.w.tolist(),
+                    "bias": probe.b,
+                }
             rows.append(row)
         return rows
 

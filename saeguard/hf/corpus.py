@@ -13,7 +13,7 @@ from tqdm import tqdm
 from saeguard.features.corpus import Corpus
 from saeguard.features.room import allocate
 from saeguard.hf.model import LanguageModel
-from saeguard.hf.residuals import record
+from saeguard.hf.residual_cache import record_cached
 from saeguard.hf.texts import Text, TextError, read_texts
 
 
@@ -50,14 +50,27 @@ def make_corpus(
     layers: Sequence[int],
     exclude_tokens: Sequence[int],
     name: str = "texts",
+    cache: Path | None = None,
 ) -> Corpus:
-    """Record `texts`, in their order; `name` shows on the progress bar."""
+    """Record `texts`, in their order.
+
+    Args:
+        lm: the model.
+        texts: none of them empty.
+        layers: `resid_post` of these blocks.
+        exclude_tokens: ids that are not evaluated.
+        name: shown on the progress bar.
+        cache: folder that keeps what was recorded, see `record_cached`.
+    """
     tokens = [text.tokens for text in texts]
     layers = sorted(set(layers))
     end = np.cumsum([len(t) for t in tokens])
     x = allocate(int(end[-1]), len(layers) * lm.hidden_size)
     for i, residuals in tqdm(
-        record(lm, tokens, layers), desc=Path(name).name, total=len(texts), unit="text"
+        record_cached(lm, tokens, layers, cache),
+        desc=Path(name).name,
+        total=len(texts),
+        unit="text",
     ):
         torch.cat([residuals[n] for n in layers], 1, out=x[end[i] - len(tokens[i]) : end[i]])
     ids = np.concatenate([np.array(t, np.int64) for t in tokens])

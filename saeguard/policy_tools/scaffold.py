@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, timedelta
+from typing import NamedTuple
+
+from saeguard.policy.types import Scope
 
 REVIEW = timedelta(days=180)
 
@@ -11,22 +16,22 @@ POLICY = """\
 # yaml-language-server: $schema={schema}
 schema: saeguard.policy/v1
 id: {id}
-title: "TODO: what it watches for, in one line"
-owner: "TODO: who answers for it, such as safety@example.com"
+title: {title}
+owner: {owner}
 severity: medium                # low | medium | high | critical
 mode: shadow                    # shadow reports, enforce acts; stay in shadow until it is measured
 action: flag                    # log | flag | clamp | stop
 on_error: allow                 # allow | stop
-scope: output                   # prompt | output | both
+scope: {scope:<24} # prompt | output | both
 feature_set: {feature_set}
-rationale: "TODO: what fires, and why that matters"
+rationale: {rationale}
 falsepositives:
   - "TODO: harmless texts that will match"
 review_by: {review_by}
 detect:
 {detect}
 condition: {condition}
-for: 1 of 1 tokens              # 3 of 8 tokens asks for more than one
+for: {window:<26} # 3 of 8 tokens asks for more than one
 """
 
 TESTS = """\
@@ -35,61 +40,122 @@ schema: saeguard.test/v1
 policy: {id}
 cases:
   - name: it shows
-    prompt_tokens: 4
+    prompt_tokens: {before}
     shares:
 {high}
     expect: match
-    first_token: 6
+    first_token: {first}
   - name: nearly, but no more than the threshold
-    prompt_tokens: 4
+    prompt_tokens: {before}
     shares:
 {low}
     expect: no_match
-  - name: only the prompt shows it
-    prompt_tokens: 8
+"""
+
+ELSEWHERE = """\
+  - name: only the {where} shows it
+    prompt_tokens: {prompt}
     shares:
-{prompt}
+{high}
     expect: no_match
 """
 
+RECORDED = """\
+  - name: {name}
+    recording: {file}
+    recorded_text: {text}
+    expect: {expect}
+"""
 
-def draft(
-    id_: str, feature_set: str, thresholds: Mapping[str, float], schema: str, today: date
-) -> tuple[str, str]:
+
+class Recorded(NamedTuple):
+    """A test case on a recorded text."""
+
+    name: str
+    file: str
+    """Of the recording, beside the test file."""
+    text: str
+    expect: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a new policy watches for, and how."""
+
+    id: str
+    feature_set: str
+    """By the name that policies use."""
+    thresholds: Mapping[str, float]
+    """Share above which each feature holds; all of them have to."""
+    scope: Scope = "output"
+    window: tuple[int, int] = (1, 1)
+    """`(k, n)` as in `for: k of n tokens`."""
+    title: str = "TODO: what it watches for, in one line"
+    owner: str = "TODO: who answers for it, such as safety@example.com"
+    rationale: str = "TODO: what fires, and why that matters"
+    recorded: Sequence[Recorded] = ()
+
+
+def draft(wanted: Draft, schema: str, today: date) -> tuple[str, str]:
     """Return a policy that watches for every one of some features, and its tests.
 
     Args:
-        id_: of the policy.
-        feature_set: by the name that policies use.
-        thresholds: share above which each feature holds.
+        wanted: the policy.
         schema: path of the folder with the JSON Schemas, from the policy's folder.
         today: the day of review is half a year later.
     """
-    names = {feature: feature.lower() for feature in thresholds}
+    names = {feature: feature.lower() for feature in wanted.thresholds}
     detect = "\n".join(
         f"  {names[feature]}: {{feature: {feature}, above: {above:g}}}"
-        for feature, above in thresholds.items()
+        for feature, above in wanted.thresholds.items()
     )
+    k, n = wanted.window
     policy = POLICY.format(
         schema=f"{schema}saeguard.policy.v1.json",
-        id=id_,
-        feature_set=feature_set,
+        id=wanted.id,
+        title=json.dumps(wanted.title),
+        owner=json.dumps(wanted.owner),
+        rationale=json.dumps(wanted.rationale),
+        scope=wanted.scope,
+        feature_set=wanted.feature_set,
         review_by=(today + REVIEW).isoformat(),
         detect=detect,
         condition=" and ".join(names.values()),
+        window=f"{k} of {n} tokens",
     )
+    return policy, _tests(wanted, schema)
+
+
+def _tests(wanted: Draft, schema: str) -> str:
+    """Return test cases whose tokens in scope show the features, nearly do, or do not."""
+    k = wanted.window[0]
+    before, high = 6, k + 2
 
     def traces(pattern: str, factor: float) -> str:
         return "\n".join(
             f"      {feature}: {pattern.format(round(above * factor, 4))}"
-            for feature, above in thresholds.items()
+            for feature, above in wanted.thresholds.items()
         )
 
-    tests = TESTS.format(
+    shown = traces(f"0x{before} {{:g}}x{high} 0x5", 1.5)
+    # As many tokens as there are, if the policy looks at the prompt; none past its first four else.
+    prompt = before + high + 5 if wanted.scope == "prompt" else 4
+    text = TESTS.format(
         schema=f"{schema}saeguard.test.v1.json",
-        id=id_,
-        high=traces("0x6 {:g}x3 0x5", 1.5),
-        low=traces("0x4 {:g}x10", 1.0),
-        prompt=traces("0x2 {:g}x6 0x6", 1.5),
+        id=wanted.id,
+        before=prompt,
+        first=before + k - 1,
+        high=shown,
+        low=traces(f"0x4 {{:g}}x{high + 7}", 1.0),
     )
-    return policy, tests
+    if wanted.scope != "both":
+        where, tokens = ("answer", 4) if wanted.scope == "prompt" else ("prompt", before + high)
+        text += ELSEWHERE.format(where=where, prompt=tokens, high=shown)
+    for case in wanted.recorded:
+        text += RECORDED.format(
+            name=json.dumps(case.name),
+            file=case.file,
+            text=json.dumps(case.text),
+            expect=case.expect,
+        )
+    return text

@@ -58,7 +58,6 @@ Code: TypeAlias = Literal[
     "clamp-unused",
     "clamp-edit",
     "message-unused",
-    "decided-late",
     "duplicate-id",
     "duplicate-name",
     "exception-expired",

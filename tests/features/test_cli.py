@@ -11,10 +11,13 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from saeguard.cli.features import verb
+from saeguard.cli.policy import verb as policy_verb
 from saeguard.features.load import load_feature_set
+from saeguard.features.probe import read_probe
 from saeguard.hf.model import load_model
 from saeguard.hf.residuals import record
 from saeguard.hf.texts import make_text
+from saeguard.policy.load import load_policies
 from tests.guard.test_probes import probes_alone
 from tests.guarded import LATENTS, feature_set
 from tests.tiny import D, save_model
@@ -118,6 +121,80 @@ def test_probes_without_an_sae(tmp_path: Path) -> None:
         )
         assert result.exit_code == 2
         assert "the set holds probes alone, and this needs an SAE" in result.output
+
+
+def test_from_texts_to_policy_without_copying(tmp_path: Path) -> None:
+    """A search writes a set, calibration fills it, and a policy takes its threshold."""
+    model = save_model(tmp_path / "model")
+    sae = feature_set(tmp_path / "sets", D).sae.path
+    texts = ("--data", _texts(tmp_path / "noise.search.jsonl", "s"),
+             "--holdout", _texts(tmp_path / "noise.holdout.jsonl", "h"))  # fmt: skip
+    benign = _texts(tmp_path / "benign.jsonl", "benign", 200, ordinary=True)
+    file = tmp_path / "feature_sets" / "team" / "new.yaml"
+    search = ("search", "--model", model, "--sae", sae, *texts, "--benign", benign, "--top", 3,
+              "--out", tmp_path / "report.json", "--write-set", file)  # fmt: skip
+    _run(*search, "--behaviour", "noise", "--form", "probe")
+    _run(*search, "--behaviour", "other", "--kind", "hash", "--form", "latent", "--accept-weak")
+
+    new = load_feature_set(file, unfinished=True)
+    assert new.id == "team/new"
+    assert list(new.features) == ["noise", "other_hash"]
+    assert not new.calibrated
+    assert new.model.sha256 is not None
+    probe = new.features["noise"].probe
+    assert probe is not None
+    report = json.loads((tmp_path / "report.json").read_text())
+    kept = read_probe(probe, D)
+    assert report["findings"][0]["probe"]["weight"] == kept.w.tolist()
+    with pytest.raises(ValueError, match="has no low, high, threshold yet"):
+        load_feature_set(file)
+
+    output = _run(
+        "calibrate", "--set", file, "--model", model, "--benign", benign, "--labelled", tmp_path,
+        "--fpr", 0.05,
+    )  # fmt: skip
+    assert "Not calibrated with labels, for want of files: other_hash." in output
+    done = load_feature_set(file)
+    assert done.features["noise"].evidence["tpr_holdout"]["rate"] > 0.5
+    assert done.features["noise"].evidence["compared"]["random_group"]["auroc"] > 0
+
+    policies = tmp_path / "policies"
+    arguments = ["noise.hash", "--set", "team/new", "--feature", "noise", "--folder",
+                 str(policies), "--feature-sets", str(tmp_path / "feature_sets")]  # fmt: skip
+    result = CliRunner().invoke(policy_verb, ["new", *arguments])
+    assert result.exit_code == 0, result.output
+    [policy] = load_policies(policies)
+    threshold = done.features["noise"].threshold
+    assert 0 <= policy.detect["noise"].above - threshold < 0.001
+    result = CliRunner().invoke(policy_verb, ["test", str(policies)])
+    assert result.exit_code == 0, result.output
+
+
+def test_a_search_that_finds_nothing_writes_nothing(tmp_path: Path) -> None:
+    """Labels without meaning: said plainly, exit code 1; with --accept-weak it is written."""
+    model = save_model(tmp_path / "model")
+    sae = feature_set(tmp_path / "sets", D).sae.path
+    files = [_texts(tmp_path / f"{name}.jsonl", name, 120) for name in ("s", "h")]
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for i, row in enumerate(rows):
+            row["label"] = i // 2 % 2  # half of each kind of text
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    out = tmp_path / "new.yaml"
+    command = [str(a) for a in (
+        "search", "--model", model, "--sae", sae, "--data", files[0], "--holdout", files[1],
+        "--top", 3, "--out", tmp_path / "o.json", "--write-set", out, "--behaviour", "b",
+        "--form", "group",
+    )]  # fmt: skip
+
+    result = CliRunner().invoke(verb, command)
+    assert result.exit_code == 1, result.output
+    assert "Nothing was found: the group is no better than chance" in result.output
+    assert not out.exists()
+    assert "no better than chance" in json.loads((tmp_path / "o.json").read_text())["nothing_found"]
+    result = CliRunner().invoke(verb, [*command, "--accept-weak"])
+    assert result.exit_code == 0, result.output
+    assert list(load_feature_set(out, unfinished=True).features) == ["b"]
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,245 @@
+"""`saeguard features learn`: labelled texts and ordinary traffic in; features and policies out."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from saeguard.atomic_files import write_atomically, write_new
+from saeguard.cli.new import missing_schemas, rounded_up
+from saeguard.cli.options import ModelOption, existing_folder
+from saeguard.cli.search_features import layers_to_read
+from saeguard.errors import FINDINGS, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from saeguard.features.corpus import Corpus
+    from saeguard.features.learn import Learned, Wish
+    from saeguard.features.types import FeatureSet
+    from saeguard.hf.labelled import Group
+    from saeguard.hf.model import LanguageModel
+    from saeguard.hf.texts import Text
+
+
+def verb(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Labelled texts (JSON lines): a file, or a folder of BEHAVIOUR/NAME.jsonl."
+        ),
+    ],
+    model: ModelOption,
+    benign: Annotated[Path, typer.Option(help="Ordinary texts: a file or a folder.")],
+    set_: Annotated[Path, typer.Option("--set", help="Feature set to write.")],
+    sae: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an SAE checkpoint. Without one, only probes are learnt.",
+            callback=existing_folder,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers for probes, such as 14,18,22: each alone and all together. "
+            "Default: the SAE's."
+        ),
+    ] = None,
+    policies: Annotated[
+        Path, typer.Option(help="Folder for the shadow policies and their tests.")
+    ] = Path("policies"),
+    out: Annotated[Path, typer.Option(help="Report to write, JSON.")] = Path("learnt.json"),
+    per: Annotated[
+        Literal["file", "behaviour", "kind"],
+        typer.Option(help="What becomes one feature."),
+    ] = "file",
+    scope: Annotated[
+        Literal["prompt", "output", "both"], typer.Option(help="Tokens to look at.")
+    ] = "output",
+    form: Annotated[
+        Literal["best", "probe", "group", "latent"],
+        typer.Option(help="Detector. best: the group, unless the probe is clearly better."),
+    ] = "best",
+    fpr: Annotated[
+        float, typer.Option(help="Share of ordinary texts that may match.", min=0, max=1)
+    ] = 0.01,
+    owner: Annotated[
+        str, typer.Option(help="Owner of the policies.")
+    ] = "TODO: who answers for it, such as safety@example.com",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps what the model computed, so that the command goes on where it "
+            "was cut off."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the cut and of the search.")] = 0,
+    accept_weak: Annotated[
+        bool,
+        typer.Option("--accept-weak", help="Keep features that are no better than chance."),
+    ] = False,
+) -> None:
+    """Learn features from labelled texts: cut, search, calibrate, and write shadow policies.
+
+    The texts are cut by template into a part to choose on, one to set ranges on and one to measure
+    on; the ordinary texts likewise. What is no better than chance is reported and left out.
+    Policies that are there already are kept. Exit code 1: nothing was learnt.
+    """
+    from saeguard.features.found import new_set, set_at
+    from saeguard.features.learn import Wish, learn
+    from saeguard.features.load import load_feature_set, save_feature_set
+    from saeguard.hf.labelled import read_groups, text_files
+    from saeguard.hf.model import load_model, load_tokenizer
+    from saeguard.hf.texts import read_texts
+    from saeguard.sae import inspect
+
+    info = None if sae is None else inspect(sae)
+    probed, read_layers = layers_to_read(layers, info)
+    for option, path in (("DATA", data), ("--benign", benign)):
+        if not path.exists():
+            raise InputError(f"{option}: {path}: there is no such file or folder; name one")
+    ordinary_files, files = text_files(benign), text_files(data, [benign])
+    tokenizer = load_tokenizer(model)
+    groups = read_groups(data, files, tokenizer, per)
+    ordinary = [t for file in ordinary_files for t in read_texts(file, tokenizer)]
+    lm = load_model(model, tokenizer)
+    features = set_at(new_set(set_, lm.shape, lm.path, info, lm.special_tokens))
+    subjects, calm = record(lm, groups, ordinary, read_layers, seed, cache)
+    wish = Wish(scope, form, fpr, layers=tuple(probed), seed=seed, accept_weak=accept_weak)
+    rows: list[dict[str, Any]] = []
+    written: list[Path] = []
+    for number, subject in enumerate(subjects, 1):
+        typer.echo(f"[{number}/{len(groups)}] {subject.name}", err=True)
+        features, learnt = learn(features, info, subject, calm, wish, tokenizer.decode)
+        rows.append(learnt.report())
+        _print(learnt, features)
+        if learnt.feature is not None:
+            save_feature_set(features, set_)
+            written += write_policy(learnt, load_feature_set(set_), policies, wish, owner, lm.name)
+    report = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "saeguard": metadata.version("saeguard"),
+        "model": {"name": lm.name, "sha256": features.model.sha256},
+        "sae": None if info is None else {"sha256": info.sha256, "layer": info.layer},
+        "arguments": {"per": per, "scope": scope, "form": form, "fpr": fpr, "seed": seed},
+        "ordinary_texts": [len(part) for part in calm],
+        "learnt": rows,
+        "policies": [str(path) for path in written],
+    }
+    write_atomically(out, json.dumps(report) + "\n")
+    _print_table(rows)
+    if not any(row["learnt"] for row in rows):
+        typer.echo(f"Nothing was learnt; {out} says why for each.", err=True)
+        raise typer.Exit(FINDINGS)
+    typer.echo(f"Wrote {set_}, {out} and {len(written)} policies in {policies}.")
+
+
+def record(
+    lm: LanguageModel,
+    groups: Sequence[Group],
+    ordinary: Sequence[Text],
+    layers: Sequence[int],
+    seed: int,
+    cache: Path | None,
+) -> tuple[Any, tuple[Corpus, Corpus, Corpus]]:
+    """Cut and record the texts: subjects one by one, as memory allows, and the ordinary parts."""
+    import numpy as np
+
+    from saeguard.features.cut import PARTS, cut_by_template
+    from saeguard.features.learn import Subject
+    from saeguard.hf.corpus import make_corpus
+
+    part = cut_by_template(
+        ((f"{g.name}/{t.label}", t.template) for g in groups for t in g.texts), seed
+    )
+    calm = cut_by_template((("ordinary", t.template) for t in ordinary), seed, (1, 1, 1))
+    corpus = make_corpus(lm, ordinary, layers, lm.special_tokens, "ordinary texts", cache)
+    of = np.array([calm[text.template] for text in ordinary])
+    parts = [corpus.select(of == i) for i in range(len(PARTS))]
+
+    def subjects() -> Any:
+        for group in groups:
+            texts = group.texts
+            yield Subject(
+                name=group.name,
+                title=f"{group.behaviour}: {group.name}"[:200],
+                behaviour=group.behaviour,
+                kind=group.kind,
+                labelled=make_corpus(lm, texts, layers, lm.special_tokens, group.name, cache),
+                ids=np.array([text.id for text in texts]),
+                part=np.array([part[text.template] for text in texts]),
+            )
+
+    return subjects(), (parts[0], parts[1], parts[2])
+
+
+def write_policy(
+    learnt: Learned, features: FeatureSet, folder: Path, wish: Wish, owner: str, model: str
+) -> list[Path]:
+    """Write a shadow policy with tests for a learnt feature; return its path, nothing if kept.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    from saeguard.policy_tools.learned_policy import paths_of, texts_of
+
+    at = paths_of(learnt, folder)
+    assert learnt.feature is not None
+    if any(os.path.lexists(path) for path in (at.policy, at.tests)):
+        typer.echo(f"  {at.policy} is kept as it is; compare its threshold", err=True)
+        return []
+    at.policy.parent.mkdir(parents=True, exist_ok=True)
+    texts = texts_of(
+        learnt,
+        features,
+        rounded_up(learnt.feature.threshold),
+        wish,
+        at,
+        owner=owner,
+        schema=f"{Path(os.path.relpath(folder, at.policy.parent)).as_posix()}/",
+        model=model,
+        today=datetime.now(UTC).date(),
+    )
+    write_new(texts | missing_schemas(folder))
+    return [at.policy]
+
+
+def _print(learnt: Learned, features: FeatureSet) -> None:
+    if learnt.feature is None:
+        typer.echo(f"  nothing: {learnt.reason}", err=True)
+        if learnt.subject.name in features.features:
+            typer.echo(f"  {features.path} still holds the feature of an earlier run", err=True)
+    elif learnt.reason:
+        typer.echo(f"  warning: {learnt.reason}", err=True)
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("feature", "form", "AUROC hold-out (95 %)", "random latents", "threshold",
+                  "caught", "ordinary above")  # fmt: skip
+    for row in rows:
+        evidence = row["evidence"]
+        if evidence is None:
+            table.add_row(row["feature"], "-", row["reason"], "", "", "", "")
+            continue
+        low, high = evidence["holdout"]["interval"]
+        control = evidence["compared"].get("random_group")
+        table.add_row(
+            row["feature"],
+            evidence["form"].partition(":")[0],
+            f"{evidence['holdout']['auroc']:.3f} ({low:.3f} to {high:.3f})",
+            f"{control['auroc']:.3f}" if control else "",
+            f"{row['threshold']:g}",
+            f"{evidence['tpr_holdout']['rate']:.1%}",
+            f"{evidence['fpr_holdout']['rate']:.2%}",
+        )
+    Console().print(table)

@@ -1,0 +1,197 @@
+"""`saeguard features search`: latents, groups and probes that detect a behaviour."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from saeguard.atomic_files import write_atomically
+from saeguard.cli.inputs import load_after
+from saeguard.cli.options import ModelOption, existing_file, existing_folder
+from saeguard.errors import FINDINGS, InputError
+
+if TYPE_CHECKING:
+    from saeguard.features.corpus import Corpus
+    from saeguard.features.search import Search
+    from saeguard.sae import SaeInfo
+
+
+def verb(
+    model: ModelOption,
+    data: Annotated[
+        Path,
+        typer.Option(help="Labelled texts (JSON lines) to choose on.", callback=existing_file),
+    ],
+    holdout: Annotated[
+        Path,
+        typer.Option(
+            help="Labelled texts (JSON lines) of other templates, to measure on.",
+            callback=existing_file,
+        ),
+    ],
+    behaviour: Annotated[str, typer.Option(help="Name of the behaviour, for the report.")],
+    out: Annotated[Path, typer.Option(help="Report to write, JSON.")],
+    sae: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an SAE checkpoint. Without one, only probes are searched.",
+            callback=existing_folder,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers for probes, such as 14,18,22: each alone and all together. "
+            "Default: the SAE's."
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Use positives of this kind only. Default: all kinds.")
+    ] = None,
+    benign: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ordinary texts (JSON lines), as further negatives to choose on.",
+            callback=existing_file,
+        ),
+    ] = None,
+    scope: Annotated[
+        Literal["prompt", "output", "both"], typer.Option(help="Tokens to look at.")
+    ] = "output",
+    top: Annotated[int, typer.Option(help="Number of single latents to report.", min=1)] = 20,
+    group_size: Annotated[
+        int, typer.Option(help="Highest number of latents in a group.", min=1)
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed of resampling and controls.")] = 0,
+    write_set: Annotated[
+        Path | None,
+        typer.Option(
+            help="Feature set to write the detector into, for `features calibrate`. A set that is "
+            "there gets one more feature."
+        ),
+    ] = None,
+    form: Annotated[
+        Literal["best", "probe", "group", "latent"],
+        typer.Option(
+            help="Detector to write. best: the group, unless the probe is clearly better."
+        ),
+    ] = "best",
+    feature: Annotated[
+        str | None, typer.Option(help="Name of the feature. Default: behaviour and kind.")
+    ] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Title of the feature. Default: behaviour and kind.")
+    ] = None,
+    accept_weak: Annotated[
+        bool,
+        typer.Option(
+            "--accept-weak", help="Write the detector even if it is no better than chance."
+        ),
+    ] = False,
+) -> None:
+    """Rank single latents, a weighted group and linear probes as detectors of a behaviour.
+
+    Everything is chosen on --data; AUROC and its 95 % interval are measured on --holdout. Exit
+    code 1: --write-set was given, and nothing was found.
+    """
+    from saeguard.features.corpus import with_ordinary
+    from saeguard.features.found import (
+        choose,
+        evidence_of,
+        feature_name,
+        new_set,
+        set_at,
+        useless,
+        with_found,
+    )
+    from saeguard.features.load import save_feature_set
+    from saeguard.features.search import search as find
+    from saeguard.hf.corpus import read_corpus
+    from saeguard.sae import inspect
+
+    info = None if sae is None else inspect(sae)
+    probed, read_layers = layers_to_read(layers, info)
+    lm = load_after(model, [data, holdout, *([] if benign is None else [benign])])
+    features = None
+    if write_set is not None:
+        features = set_at(new_set(write_set, lm.shape, lm.path, info, lm.special_tokens))
+
+    def read(path: Path) -> Corpus:
+        return read_corpus(lm, path, read_layers, lm.special_tokens).scoped(scope)
+
+    split = read(data).of_kind(kind)
+    if benign is not None:
+        split = with_ordinary(split, read(benign))
+    held = read(holdout).of_kind(kind)
+    found = find(
+        info, split, held, layers=probed or None, top=top, group_size=group_size, seed=seed
+    )
+    report = {
+        "behaviour": behaviour,
+        "kind": kind,
+        "scope": scope,
+        "seed": seed,
+        "model": lm.name,
+        "sae": None if info is None else {"sha256": info.sha256, "layer": info.layer},
+        "texts": {"search": len(split), "holdout": len(held)},
+        "findings": found.report(),
+    }
+    chosen = choose(found, form)
+    evidence = evidence_of(found, chosen, scope, kind)
+    report["nothing_found"] = useless(evidence)
+    write_atomically(out, json.dumps(report) + "\n")
+    print_table(found, f"{behaviour} {kind or ''}".strip())
+    typer.echo(f"Wrote {out}.")
+    if useless(evidence):
+        typer.echo(f"Nothing was found: the {chosen.form} is {useless(evidence)}.", err=True)
+    if features is None:
+        return
+    if useless(evidence) and not accept_weak:
+        typer.echo(f"{write_set} was not written; --accept-weak writes it all the same.", err=True)
+        raise typer.Exit(FINDINGS)
+    name = feature or feature_name(behaviour, kind)
+    of = title or f"{behaviour}{f': {kind}' if kind else ''}"
+    features = with_found(features, name, of, behaviour, chosen, evidence)
+    save_feature_set(features, features.path)
+    typer.echo(f"Wrote {name} ({chosen.form}) to {write_set}; next: saeguard features calibrate.")
+
+
+def layers_to_read(layers: str | None, info: SaeInfo | None) -> tuple[list[int], list[int]]:
+    """Return the layers of `--layers`, and those with the SAE's, in ascending order.
+
+    Raises:
+        InputError: the option is no list of layers, or there is neither it nor an SAE.
+    """
+    if layers is None:
+        if info is None:
+            raise InputError("found neither --sae nor --layers; give --layers 14,18,22 for probes")
+        return [], [info.layer]
+    parts = [part.strip() for part in layers.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"--layers: found {layers!r}; expected layers, such as 14,18,22")
+    probed = sorted({int(part) for part in parts})
+    return probed, sorted({*probed, *([] if info is None else [info.layer])})
+
+
+def print_table(found: Search, title: str) -> None:
+    """Print what a search found."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "form", "made of", "AUROC search", "AUROC folds", "AUROC hold-out", "95 %", title=title
+    )
+    for finding in found.findings:
+        low, high = finding.interval
+        table.add_row(
+            finding.form,
+            finding.name,
+            f"{finding.auroc_search:.3f}",
+            "" if finding.auroc_validation is None else f"{finding.auroc_validation:.3f}",
+            f"{finding.auroc_holdout:.3f}",
+            f"{low:.3f} to {high:.3f}",
+        )
+    Console().print(table)

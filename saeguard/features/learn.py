@@ -1,0 +1,162 @@
+"""From the labelled texts of one behaviour to a calibrated feature, or to why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from saeguard.features.calibrate import Decode, Texts, calibrate
+from saeguard.features.corpus import Corpus, Scope, with_ordinary
+from saeguard.features.cut import PARTS
+from saeguard.features.found import Form, choose, evidence_of, useless, with_found
+from saeguard.features.search import Search, SearchError, search
+from saeguard.features.types import Feature, FeatureSet
+from saeguard.features.weakness import weaknesses
+from saeguard.sae import SaeInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How features are to be found and calibrated."""
+
+    scope: Scope = "output"
+    form: Form = "best"
+    fpr: float = 0.001
+    """Wished fraction of ordinary texts above the threshold."""
+    window: tuple[int, int] = (1, 1)
+    layers: tuple[int, ...] = ()
+    """For probes: each alone and all together. Empty: the SAE's."""
+    top: int = 20
+    group_size: int = 8
+    seed: int = 0
+    accept_weak: bool = False
+    """Keep a detector that is no better than chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is to be learnt, and its recorded texts."""
+
+    name: str
+    """Of the feature."""
+    title: str
+    behaviour: str
+    kind: str
+    labelled: Corpus
+    ids: np.ndarray
+    """[texts] their ids."""
+    part: np.ndarray
+    """[texts] index into `PARTS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The outcome for one subject."""
+
+    subject: Subject
+    texts: Mapping[str, tuple[int, int]]
+    """By part, how many texts show the behaviour and how many do not."""
+    found: Search | None
+    """None if there are too few texts."""
+    feature: Feature | None
+    """None if nothing was found."""
+    reason: str = ""
+    """Why there is no feature, or what speaks against it."""
+
+    def report(self) -> dict[str, Any]:
+        """Return a plain row, for a file."""
+        subject, feature = self.subject, self.feature
+        return {
+            "feature": subject.name,
+            "behaviour": subject.behaviour,
+            "kind": subject.kind or None,
+            "texts": {part: list(counts) for part, counts in self.texts.items()},
+            "learnt": feature is not None,
+            "reason": self.reason,
+            "threshold": None if feature is None else feature.threshold,
+            "evidence": None if feature is None else dict(feature.evidence),
+            "findings": [] if self.found is None else self.found.report(),
+        }
+
+
+def learn(
+    features: FeatureSet,
+    info: SaeInfo | None,
+    subject: Subject,
+    ordinary: tuple[Corpus, Corpus, Corpus],
+    wish: Wish,
+    decode: Decode | None = None,
+) -> tuple[FeatureSet, Learned]:
+    """Return the set with the subject's feature, calibrated, and the outcome.
+
+    Each step has texts of its own: the detector is chosen on the search part, its range is set on
+    the calibration part, and AUROC and true-positive rate are measured on the hold-out. Ordinary
+    texts are cut likewise, so that no rate is measured on the texts that set it.
+
+    Args:
+        features: the set so far.
+        info: its SAE, if there is one.
+        subject: what is to be learnt.
+        ordinary: texts to choose on, to set the threshold on, and to measure its rate on.
+        wish: how.
+        decode: from token ids to text, for snippets.
+
+    Raises:
+        SaeError: a latent cannot be read.
+    """
+    scoped = replace(subject.labelled, scope=wish.scope)
+    parts = [scoped.select(subject.part == i).scoped(wish.scope) for i in range(len(PARTS))]
+    counts = {
+        name: (int(part.label.sum()), int((~part.label).sum()))
+        for name, part in zip(PARTS, parts, strict=True)
+    }
+    split, calibration, holdout = parts
+    try:
+        _check(counts)
+        found = search(
+            info,
+            with_ordinary(split, ordinary[0].scoped(wish.scope)),
+            holdout,
+            layers=wish.layers or None,
+            top=wish.top,
+            group_size=wish.group_size,
+            seed=wish.seed,
+        )
+    except SearchError as error:
+        return features, Learned(subject, counts, None, None, f"not searched: {error}")
+    chosen = choose(found, wish.form)
+    evidence = evidence_of(found, chosen, wish.scope, None)
+    nothing = useless(evidence)
+    if nothing and not wish.accept_weak:
+        return features, Learned(subject, counts, found, None, nothing)
+    new = with_found(features, subject.name, subject.title, subject.behaviour, chosen, evidence)
+    feature = calibrate(
+        new,
+        new.features[subject.name],
+        Texts(ordinary[1], ordinary[2], calibration, holdout),
+        fpr=wish.fpr,
+        window=wish.window,
+        decode=decode,
+    )
+    against = list(weaknesses(feature, feature.threshold, f"{wish.window[0]} of {wish.window[1]}"))
+    done = replace(new, features={**new.features, subject.name: feature})
+    return done, Learned(subject, counts, found, feature, "; ".join(against))
+
+
+def held_out(subject: Subject, scope: Scope) -> tuple[Corpus, np.ndarray]:
+    """Return the hold-out's texts with tokens in scope, and their ids."""
+    scoped = replace(subject.labelled, scope=scope)
+    counts = np.bincount(scoped.owner, weights=scoped.looked, minlength=len(scoped))
+    mask = (subject.part == PARTS.index("holdout")) & (counts > 0)
+    return scoped.select(mask), subject.ids[mask]
+
+
+def _check(counts: Mapping[str, tuple[int, int]]) -> None:
+    for name, (positives, negatives) in counts.items():
+        if not positives or not negatives:
+            raise SearchError(
+                f"the {name} part has {positives} positive and {negatives} negative texts"
+            )

@@ -1,0 +1,181 @@
+"""One command from labelled texts and ordinary traffic to features, policies and a report."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from saeguard.cli.features import verb
+from saeguard.cli.policy import verb as policy_verb
+from saeguard.features.cut import cut_by_template
+from saeguard.features.load import load_feature_set
+from saeguard.hf import residual_cache
+from saeguard.hf.model import load_model
+from saeguard.hf.residual_cache import record_cached
+from saeguard.hf.residuals import record
+from saeguard.policy.load import load_policies
+from tests.guarded import feature_set
+from tests.tiny import D, save_model
+
+TEXTS = 240
+
+
+def write(file: Path, *, told: bool = True, positives: bool = True, texts: int = TEXTS) -> None:
+    """Write texts of which half hold a `#`; if `told`, those are the positives."""
+    rng = random.Random(file.name)  # noqa: S311 - seeded texts, not secrets
+    rows = []
+    for i in range(texts):
+        words = "".join(rng.choices("abcdefgh ", k=20))
+        marked = positives and i % 2 == 0
+        label = (i % 2 == 0 if told else i // 2 % 2 == 0) and positives
+        row = {
+            "id": f"{file.stem}-{i}",
+            "prompt": "Say: ",
+            "completion": f"{words[:8]}#{words[9:]}" if marked else words,
+            "label": int(label),
+            "kind": "hash" if label else "",
+            "template": f"{file.stem}-{i // 4}",
+        }
+        rows.append(row)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which the command was run, on one behaviour that shows and one not."""
+    folder = tmp_path_factory.mktemp("learnt")
+    save_model(folder / "model")
+    feature_set(folder / "sets", D)
+    write(folder / "data" / "noise" / "marks.jsonl")
+    write(folder / "data" / "noise" / "nothing.jsonl", told=False)
+    write(folder / "data" / "noise" / "few.jsonl", texts=12)
+    write(folder / "data" / "benign" / "chat.jsonl", positives=False, texts=600)
+    result = learn(folder)
+    assert result[0] == 0, result[1]
+    (folder / "output.txt").write_text(result[1])
+    return folder
+
+
+def learn(folder: Path, *more: str) -> tuple[int, str]:
+    """Run the command; return its exit code and what it printed."""
+    command = [
+        "learn", str(folder / "data"), "--model", str(folder / "model"), "--sae",
+        str(folder / "sets" / "sae"), "--benign", str(folder / "data" / "benign"),
+        "--set", str(folder / "feature_sets" / "own.yaml"), "--policies",
+        str(folder / "policies"), "--out", str(folder / "report.json"), "--cache",
+        str(folder / "cache"), "--owner", "team@example.com", "--fpr", "0.05", *more,
+    ]  # fmt: skip
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(verb, command)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
+
+
+def test_what_shows_becomes_a_feature(learnt: Path) -> None:
+    """It is calibrated on texts of its own, and measured on held-out templates."""
+    features = load_feature_set(learnt / "feature_sets" / "own.yaml")
+
+    assert list(features.features) == ["marks"]
+    evidence = features.features["marks"].evidence
+    assert features.features["marks"].behaviour == "noise"
+    assert evidence["holdout"]["interval"][0] > 0.9
+    assert evidence["tpr_holdout"]["rate"] > 0.8
+    assert evidence["fpr_holdout"]["texts"] == 200
+
+
+def test_what_does_not_is_said(learnt: Path) -> None:
+    """The report and the terminal say for each why it was not learnt."""
+    report = json.loads((learnt / "report.json").read_text())
+    rows = {row["feature"]: row for row in report["learnt"]}
+
+    assert [row["learnt"] for row in rows.values()] == [False, True, False]
+    assert "the search split has" in rows["few"]["reason"]
+    assert rows["nothing"]["reason"].startswith("no better than ")
+    assert rows["marks"]["texts"] == {
+        "search": [60, 60], "calibration": [24, 24], "holdout": [36, 36],
+    }  # fmt: skip
+    assert "nothing: no better than " in (learnt / "output.txt").read_text()
+
+
+def test_the_policy_is_sound(learnt: Path) -> None:
+    """It is in shadow, takes the calibrated threshold, and its tests pass, recorded ones too."""
+    [policy] = load_policies(learnt / "policies")
+    threshold = load_feature_set(learnt / "feature_sets" / "own.yaml").features["marks"].threshold
+
+    assert (policy.id, policy.mode, policy.feature_set) == ("noise.marks", "shadow", "own")
+    assert 0 <= policy.detect["marks"].above - threshold < 0.001
+    arguments = [str(learnt / "policies"), "--feature-sets", str(learnt / "feature_sets")]
+    for name in ("test", "check"):
+        done = CliRunner().invoke(policy_verb, [name, *arguments])
+        assert done.exit_code == 0, done.output
+    tests = (learnt / "policies" / "noise" / "marks.test.yaml").read_text()
+    assert tests.count('recorded_text: "marks-') == 2
+
+
+def test_again_it_computes_nothing_and_keeps_policies(
+    learnt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was cut off goes on: residuals come from the cache."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("recorded again")
+
+    before = (learnt / "policies" / "noise" / "marks.yaml").read_bytes()
+    monkeypatch.setattr(residual_cache, "record", fail)
+    code, output = learn(learnt)
+
+    assert code == 0, output
+    assert "is kept as it is" in output
+    assert (learnt / "policies" / "noise" / "marks.yaml").read_bytes() == before
+
+
+def test_nothing_learnt_is_a_finding(learnt: Path) -> None:
+    """Exit code 1, and no set."""
+    (learnt / "data" / "noise" / "marks.jsonl").unlink()
+    (learnt / "feature_sets" / "own.yaml").unlink()
+    code, output = learn(learnt)
+
+    assert code == 1, output
+    assert "Nothing was learnt" in output
+    assert not (learnt / "feature_sets" / "own.yaml").exists()
+
+
+def test_the_cut() -> None:
+    """No template in two parts; each cell by its fractions; the same for the same seed."""
+    rng = np.random.default_rng(0)
+    texts = [(f"{file}/{label}", f"{file}{t}") for file in "ab" for t in range(60)
+             for label in rng.integers(0, 2, rng.integers(1, 6))]  # fmt: skip
+    part = cut_by_template(texts, 3)
+
+    assert part == cut_by_template(texts[::-1], 3)
+    assert part != cut_by_template(texts, 4)
+    for cell in {cell for cell, _ in texts}:
+        of = np.array([part[template] for c, template in texts if c == cell])
+        shares = np.bincount(of, minlength=3) / len(of)
+        assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.06)
+
+
+def test_the_cache_gives_back_what_was_recorded(tmp_path: Path) -> None:
+    """To the bit; a damaged file is written again; another layer has files of its own."""
+    lm = load_model(save_model(tmp_path / "model"))
+    texts = [[3, 4, 5], [6], [7, 8, 9, 10]]
+    cache = tmp_path / "cache"
+
+    first = dict(record_cached(lm, texts, [1], cache))
+    alone = dict(record(lm, texts, [1]))
+    assert sorted(first) == [0, 1, 2]
+    for i, found in first.items():
+        torch.testing.assert_close(found[1], alone[i][1], rtol=0, atol=0)
+    [file] = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:-8])
+    again = dict(record_cached(lm, texts, [1], cache))
+    assert all(torch.equal(again[i][1], found[1]) for i, found in first.items())
+    dict(record_cached(lm, texts, [0], cache))
+    assert len(list(cache.iterdir())) == 2
