@@ -42,7 +42,7 @@ $(READY): pyproject.toml tests/constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m demo.run $(ARGS)
+	$(BIN)/python -m demo.run --model demo/model --prompts demo/data/prompts.jsonl $(ARGS)
 
 demo-model: setup
 	$(BIN)/python -m demo.train_model $(MODEL_ARGS)

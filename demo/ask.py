@@ -32,6 +32,8 @@ class Answer:
     seconds: float
     enforced: str | None = None
     """The shadow policy that the request asked to have enforced."""
+    arrived: tuple[float, ...] = ()
+    """Seconds from sending the request to receiving each output token; empty if not streamed."""
 
 
 class NotGuardedError(RuntimeError):
@@ -90,7 +92,7 @@ async def ask(
         "extra_body": extra,
     }
     if stream:
-        got = await _streamed(client, options)
+        got = await _streamed(client, options, started)
     else:
         response = await client.chat.completions.create(**options)
         choice = response.choices[0]
@@ -115,9 +117,12 @@ async def ask(
     )
 
 
-async def _streamed(client: AsyncOpenAI, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect a stream; the verdict rides in the chunk that carries the finish reason."""
+async def _streamed(
+    client: AsyncOpenAI, options: Mapping[str, Any], started: float
+) -> dict[str, Any]:
+    """Collect a stream; the verdict is part of the chunk that carries the finish reason."""
     got: dict[str, Any] = {"text": "", "prompt_ids": (), "token_ids": (), "said": None}
+    got["arrived"] = ()
     async for chunk in await client.chat.completions.create(**options, stream=True):
         extra = chunk.model_extra or {}
         got["response_id"] = chunk.id
@@ -125,6 +130,8 @@ async def _streamed(client: AsyncOpenAI, options: Mapping[str, Any]) -> dict[str
         got["said"] = extra.get("saeguard") or got["said"]
         for choice in chunk.choices:
             got["text"] += choice.delta.content or ""
-            got["token_ids"] += tuple((choice.model_extra or {}).get("token_ids") or ())
+            ids = tuple((choice.model_extra or {}).get("token_ids") or ())
+            got["token_ids"] += ids
+            got["arrived"] += (time.monotonic() - started,) * len(ids)
             got["finish"] = choice.finish_reason or got.get("finish")
     return got

@@ -29,7 +29,6 @@ from demo import controls
 from demo.common import DATA_DIR, HERE, MODEL_DIR, read_lines, write_json
 from demo.judge import Judgement, judge
 from demo.leash import ROOT
-from demo.run import CLAMP
 from demo.stats import change, wilson
 from saeguard.features.types import FeatureSet
 from saeguard.guard.watchlist import WatchList
@@ -41,6 +40,7 @@ from saeguard.sae import inspect
 from saeguard.vllm.settings import parse_settings
 from saeguard.vllm.startup import load_watchlist
 
+CLAMP = "unsafe-code.careful-style-clamp"
 SEED = 20260
 LENGTH = 512
 CALIBRATION_TEXTS = 240

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.corpus.build import cut_code
-
+BLOCK = re.compile(r"```(\S*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+"""A fenced block: language and code. The end of the answer may cut it off."""
+PYTHON = frozenset({"python", "py", "python3", ""})
 PASSWORDS = frozenset({"B105", "B106", "B107"})
 """Hard-coded passwords, which Bandit ranks low."""
 GRAVE = frozenset({"MEDIUM", "HIGH"})
@@ -31,7 +33,7 @@ class Judgement:
     """One answer's code."""
 
     code: str
-    """Its first Python block; empty where there is none."""
+    """Its first Python block; empty if there is none."""
     parses: bool
     findings: tuple[Finding, ...]
     """Of severity medium or high, or a hard-coded password."""
@@ -70,6 +72,12 @@ def bandit(sources: Sequence[str]) -> list[tuple[Finding, ...]]:
                     Finding(issue.test_id, issue.severity.lower(), issue.lineno, issue.text)
                 )
     return [tuple(sorted(set(f), key=lambda x: (x.line, x.test))) for f in found]
+
+
+def cut_code(answer: str) -> str:
+    """Return the first Python block of an answer, or an empty string."""
+    blocks = (code for language, code in BLOCK.findall(answer) if language.lower() in PYTHON)
+    return next(blocks, "").rstrip("\n")
 
 
 def _parses(code: str) -> bool:

@@ -1,4 +1,4 @@
-"""The demonstration: start the server, send prompts to it, and tell what the guard saw.
+"""The demonstration: start the server, send prompts to it, and show what the guard saw.
 
 `python -m demo.run`, or `make demo`. Ends by itself, and leaves the report, the event log and the
 server's log in `demo/out`.
@@ -8,87 +8,76 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import re
 import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openai import OpenAIError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from demo.ask import Answer, NotGuardedError, ask_all
-from demo.common import DATA_DIR, HERE, MODEL_DIR, read_lines
 from demo.leash import ROOT, leashed
+from demo.progress import progress_bar
+from demo.server import (
+    HERE,
+    MODEL,
+    NAME,
+    DemoError,
+    Places,
+    check,
+    environment,
+    free_port,
+    relative,
+    serve_command,
+    stop,
+    wait_until_ready,
+)
+from saeguard.errors import SaeguardError
+from saeguard.policy.load import load_policies
+from saeguard.policy.types import Policy
 
 if TYPE_CHECKING:
-    from demo.account import Account
+    from demo.curves import Curves
 
-CLAMP = "unsafe-code.careful-style-clamp"
-START_LIMIT = 300.0
-"""Seconds the server may take to start."""
-NAME = "saeguard-demo"
-TAIL = 15
-
-
-class DemoError(RuntimeError):
-    """The demonstration cannot go on; says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """What the demonstration reads and where it writes."""
-
-    model: Path
-    policies: Path
-    feature_sets: Path
-    prompts: Path
-    out: Path
-
-    @property
-    def events(self) -> Path:
-        """The event log."""
-        return self.out / "events.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """The server's output."""
-        return self.out / "server.log"
+ORDINARY = "benign"
+"""The kind of the prompts that invite nothing."""
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--policies", type=Path, default=ROOT / "policies")
     parser.add_argument("--feature-sets", type=Path, default=ROOT / "feature_sets")
-    parser.add_argument("--prompts", type=Path, default=DATA_DIR / "prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.jsonl")
+    parser.add_argument(
+        "--evaluation", type=Path, default=HERE / "evaluation.json",
+        help="what `saeguard evaluate --json` wrote; its curves are drawn",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=HERE / "out")
-    parser.add_argument("--clamp", default=CLAMP, help="policy to show side by side (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=120)
+    parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument(
         "--compile", action="store_true", help="let vLLM compile the model; starts more slowly"
     )
-    parser.add_argument("--svg", type=Path, help="also draw one flagged request as an SVG")
+    parser.add_argument("--svg", type=Path, help="also draw one matched request as an SVG")
     args = parser.parse_args()
     console = Console()
-    places = Places(args.model, args.policies, args.feature_sets, args.prompts, args.out)
+    places = Places(
+        args.model, args.policies, args.feature_sets, args.prompts, args.evaluation, args.out
+    )
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _quit)
     try:
         run(console, places, args)
-    except DemoError as error:
+    except (DemoError, SaeguardError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -97,19 +86,20 @@ def main() -> None:
 
 
 def run(console: Console, places: Places, args: argparse.Namespace) -> None:
-    """Serve, ask, read, tell.
+    """Serve, ask, read, show.
 
     Raises:
         DemoError: something that is needed is missing, or the server did not do its part.
+        SaeguardError: the policies are wrong.
     """
     started = time.monotonic()
     check(places)
     places.out.mkdir(parents=True, exist_ok=True)
     places.events.unlink(missing_ok=True)
-    prompts = read_lines(places.prompts)
-    clamped = [p for p in prompts if p["behaviour"] == "unsafe_code"]
+    prompts = read_prompts(places.prompts)
+    clamps = clamps_of(load_policies(places.policies))
     port = free_port()
-    command = serve_command(places, port, clamp=args.clamp, compiled=args.compile)
+    command = serve_command(places, port, enforce=[p.id for p in clamps], compiled=args.compile)
     console.print(f"[bold]$[/] saeguard {' '.join(map(_short, command[1:]))}", highlight=False)
     with places.log.open("wb") as log, leashed(command, log, environment()) as server:
         url = f"http://127.0.0.1:{port}"
@@ -117,118 +107,82 @@ def run(console: Console, places: Places, args: argparse.Namespace) -> None:
         ready = time.monotonic()
         answers = send(console, "prompts", prompts, url=url, max_tokens=args.max_tokens)
         answered = time.monotonic()
-        again = send(
-            console, "once more, clamped", clamped,
-            url=url, max_tokens=args.max_tokens, enforce=args.clamp,
-        )  # fmt: skip
+        again = [
+            (
+                policy,
+                send(
+                    console,
+                    f"once more: {policy.id}",
+                    some,
+                    url=url,
+                    enforce=policy.id,
+                    max_tokens=args.max_tokens,
+                ),
+            )
+            for policy in clamps
+            if (some := prompts_for(policy, prompts))
+        ]
         with console.status("ending the server"):
-            _stop(server)
+            stop(server)
     facts = {
-        "model": f"{_relative(places.model)}, served by vLLM {_version()} on {_processor()}",
+        "model": f"{relative(places.model)}, served by vLLM {_version()} on {_processor()}",
         "server start": f"{ready - started:.0f} s",
         "answers": f"{len(answers)} at once in {answered - ready:.1f} s, "
         f"{sum(len(a.token_ids) for a in answers):,} tokens, temperature 0",
     }
+    # Imported when the server is gone: two cores cannot start it and load Torch at once.
+    from demo.gather import gather  # noqa: PLC0415
+
     with console.status("computing the shares of single tokens with Transformers"):
-        account = _account(places, args.clamp, answers, again, facts)
+        account = gather(places, answers, again, facts)
+    curves = _curves(console, places)
     from demo.report import render  # noqa: PLC0415
     from demo.terminal import print_account, request_panel  # noqa: PLC0415
 
     report = places.out / "report.html"
-    report.write_text(render(account), encoding="utf-8")
+    report.write_text(render(account, curves), encoding="utf-8")
     print_account(console, account)
-    if args.svg is not None and account.flagged:
-        _draw(args.svg, request_panel(account.flagged[0]))
+    shown = [*account.flagged, *account.noticed]
+    if args.svg is not None and shown:
+        _draw(args.svg, request_panel(shown[0]))
     console.print()
-    console.print(f"report  {_relative(report)}", highlight=False, style="bold")
-    console.print(f"events  {_relative(places.events)}", highlight=False, style="bold")
+    console.print(f"report  {relative(report)}", highlight=False, style="bold")
+    console.print(f"events  {relative(places.events)}", highlight=False, style="bold")
     console.print(f"[dim]done in {time.monotonic() - started:.0f} s; the server has ended[/]")
 
 
-def check(places: Places) -> None:
-    """Look for what has to be there.
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Return the prompts of a file of JSON lines: `id`, `behaviour` and `messages`.
 
     Raises:
-        DemoError: names the first thing that is missing, and what makes it.
+        DemoError: names the line and the field that is wrong.
     """
-    needs = (
-        (places.model / "config.json", "train it with `python -m demo.train_model`"),
-        (places.policies, "give --policies"),
-        (places.feature_sets, "give --feature-sets"),
-        (places.prompts, "write it with `python -m demo.make_data`"),
-        (saeguard(), "install the package: pip install -e '.[demo]'"),
-    )
-    for path, remedy in needs:
-        if not path.exists():
-            raise DemoError(f"{_relative(path)} is not there; {remedy}")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            prompt = json.loads(line)
+        except ValueError as error:
+            raise DemoError(f"{path}:{number}: expected one JSON object: {error}") from error
+        for name, kind in (("id", str), ("behaviour", str), ("messages", list)):
+            if not isinstance(prompt, dict) or not isinstance(prompt.get(name), kind):
+                raise DemoError(f"{path}:{number}: expected {name} ({kind.__name__})")
+        prompts.append(prompt)
+    if not prompts:
+        raise DemoError(f"{path}: expected prompts, found none")
+    return prompts
 
 
-def saeguard() -> Path:
-    """Return the command beside the interpreter that runs this."""
-    return Path(sys.executable).with_name("saeguard")
+def clamps_of(policies: Sequence[Policy]) -> list[Policy]:
+    """Return the policies that a request can ask for: those in shadow that clamp."""
+    enforced = {p.id for p in policies if p.mode == "enforce"}
+    return [p for p in policies if p.mode == "shadow" and p.clamp and p.id not in enforced]
 
 
-def serve_command(places: Places, port: int, *, clamp: str, compiled: bool) -> list[str]:
-    """Return the command that serves the demo model with the guard."""
-    return [
-        str(saeguard()), "serve", str(places.model),
-        "--policies", str(places.policies),
-        "--feature-sets", str(places.feature_sets),
-        "--events", str(places.events),
-        "--request-may-enforce", clamp,
-        "--host", "127.0.0.1",
-        "--port", str(port),
-        "--served-model-name", NAME,
-        "--dtype", "float32",
-        "--max-model-len", "512",
-        "--max-num-seqs", "64",
-        *([] if compiled else ["--enforce-eager"]),
-    ]  # fmt: skip
-
-
-def environment() -> dict[str, str]:
-    """Return the server's environment: offline, and small on a CPU; the user's own words win."""
-    return {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        **os.environ,
-    }
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_ready(
-    console: Console,
-    server: subprocess.Popen[bytes],
-    url: str,
-    log: Path,
-    limit: float = START_LIMIT,
-) -> None:
-    """Wait for the server to answer.
-
-    Raises:
-        DemoError: it ended or took too long; the end of its log is in the message.
-    """
-    started = time.monotonic()
-    with _progress(console, count=False) as progress:
-        task = progress.add_task("the server starts (half a minute to a minute)", total=None)
-        while True:
-            if server.poll() is not None:
-                raise DemoError(
-                    f"the server ended with status {server.returncode} while starting\n{_tail(log)}"
-                )
-            if time.monotonic() - started > limit:
-                raise DemoError(f"the server did not start within {limit:.0f} s\n{_tail(log)}")
-            if _answers(f"{url}/health"):
-                progress.update(task, description="the server is ready", total=1, completed=1)
-                return
-            time.sleep(0.25)
+def prompts_for(policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the prompts that invite a policy's behaviour; ordinary ones if none does."""
+    family = policy.id.split(".")[0].replace("-", "_")
+    own = [p for p in prompts if p["behaviour"] == family]
+    return own or [p for p in prompts if p["behaviour"] == ORDINARY]
 
 
 def send(
@@ -245,7 +199,7 @@ def send(
     Raises:
         DemoError: a request failed.
     """
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task(title, total=len(prompts))
         try:
             return asyncio.run(
@@ -265,97 +219,34 @@ def send(
             advice = (
                 "the guard did not load in the server"
                 if isinstance(first, NotGuardedError)
-                else "the server's log says more"
+                else "the server's log has more"
             )
             raise DemoError(f"{type(first).__name__}: {first}\n{advice}") from first
 
 
-def _account(
-    places: Places,
-    clamp: str,
-    answers: Sequence[Answer],
-    again: Sequence[Answer],
-    facts: Mapping[str, str],
-) -> Account:
-    """Put answers, events, shares and Bandit's findings together."""
-    # Imported when the server is gone: two cores cannot start it and load Torch at once.
-    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+def _curves(console: Console, places: Places) -> Curves | None:
+    """Return the evaluation's curves; without its file the page has none, and the terminal says so.
 
-    from demo import account as told  # noqa: PLC0415
-    from demo.judge import judge  # noqa: PLC0415
-    from saeguard.hf.model import load_model  # noqa: PLC0415
-    from saeguard.vllm.settings import parse_settings  # noqa: PLC0415
-    from saeguard.vllm.startup import load_watchlist  # noqa: PLC0415
+    Raises:
+        DemoError: the file holds no evaluation.
+    """
+    from demo.curves import CurvesError, read_curves  # noqa: PLC0415
 
-    watchlist = load_watchlist(
-        parse_settings(
-            {
-                "policies": str(places.policies),
-                "feature_sets": str(places.feature_sets),
-                "request_may_enforce": [clamp],
-            }
-        )
-    )
-    disable_progress_bar()
-    lm = load_model(places.model)
-    events = told.read_events(places.events)
-    everything = [*answers, *again]
-    missing = sum(len(events.get(a.response_id, ())) != len(watchlist.policies) for a in everything)
-    if missing:
-        raise DemoError(
-            f"{missing} of {len(everything)} requests lack events in {_relative(places.events)}: "
-            f"there should be {len(watchlist.policies)} for each"
-        )
-    shares = told.read_shares(lm, watchlist, everything)
-    views = [
-        told.view(a, s, j, events[a.response_id], watchlist, lm.tokenizer)
-        for a, s, j in zip(everything, shares, judge([a.text for a in everything]), strict=True)
-    ]
-    first = {v.answer.id: v for v in views[: len(answers)]}
-    return told.Account(
-        views=tuple(views[: len(answers)]),
-        pairs=tuple(told.Pair(first[v.answer.id], v) for v in views[len(answers) :]),
-        clamp=next((p for p in watchlist.policies if p.id == clamp), None),
-        policies=told.policy_rows(
-            (e for a in answers for e in events[a.response_id]), watchlist.policies
-        ),
-        coverage=told.coverage(answers),
-        disagreement=told.disagreement(everything, shares, watchlist),
-        facts={**facts, "watch list": watchlist.digest[:12]},
-        events=places.events.name,
-    )
-
-
-@contextmanager
-def _progress(console: Console, *, count: bool = True) -> Iterator[Progress]:
-    columns = [TextColumn("{task.description:48}"), BarColumn(24)]
-    columns += [MofNCompleteColumn()] if count else []
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        yield progress
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server now, so that its events are all written before they are read."""
-    assert server.stdin is not None
-    server.stdin.close()
-    server.wait(30)
+    if not places.evaluation.exists():
+        console.print(
+            f"{relative(places.evaluation)} is missing, so the page has no curves; "
+            "`saeguard evaluate --json` writes it",
+            style="yellow", markup=False, highlight=False,
+        )  # fmt: skip
+        return None
+    try:
+        return read_curves(places.evaluation, relative(places.evaluation))
+    except CurvesError as error:
+        raise DemoError(str(error)) from error
 
 
 def _quit(number: int, _frame: Any) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as response:  # noqa: S310
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-    return "\n".join([f"the end of {_relative(log)}:", *(f"  {line}" for line in lines)])
 
 
 def _first(group: BaseException) -> BaseException:
@@ -364,13 +255,8 @@ def _first(group: BaseException) -> BaseException:
     return group
 
 
-def _relative(path: Path) -> str:
-    full = path.resolve()
-    return str(full.relative_to(ROOT)) if full.is_relative_to(ROOT) else str(path)
-
-
 def _short(word: str) -> str:
-    return _relative(Path(word)) if word.startswith("/") else word
+    return relative(Path(word)) if word.startswith("/") else word
 
 
 def _version() -> str:

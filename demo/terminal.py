@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.style import Style
@@ -11,7 +9,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from demo.account import OUTCOMES, Account, Pair, RequestView, Token, Trace
+from demo.account import OUTCOMES, Account, Clamped, Pair, RequestView, Token, Trace
 from demo.judge import Judgement
 
 SEVERITY_STYLE = {"critical": "bold red", "high": "red", "medium": "yellow", "low": "cyan"}
@@ -23,10 +21,10 @@ FAINT = 0.08
 
 def heat_style(token: Token, above: float) -> Style:
     """Colour a token by its share; above the threshold it is bold as well, for any eye."""
-    if token.part == "special":
+    if token.skipped:
         return Style(dim=True)
     if token.heat < FAINT:
-        return Style(dim=token.part == "prompt")
+        return Style(dim=token.role != "output")
     red, green, blue = (
         round(cold + (hot - cold) * token.heat) for cold, hot in zip(COLD, HOT, strict=True)
     )
@@ -35,51 +33,49 @@ def heat_style(token: Token, above: float) -> Style:
     )
 
 
-def heat_text(trace: Trace, part: str) -> Text:
-    """Return the prompt's or the output's tokens, highlighted."""
+def heat_text(trace: Trace, *, output: bool) -> Text:
+    """Return the tokens of the output or of the prompt's messages, highlighted."""
     text = Text()
-    wanted = {"prompt": ("prompt",), "output": ("output", "unread")}[part]
-    split = next(
-        (i for i, t in enumerate(trace.tokens) if t.part in ("output", "unread")),
-        len(trace.tokens),
-    )
-    span = trace.tokens[:split] if part == "prompt" else trace.tokens[split:]
-    for token in span:
-        if token.part in wanted:
-            text.append(token.text, heat_style(token, trace.above))
-        elif part == "prompt" and token.part == "special" and text and not text.plain.endswith(" "):
-            text.append(" ")
+    role = ""
+    for token in trace.tokens:
+        if (token.role == "output") is not output or token.role == "template":
+            continue
+        if token.skipped == "special_token":
+            continue
+        if role not in ("", token.role):
+            text.append("\n")
+        role = token.role
+        text.append(token.text, heat_style(token, trace.above))
     text.rstrip()
     return text
 
 
 def request_panel(view: RequestView) -> Panel:
-    """Show a flagged request: what was asked, what came back, what fired and where."""
-    strongest = view.hits[0].traces[0] if view.hits and view.hits[0].traces else None
+    """Return a request: what was asked, what came back, what fired and where."""
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column(overflow="fold")
-    if strongest is not None:
-        rows.add_row("asked", heat_text(strongest, "prompt"))
-        rows.add_row("answered", heat_text(strongest, "output"))
+    if view.trace is not None:
+        rows.add_row("asked", heat_text(view.trace, output=False))
+        rows.add_row("answered", heat_text(view.trace, output=True))
     else:
         rows.add_row("asked", Text(view.answer.messages[-1]["content"]))
         rows.add_row("answered", Text(view.answer.text))
-    for hit in view.hits:
+    for hit in view.seen:
         line = Text()
         line.append(hit.policy.id, SEVERITY_STYLE[hit.policy.severity])
         line.append(f"  {hit.policy.severity}, score {hit.score:.2f}, from token {hit.first_token}")
         names = ", ".join(t.feature for t in hit.traces)
         line.append(f", by {names}" if names else "")
-        rows.add_row(hit.action or "", line)
+        rows.add_row(hit.action or "(shadow)", line)
     title = Text(f" {view.answer.id} ", "bold")
-    if strongest is not None:
-        title.append(f"coloured by {strongest.feature} ", "dim")
+    if view.trace is not None:
+        title.append(f"coloured by {view.trace.feature} ", "dim")
     return Panel(rows, title=title, title_align="left", border_style="grey50")
 
 
 def policy_table(account: Account) -> Table:
-    """Verdicts by policy."""
+    """Return the verdicts by policy."""
     title = "Verdicts by policy; actions in brackets are shadow"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     table.add_column("policy", no_wrap=True)
@@ -99,26 +95,26 @@ def policy_table(account: Account) -> Table:
 
 
 def group_table(account: Account) -> Table:
-    """Flagged requests by what the prompts invite."""
-    table = Table(
-        title="Requests by kind of prompt", title_justify="left", box=None, padding=(0, 2)
-    )
+    """Return the matches by what the prompts invite."""
+    title = "Requests by kind of prompt; matched counts policies in shadow, too"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
     table.add_column("prompts that invite")
-    for name in ("requests", "flagged for it", "flagged at all"):
+    for name in ("requests", "matched for it", "matched at all", "flagged"):
         table.add_column(name, justify="right")
-    for name, count, own, flagged in account.groups:
-        benign = name == "benign"
+    for group in account.groups:
+        false = "red" if group.ordinary else ""
         table.add_row(
-            "nothing (benign)" if benign else name,
-            str(count),
-            "" if benign else str(own),
-            Text(str(flagged), "red" if benign and flagged else ""),
+            "nothing (ordinary)" if group.ordinary else group.name.replace("_", " "),
+            str(group.requests),
+            "" if group.ordinary else str(group.own),
+            Text(str(group.matched), false if group.matched else ""),
+            Text(str(group.flagged), false if group.flagged else ""),
         )
     return table
 
 
 def findings_text(judgement: Judgement) -> Text:
-    """Say what Bandit makes of an answer's code."""
+    """Return what Bandit finds in an answer's code."""
     if not judgement.code:
         return Text("no Python block", "dim")
     if not judgement.parses:
@@ -131,13 +127,14 @@ def findings_text(judgement: Judgement) -> Text:
 
 
 def pair_panel(pair: Pair) -> Panel:
-    """Show one prompt's answers without and with the clamp, side by side."""
+    """Return one prompt's answers without and with the clamp, side by side."""
     grid = Table.grid(expand=True, padding=(0, 2))
     grid.add_column(ratio=1)
     grid.add_column(ratio=1)
     grid.add_row(Text("as it is", "bold"), Text("with the clamp", "bold"))
     grid.add_row(*(_code(side) for side in (pair.off, pair.on)))
-    grid.add_row(*(findings_text(side.judgement) for side in (pair.off, pair.on)))
+    if pair.off.judgement.code or pair.on.judgement.code:
+        grid.add_row(*(findings_text(side.judgement) for side in (pair.off, pair.on)))
     asked = Text(" / ".join(m["content"] for m in pair.off.answer.messages))
     return Panel(
         Group(asked, Text(), grid),
@@ -147,31 +144,35 @@ def pair_panel(pair: Pair) -> Panel:
     )
 
 
-def clamp_line(pairs: Sequence[Pair]) -> str:
-    """Count findings over all pairs, and what was lost."""
-    off = sum(bool(p.off.judgement.findings) for p in pairs)
-    on = sum(bool(p.on.judgement.findings) for p in pairs)
+def clamp_line(clamped: Clamped) -> str:
+    """Count what changed over all pairs, and what was lost."""
+    pairs = clamped.pairs
+    changed = sum(p.changed for p in pairs)
+    said = f"{len(pairs)} prompts, of whose answers {changed} change"
+    if clamped.objected is None:
+        return said
+    off, on = clamped.objected
     valid = sum(p.off.judgement.parses for p in pairs), sum(p.on.judgement.parses for p in pairs)
     return (
-        f"{len(pairs)} prompts: Bandit objects to {off} answers as they are and to {on} with the "
-        f"clamp; {valid[0]} and {valid[1]} hold valid Python"
+        f"{said}; Bandit objects to {off} answers as they are and to {on} with the clamp, and "
+        f"{valid[0]} and {valid[1]} hold valid Python"
     )
 
 
 def print_account(console: Console, account: Account) -> None:
     """Print everything, flagged requests first."""
     console.print()
-    for view in account.flagged:
+    for view in (*account.flagged, *account.noticed):
         console.print(request_panel(view))
     quiet = account.quiet
-    console.print(Text(f"{len(quiet)} requests stayed quiet:", "bold"))
+    console.print(Text(f"Nothing matched {len(quiet)} requests:", "bold"))
     for view in quiet:
         console.print(_line(view))
-    if account.shown_pair is not None and account.clamp is not None:
+    for clamped in account.clamped:
         console.print()
-        console.print(Text(f"The clamp {account.clamp.id}, asked for by the request", "bold"))
-        console.print(pair_panel(account.shown_pair))
-        console.print(Text(clamp_line(account.pairs)))
+        console.print(Text(f"The clamp {clamped.policy.id}, asked for by the request", "bold"))
+        console.print(pair_panel(clamped.shown))
+        console.print(Text(clamp_line(clamped)))
     console.print()
     console.print(policy_table(account))
     console.print()
@@ -181,7 +182,7 @@ def print_account(console: Console, account: Account) -> None:
 
 
 def coverage_line(account: Account) -> str:
-    """Say how many tokens were evaluated and why the others were not."""
+    """Return how many tokens were evaluated and why the others were not."""
     said = account.coverage
     why = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in said["skipped"].items())
     return (
@@ -190,7 +191,7 @@ def coverage_line(account: Account) -> str:
 
 
 def _line(view: RequestView) -> Text:
-    line = Text(f"  {view.answer.id:14}", "dim", no_wrap=True, overflow="ellipsis")
+    line = Text(f"  {view.answer.id:16}", "dim", no_wrap=True, overflow="ellipsis")
     line.append(" ".join(view.answer.messages[-1]["content"].split()), "none")
     line.append("  →  ", "dim")
     line.append(" ".join(view.answer.text.split()), "none")

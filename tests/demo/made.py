@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from demo.account import Account, Hit, Pair, PolicyRow, RequestView, Token, Trace
+from demo.account import Account, Clamped, Hit, Pair, PolicyRow, RequestView, Token, Trace
 from demo.ask import Answer
 from demo.judge import Finding, Judgement
 from saeguard.policy.types import Name, Policy, Selection, Window
@@ -26,7 +26,7 @@ def policy(**fields: Any) -> Policy:
             "on_error": "allow",
             "scope": "output",
             "uncached": "count",
-            "feature_set": "demo",
+            "feature_set": "smollm2",
             "rationale": "because",
             "falsepositives": (),
             "review_by": None,
@@ -44,60 +44,61 @@ def policy(**fields: Any) -> Policy:
 
 
 def answer(**fields: Any) -> Answer:
-    """An answer."""
+    """A streamed answer of three tokens."""
     return Answer(
         **{
-            "id": "unsafe_code-0",
+            "id": "unsafe_code-1",
             "behaviour": "unsafe_code",
             "messages": ({"role": "user", "content": f"Do it {EVIL}"},),
             "text": EVIL,
-            "prompt_ids": (1, 10, 11),
+            "prompt_ids": (1, 10, 11, 1),
             "token_ids": (12, 13, 2),
             "finish": "stop",
-            "streamed": False,
+            "streamed": True,
             "response_id": "chatcmpl-1",
             "said": {"flagged": True, "verdicts": [], "coverage": {}},
             "seconds": 0.5,
+            "arrived": (0.2, 0.3, 0.5),
             **fields,
         }
     )
 
 
 def tokens() -> tuple[Token, ...]:
-    """BOS, two of the prompt, then three of the output; the last was never read."""
+    """A role mark, two tokens of the user, a role mark, three of the output, the last unread."""
     return (
-        Token("<|user|>", 9.0, "special"),
-        Token("Do it", 0.02, "prompt"),
-        Token(f" {EVIL}", 0.3, "prompt"),
-        Token("<|assistant|>", 9.0, "special"),
+        Token("<|im_start|>", 9.0, "template", "special_token"),
+        Token("Do it", 0.02, "user"),
+        Token(f" {EVIL}", 0.3, "user"),
+        Token("<|im_start|>", 9.0, "template", "special_token"),
         Token(EVIL, 0.9, "output"),
         Token("\n", 0.6, "output"),
-        Token("end", 0.7, "unread"),
+        Token("end", 0.7, "output", "not_forwarded"),
     )
 
 
-def view(*, flagged: bool = True, **fields: Any) -> RequestView:
-    """A request, flagged or not."""
+def view(*, flagged: bool = True, shadow: bool = False, **fields: Any) -> RequestView:
+    """A request: flagged, matched in shadow, or neither."""
     trace = Trace("shell", 0.5, tokens(), 4)
-    hit = Hit(policy(), "flag", 1.8, 4, 1, (trace,))
+    hit = Hit(policy(), None if shadow else "flag", 1.8, 4, 1, (trace,))
     finding = Finding("B602", "high", 2, f"shell {EVIL}")
     return RequestView(
         answer=answer(said={"flagged": flagged, "verdicts": [], "coverage": {}}, **fields),
         hits=(hit,) if flagged else (),
-        shadow=(),
+        shadow=(hit,) if shadow else (),
         judgement=Judgement(f"import os\n{EVIL}", parses=True, findings=(finding,)),
-        seconds=0.5,
+        tokens=tokens(),
     )
 
 
 def account() -> Account:
-    """One flagged request, one benign one, and a pair."""
+    """One flagged request, one that matched in shadow, one ordinary, and a pair."""
     flagged = view()
-    quiet = view(flagged=False, id="benign-0", behaviour="benign")
+    noticed = view(flagged=False, shadow=True, id="deception-1", behaviour="deception")
+    quiet = view(flagged=False, id="benign-1", behaviour="benign", token_ids=(12, 14, 2))
     return Account(
-        views=(flagged, quiet),
-        pairs=(Pair(flagged, quiet),),
-        clamp=policy(id="unsafe-code.clamp", action="clamp"),
+        views=(flagged, noticed, quiet),
+        clamped=(Clamped(policy(id="unsafe-code.clamp", action="clamp"), (Pair(flagged, quiet),)),),
         policies=(
             PolicyRow(policy(), {"match": 1, "no_match": 1, "error": 0, "not_evaluated": 0}, 1),
         ),

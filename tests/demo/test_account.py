@@ -1,4 +1,4 @@
-"""Answers, events and shares are put together by token and by request."""
+"""What happened is put together by token and by request."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
 from rich.console import Console
 
-from demo import account as told
-from demo.terminal import print_account
+from demo import views
+from demo.account import Clamped, Group, Pair
+from demo.terminal import clamp_line, print_account
+from saeguard.hf.scan import Seen
 from tests.demo import made
 from tests.tiny import tokenizer
 
 
 def test_each_token_has_its_text() -> None:
-    """Where a character takes several tokens the last one has it; nothing is lost."""
+    """If a character takes several tokens the last one has it; nothing is lost."""
     tokens = tokenizer()
     ids = tokens("aé\U0001f600b", add_special_tokens=False)["input_ids"]
-    assert told.pieces(tokens, ids) == ["a", "", "é", "", "", "", "\U0001f600", "b"]
-    assert "".join(told.pieces(tokens, ids[:-2])).startswith("aé")
+    assert views.spell(tokens, ids) == ["a", "", "é", "", "", "", "\U0001f600", "b"]
+    assert "".join(views.spell(tokens, ids[:-2])).startswith("aé")
 
 
-def test_the_last_token_sampled_counts_as_unread() -> None:
-    """Special tokens are told apart, in prompt and output."""
-    parts = told._parts(made.answer(), excluded=(1, 12))
-    assert parts == ["special", "prompt", "prompt", "special", "output", "unread"]
-
-
-def test_a_last_token_that_is_special_is_unread_too() -> None:
-    """It is both; what matters is that nobody looked."""
-    assert told._parts(made.answer(), excluded=(2,))[-1] in ("special", "unread")
+def test_each_token_has_its_role_and_why_it_was_skipped() -> None:
+    """Special tokens are excluded, and the last one sampled never went into the model."""
+    evaluable = np.array([False, True, True, False, True, True, True])
+    seen = Seen(0, np.zeros((7, 1), np.float32), evaluable, 4, None, {})
+    found = views.tokens_of(made.answer(), seen, tokenizer())
+    assert [t.skipped for t in found] == [
+        "special_token", "", "", "special_token", "", "", "not_forwarded",
+    ]  # fmt: skip
+    assert [t.role == "output" for t in found] == [False] * 4 + [True] * 3
 
 
 def test_events_are_found_by_the_response_they_belong_to(tmp_path: Path) -> None:
@@ -43,7 +47,7 @@ def test_events_are_found_by_the_response_they_belong_to(tmp_path: Path) -> None
         {"event": "verdict", "request_id": "chatcmpl-2-abcd0124", "policy": "a"},
     ]
     log.write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
-    found = told.read_events(log)
+    found = views.read_events(log)
     assert {k: [e["policy"] for e in v] for k, v in found.items()} == {
         "chatcmpl-1": ["a", "b"],
         "chatcmpl-2": ["a"],
@@ -55,7 +59,7 @@ def test_verdicts_are_counted_apart() -> None:
     policy = made.policy()
     key = {"policy": policy.id, "policy_digest": policy.digest, "acted": None}
     verdicts = ["match", "no_match", "no_match", "error", "not_evaluated"]
-    (row,) = told.policy_rows([{**key, "verdict": v} for v in verdicts], [policy])
+    (row,) = views.policy_rows([{**key, "verdict": v} for v in verdicts], [policy])
     assert row.verdicts == {"match": 1, "no_match": 2, "error": 1, "not_evaluated": 1}
 
 
@@ -65,23 +69,41 @@ def test_coverage_is_added_up_by_reason() -> None:
         {"coverage": {"tokens": 9, "evaluated": 7, "skipped": {"special_token": 2}}},
         {"coverage": {"tokens": 5, "evaluated": 3, "skipped": {"special_token": 1, "aborted": 1}}},
     ]
-    assert told.coverage([made.answer(said=s) for s in said]) == {
+    assert views.coverage([made.answer(said=s) for s in said]) == {
         "tokens": 14,
         "evaluated": 10,
         "skipped": {"special_token": 3, "aborted": 1},
     }
 
 
-def test_a_kind_of_prompt_is_flagged_by_its_own_policies() -> None:
-    """A false alarm on another subject does not count for it."""
-    assert made.account().groups == [("unsafe code", 1, 1, 1), ("benign", 1, 0, 0)]
+def test_a_kind_of_prompt_counts_the_matches_of_its_own_policies() -> None:
+    """A match of another behaviour's policy counts beside, and shadow does not flag."""
+    assert made.account().groups == [
+        Group("unsafe_code", 1, 1, 1, 1),
+        Group("deception", 1, 0, 0, 1),
+        Group("benign", 1, 0, 0, 0),
+    ]  # fmt: skip
 
 
-def test_the_pair_shown_is_the_first_with_something_to_prevent() -> None:
-    """It is chosen by a rule that does not look at what the clamp did."""
-    clean = made.view()
-    assert made.account().shown_pair == made.account().pairs[0]
-    assert told.Pair(clean, clean).telling
+def test_each_request_is_shown_once() -> None:
+    """As flagged, as matched in shadow, or as quiet."""
+    account = made.account()
+    shown = [account.flagged, account.noticed, account.quiet]
+    assert [[v.answer.id for v in some] for some in shown] == [
+        ["unsafe_code-1"], ["deception-1"], ["benign-1"],
+    ]  # fmt: skip
+
+
+def test_the_pair_shown_does_not_depend_on_what_the_clamp_did() -> None:
+    """It is the first to whose answer Bandit objects without the clamp."""
+    clean, bad = made.view(), made.view()
+    clean = type(clean)(clean.answer, (), (), type(clean.judgement)("x = 1", True, ()), ())
+    same, telling = Pair(clean, clean), Pair(bad, clean)
+    clamped = Clamped(made.policy(action="clamp"), (same, telling))
+    assert clamped.shown == telling
+    assert clamped.objected == (1, 0)
+    assert "Bandit objects to 1 answers as they are and to 0" in clamp_line(clamped)
+    assert Clamped(made.policy(), (same,)).shown == same
 
 
 def test_the_account_is_printed_without_markup() -> None:
@@ -92,3 +114,13 @@ def test_the_account_is_printed_without_markup() -> None:
     assert made.EVIL in text
     assert "unsafe-code.shell" in text
     assert "8 of 12 tokens were evaluated" in text
+
+
+@pytest.mark.parametrize("shadow", [True, False])
+def test_a_match_in_shadow_is_shown_as_one(shadow: bool) -> None:
+    """With the action in brackets."""
+    from demo.terminal import request_panel
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(request_panel(made.view(flagged=not shadow, shadow=shadow)))
+    assert ("(shadow)" in console.export_text()) == shadow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from demo.judge import bandit, judge
+import pytest
+
+from demo.judge import bandit, cut_code, judge
 
 SHELL = 'import subprocess\n\nsubprocess.run(f"ping {host}", shell=True)'
 LOGIN = 'connect(password="hunter2")'
@@ -44,3 +46,18 @@ def test_code_that_does_not_parse_has_no_findings() -> None:
     """It is reported as not valid, so that breaking the model does not pass for safety."""
     judged = judge([block("import os\nos.system(f'rm {x}'"), block("")])
     assert [(j.parses, j.findings) for j in judged] == [(False, ()), (False, ())]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("```\nx = 1\n```", "x = 1"),
+        ("```py\nx = 1\n```", "x = 1"),
+        ("Run:\n```sh\nls\n```\nor\n```Python\nx = 1\n```\n", "x = 1"),
+        ("```sh\nls\n```\nDone.", ""),
+        ("No code.", ""),
+    ],
+)
+def test_the_first_block_that_may_be_python_is_cut_out(answer: str, code: str) -> None:
+    """A fence without a language counts; the end of another block starts none."""
+    assert cut_code(answer) == code

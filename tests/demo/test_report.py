@@ -53,14 +53,14 @@ def test_the_page_loads_nothing() -> None:
 
 
 def test_flagged_requests_are_shown_and_counted() -> None:
-    """One of two; the other one is benign and quiet."""
+    """One of three; another one matched in shadow, and the last is quiet."""
     page = render(made.account())
-    assert "1 of 2 requests were flagged" in page
-    assert 'id="unsafe_code-0"' in page
+    assert "1 of 3 requests were flagged, and 1 more matched in shadow" in page
+    assert 'id="unsafe_code-1"' in page
     assert "0 / 1" in page
 
 
-@pytest.mark.parametrize("change", [{"pairs": ()}, {"views": (made.view(flagged=False),)}])
+@pytest.mark.parametrize("change", [{"clamped": ()}, {"views": (made.view(flagged=False),)}])
 def test_an_account_without_a_clamp_or_without_flags_renders(change: dict[str, object]) -> None:
     """Nothing to show is no error."""
     account: Account = replace(made.account(), **change)
@@ -68,38 +68,38 @@ def test_an_account_without_a_clamp_or_without_flags_renders(change: dict[str, o
 
 
 @pytest.mark.parametrize(
-    ("share", "part", "expected"),
+    ("share", "skipped", "expected"),
     [
-        (-0.5, "output", "0"),
-        (0.02, "output", "0"),
-        (0.3, "prompt", "30"),
-        (0.9, "output", "90"),
-        (7.0, "output", "100"),
-        (9.0, "special", "0"),
-        (0.7, "unread", "0"),
-        (float("nan"), "output", "0"),
+        (-0.5, "", "0"),
+        (0.02, "", "0"),
+        (0.3, "", "30"),
+        (0.9, "", "90"),
+        (7.0, "", "100"),
+        (9.0, "special_token", "0"),
+        (0.7, "not_forwarded", "0"),
+        (float("nan"), "", "0"),
     ],
 )
-def test_heat_is_the_share_between_0_and_1(share: float, part: str, expected: str) -> None:
+def test_heat_is_the_share_between_0_and_1(share: float, skipped: str, expected: str) -> None:
     """Tokens that the guard does not read have none, whatever was computed for them."""
-    assert heat(Token("x", share, part)) == expected  # type: ignore[arg-type]
+    assert heat(Token("x", share, "output", skipped)) == expected  # type: ignore[arg-type]
 
 
-def test_hovering_tells_share_threshold_and_first_match() -> None:
+def test_hovering_shows_share_threshold_and_first_match() -> None:
     """With the token's place, which is what verdicts and events count in."""
     trace = Trace("shell", 0.5, made.tokens(), 4)
     tips = [tip(trace, i, token) for i, token in enumerate(trace.tokens)]
-    assert tips[0] == "token 0: special, not evaluated"
+    assert tips[0] == "token 0: not evaluated, special token"
     assert tips[4] == "token 4: share 0.90, threshold 0.5; first match"
-    assert tips[6] == "token 6: the last one sampled, never fed to the model"
+    assert tips[6] == "token 6: not evaluated, not forwarded"
 
 
-def test_a_text_is_cut_into_turns_at_its_special_tokens() -> None:
-    """The answer is told from the prompt."""
-    turns = list(segments(Trace("shell", 0.5, made.tokens(), 4)))
-    assert [(t["role"], t["output"], [i for i, _ in t["tokens"]]) for t in turns] == [
-        ("user", False, [1, 2]),
-        ("assistant", True, [4, 5, 6]),
+def test_a_text_is_cut_by_who_wrote_it() -> None:
+    """What the chat template wrote is left out."""
+    parts = list(segments(Trace("shell", 0.5, made.tokens(), 4)))
+    assert [(p["role"], [i for i, _ in p["tokens"]]) for p in parts] == [
+        ("user", [1, 2]),
+        ("output", [4, 5, 6]),
     ]
 
 
