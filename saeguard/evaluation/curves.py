@@ -23,7 +23,9 @@ class Groups(NamedTuple):
     benign: np.ndarray
 
 
-def roc_points(detector: Detector, label: np.ndarray) -> list[tuple[float, float]]:
+def roc_points(
+    detector: Detector, label: np.ndarray, points: int = POINTS
+) -> list[tuple[float, float]]:
     """Return the ROC curve as pairs of false-positive and true-positive rate.
 
     Scores of several folds are not comparable, so each is taken as its rank within its fold.
@@ -31,6 +33,7 @@ def roc_points(detector: Detector, label: np.ndarray) -> list[tuple[float, float
     Args:
         detector: its texts without a score are left out.
         label: [texts] bool.
+        points: of the curve, at most.
     """
     scored = ~np.isnan(detector.score)
     score, fold, label = detector.score[scored], detector.fold[scored], label[scored]
@@ -41,7 +44,7 @@ def roc_points(detector: Detector, label: np.ndarray) -> list[tuple[float, float
         here = fold == f
         rank[here] = rankdata(score[here]) / here.sum()
     false, true, _ = roc_curve(label, rank)
-    kept = np.unique(np.linspace(0, len(false) - 1, POINTS).astype(int))
+    kept = np.unique(np.linspace(0, len(false) - 1, points).astype(int))
     return [(float(false[i]), float(true[i])) for i in kept]
 
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from saeguard.evaluation.curves import roc_points
 from saeguard.evaluation.datasets import Dataset
 from saeguard.evaluation.figures import Detector
 from saeguard.evaluation.worst import Example
 from saeguard.policy.types import Policy
 
 SCHEMA = "saeguard.evaluation/v1"
+ROC_POINTS = 48
+"""Points of a ROC curve in JSON."""
 OUTCOMES = ("match", "no_match", "not_evaluated", "error")
 
 
@@ -94,7 +97,7 @@ def record(found: Evaluation) -> dict[str, Any]:
             {
                 **_dataset(section.dataset),
                 "notes": list(section.notes),
-                "rows": [_row(row) for row in section.rows],
+                "rows": [_row(row, section.dataset) for row in section.rows],
             }
             for section in found.sections
         ],
@@ -115,13 +118,15 @@ def _dataset(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: Row, dataset: Dataset) -> dict[str, Any]:
+    roc = roc_points(row.detector, dataset.label, ROC_POINTS)
     out = {
         "name": row.detector.name,
         "sort": row.detector.sort,
         "reads": row.detector.part,
         "note": row.detector.note,
         **row.figures,
+        "roc": [[round(false, 4), round(true, 4)] for false, true in roc],
     }
     if row.policy is not None:
         out["verdicts"] = row.outcomes

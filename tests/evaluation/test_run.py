@@ -48,6 +48,9 @@ def test_figures_are_those_of_scan(project: Project, capsys: pytest.CaptureFixtu
     found = rows(report, "letters")
     row = found["noise.loud|output"]
     assert row["auroc"]["value"] == pytest.approx(roc_auc_score(label, score), abs=1e-6)
+    assert np.trapezoid(*np.array(row["roc"]).T[::-1]) == pytest.approx(
+        row["auroc"]["value"], abs=0.02
+    )
     assert row["tpr"]["hits"] == match[label].sum()
     assert row["fpr"]["hits"] == match[~label].sum()
     assert row["verdicts"]["positives"]["match"] == match[label].sum()
@@ -67,7 +70,7 @@ def test_figures_are_those_of_scan(project: Project, capsys: pytest.CaptureFixtu
         "judge, noise.shrill|both",
     }
     only = rows(report, "only")["noise.loud|output"]
-    assert (only["auroc"], only["fpr"], only["tpr"]["texts"]) == (None, None, 8)
+    assert (only["auroc"], only["fpr"], only["tpr"]["texts"], only["roc"]) == (None, None, 8, [])
     out = capsys.readouterr().out
     assert "positives only: no AUROC" in out
     assert "150 ordinary texts" in out
