@@ -90,16 +90,7 @@ def charts(found: Evaluation, section: Section, row: Row) -> Charts:
     """Return the charts of a policy's row."""
     label = section.dataset.label
     groups = _groups_of(found, section.dataset, row)
-    others = [r for r in section.rows if r.policy is None]
-    others = [
-        r for r in others if r.detector.part == row.detector.part or r.detector.sort == "judge"
-    ]
-    others = [
-        r
-        for r in others
-        if r.detector.sort != "judge"
-        or r.detector.name == f"judge, {found.policies[row.policy or 0].id}"
-    ]
+    others = [r for r in section.rows if _compares(r, row, found.policies[row.policy or 0].id)]
     shown = [r for r in (row, *others) if r.figures["auroc"] is not None][:CURVES]
     curves = [svg.Curve(r.detector.name, style_of(r), roc_points(r.detector, label)) for r in shown]
     name = f"{row.detector.name} on {section.dataset.name}"
@@ -137,6 +128,13 @@ def charts(found: Evaluation, section: Section, row: Row) -> Charts:
         Markup(scores),  # noqa: S704 - as above
         Markup(rates),  # noqa: S704 - as above
     )
+
+
+def _compares(other: Row, row: Row, policy: str) -> bool:
+    """Return whether a row is a baseline that reads what the policy reads, or answers for it."""
+    if other.detector.sort == "judge":
+        return other.detector.name == f"judge, {policy}"
+    return other.policy is None and other.detector.part == row.detector.part
 
 
 def _groups_of(found: Evaluation, dataset: Dataset, row: Row) -> Groups:
