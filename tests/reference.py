@@ -48,6 +48,11 @@ def judge_where(
     policy: Policy, shares: Shares, looked: Sequence[int], seen: Sequence[int]
 ) -> Judged:
     """Judge one text of which `looked` was looked at, and `seen` reached the rules at all."""
+    if policy.window.last:
+        last = looked[-1:]
+        match = tuple(u for u in last if holds_at(policy, shares, looked, u))
+        score = [strength_at(policy, shares, looked, u) for u in last]
+        return Judged(match, match, max(score, default=None))
     k, n = policy.window.k, policy.window.n
     match, scores = [], []
     strengths = {u: strength_at(policy, shares, looked, u) for u in looked}
@@ -101,6 +106,9 @@ def compared(selection: Selection, shares: Shares, looked: Collection[int], t: i
             return sum(trace[u] for u in looked if t - n < u <= t) / n
         case "max":
             return max(trace[u] for u in looked if t - n < u <= t)
+        case "whole":
+            before = [trace[u] for u in looked if u <= t]
+            return sum(before) / len(before)
         case "peak":
             return max(trace[u] for u in looked if u <= t)
         case "average":

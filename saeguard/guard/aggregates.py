@@ -22,7 +22,7 @@ def aggregate(
 
     Args:
         over: the aggregates to compute.
-        s: the state; `past` and `level` are updated.
+        s: the state; `past`, `level` and `summed` are updated.
         at: [requests] slots.
         position: [requests, tokens], consecutive within each request.
         shares: [requests, tokens, features].
@@ -56,8 +56,34 @@ def aggregate(
             mine = slice(peak.start - windowed, peak.stop - windowed)
             line = np.concatenate([level[:, None, mine], x[..., peak]], axis=1)
             out[..., peak] = np.maximum.accumulate(line, axis=1)[:, 1:]
-        s.level[at] = out[:, -1, windowed:]
+        level = out[:, -1, windowed:].copy()
+        if over.whole.stop:
+            level[:, over.whole.start - windowed :] = _means_so_far(over, s, at, x, looked, out)
+        s.level[at] = level
     return out
+
+
+def _means_so_far(
+    over: Aggregates,
+    s: State,
+    at: np.ndarray,
+    x: np.ndarray,
+    looked: np.ndarray,
+    out: np.ndarray,
+) -> np.ndarray:
+    """Write the means over the request so far into `out`, and return their sums at the end.
+
+    A running sum adds one token after the other, so it does not depend on how a text is cut.
+    """
+    which = over.whole
+    before = s.level[at][:, None, which.start - s.past.shape[-1] :]
+    total = np.cumsum(np.concatenate([before, x[..., which]], axis=1), axis=1)[:, 1:]
+    counted = looked[..., over.scope[which]]
+    count = s.summed[at][:, None] + counted.cumsum(axis=1)
+    out[..., which] = total / np.maximum(count, 1)
+    s.summed[at] = count[:, -1]
+    last: np.ndarray = total[:, -1]
+    return last
 
 
 def pass_over(over: Aggregates, s: State, slot: int, first: int, end: int) -> None:

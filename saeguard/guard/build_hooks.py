@@ -15,7 +15,7 @@ from saeguard.policy.types import Policy
 from saeguard.sae import SaeError, read_rows
 from saeguard.sae.encoder import NORMS
 
-ADDING = frozenset({"mean", "average"})
+ADDING = frozenset({"mean", "average", "whole"})
 """Aggregates that any activation changes, however small it is."""
 ROUNDING = 1e-5
 """Relative distance of a screen threshold below its exact value, since the rules round."""

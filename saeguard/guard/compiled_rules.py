@@ -25,7 +25,7 @@ class RulesError(InputError):
 
 
 class Aggregates(NamedTuple):
-    """The aggregates of `over`: those of a window first, then averages and maxima so far."""
+    """The aggregates of `over`: those of a window first, then averages, maxima and means so far."""
 
     feature: np.ndarray
     """[A] feature column."""
@@ -43,6 +43,8 @@ class Aggregates(NamedTuple):
     """[averages] the fraction of a value that is left one token later, `2 ** (-1 / half-life)`."""
     peak: slice
     """The maxima over the request so far."""
+    whole: slice
+    """The means over the request so far."""
 
 
 class Windowed(NamedTuple):
@@ -62,6 +64,15 @@ class Counted(NamedTuple):
     policy: np.ndarray
     """Their indices among all policies."""
     k: np.ndarray
+
+
+class Last(NamedTuple):
+    """Policies with `for: the last token`."""
+
+    policy: np.ndarray
+    """Their indices among all policies."""
+    scope: np.ndarray
+    """Index into `SCOPES` of each."""
 
 
 class Terms(NamedTuple):
@@ -102,6 +113,7 @@ class Rules(NamedTuple):
     """[P] number of tokens for which a match keeps the policy on."""
     windowed: Windowed
     counted: Counted
+    last: Last
     terms: Terms
     sampled: bool
     """Whether some policy looks at a sample of the requests only."""
@@ -158,6 +170,7 @@ def compile_rules(
         keep=np.array([p.keep for p in policies], np.int64),
         windowed=_windowed(policies),
         counted=_counted(policies),
+        last=_last(policies),
         terms=Terms(
             np.array([trace for trace, _, _ in terms], np.intp),
             np.array([above for _, above, _ in terms], np.float64),
@@ -184,7 +197,7 @@ AggregateKey = tuple[Over, int, Scope]
 
 def _aggregates(policies: Sequence[Policy], column: Mapping[str, int]) -> dict[AggregateKey, None]:
     """Return the distinct aggregates, sorted by kind and length."""
-    kinds: tuple[Aggregate, ...] = ("mean", "max", "average", "peak")
+    kinds: tuple[Aggregate, ...] = ("mean", "max", "average", "peak", "whole")
     found = {
         (s.over, column[f"{policy.feature_set}/{s.feature}"], policy.scope)
         for policy in policies
@@ -212,6 +225,7 @@ def _columns_of(keys: Sequence[AggregateKey]) -> Aggregates:
         average=average,
         decay=np.array([0.5 ** (1 / o.n) for o, _, _ in keys[average]], np.float64),
         peak=where("peak"),
+        whole=where("whole"),
     )
 
 
@@ -231,6 +245,13 @@ def _windowed(policies: Sequence[Policy]) -> Windowed:
 def _counted(policies: Sequence[Policy]) -> Counted:
     at = [i for i, p in enumerate(policies) if p.window.n is None]
     return Counted(np.array(at, np.intp), np.array([policies[i].window.k for i in at], np.intp))
+
+
+def _last(policies: Sequence[Policy]) -> Last:
+    at = [i for i, p in enumerate(policies) if p.window.last]
+    return Last(
+        np.array(at, np.intp), np.array([SCOPES.index(policies[i].scope) for i in at], np.intp)
+    )
 
 
 def is_sampled(policy: Policy, request_id: str) -> bool:

@@ -153,10 +153,11 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
     counted = np.bincount(what.ravel(), minlength=kinds * len(at))
     s.counts[at] += counted.reshape(-1, len(ROLES), 5)
     s.next[at] = position[:, -1] + 1
-    s.score[at] = np.maximum(s.score[at], scored.score.max(axis=1))
+    _keep_scores(rules, s, at, position, scored)
     _record_activity(rules, s, at, position, scored)
 
     match = scored.score > THRESHOLD
+    match[..., rules.last.policy] = False  # decided when the request ends
     # Few pairs of request and policy match in this block or are still on.
     r, p = np.nonzero(match.any(axis=1) | (s.on_until[at] >= position[:, :1]))
     if not len(r):
@@ -174,6 +175,22 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
     first = np.full((len(at), len(rules.policies)), -1)
     first[r[new], p[new]] = s.first[slot[new], p[new]]
     return first
+
+
+def _keep_scores(
+    rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: Scored
+) -> None:
+    """Keep each policy's highest score; with `for: the last token`, the score of that token."""
+    best = np.maximum(s.score[at], scored.score.max(axis=1))
+    which = rules.last.policy
+    if len(which):
+        seen = scored.evidence[..., which] > -np.inf
+        end = seen.shape[1] - 1 - seen[:, ::-1].argmax(axis=1)
+        r, j = np.nonzero(seen.any(axis=1))
+        best[:, which] = s.score[at[:, None], which]
+        best[r, which[j]] = scored.evidence[r, end[r, j], which[j]]
+        s.last[at[r], j] = position[r, end[r, j]]
+    s.score[at] = best
 
 
 def _record_activity(

@@ -9,6 +9,7 @@ These semantics hold for serving too, token by token (docs/policy-language.md ex
 - Its score at `t` is the k-th largest evidence among positions `(t - n, t]` for `for: k of n`,
   and among all up to `t` for `for: k tokens in the request`.
 - It matches at `t` if that score exceeds 1, and stays on for `keep` further positions.
+- With `for: the last token`, its score is the evidence of the last of these positions.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from saeguard.guard.compiled_rules import Rules
 from saeguard.guard.evaluate import CACHED, ERROR, EVALUATED, SPECIAL, UNTRACKED, roles_at
 from saeguard.guard.scopes import MEMBERS, ROLES
 from saeguard.guard.state import State
-from saeguard.guard.verdict import Coverage, Fired, Outcome, Reason, Verdict, balanced
+from saeguard.guard.verdict import THRESHOLD, Coverage, Fired, Outcome, Reason, Verdict, balanced
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _REASONS: dict[int, Reason] = {
@@ -199,6 +199,10 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
     looked = [add([of_place[i] for i in members]) for members in _MEMBERS]
     by_scope = (*looked, *(Coverage(c.tokens, 0, _all(c.tokens)) for c in looked))
     sampled, enforced, first = s.sampled[slot].copy(), s.enforced[slot].copy(), s.first[slot].copy()
+    held, ends = s.matched[slot].copy(), rules.last.policy
+    at_end = (s.score[slot, ends] > THRESHOLD) & (s.last[slot] >= 0)
+    first[ends] = np.where(at_end, s.last[slot], -1)
+    held[ends] = at_end
     which = rules.scope + np.where(sampled, 0, len(looked))
     matched = first >= 0
     without = np.array(
@@ -222,7 +226,7 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
         sampled=sampled,
         score=s.score[slot].copy(),
         first=first,
-        matched=s.matched[slot].copy(),
+        matched=held,
         fired=s.fired[slot].copy(),
         peak=s.peak[slot].copy(),
         peak_at=s.peak_at[slot].copy(),

@@ -44,7 +44,11 @@ class State:
     past: np.ndarray
     """[slots, longest, aggregates of a window] shares by `position % longest`."""
     level: np.ndarray
-    """[slots, other aggregates] averages and maxima so far."""
+    """[slots, other aggregates] averages, maxima and sums so far."""
+    summed: np.ndarray
+    """[slots, means so far] tokens in the sums."""
+    last: np.ndarray
+    """[slots, policies with `for: the last token`] position of the last token in scope, or -1."""
     fired: np.ndarray
     """[slots, Q] tokens above the selection's threshold."""
     peak: np.ndarray
@@ -98,6 +102,8 @@ def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) ->
         ),
         past=full(0.0, over.longest, windowed, dtype=np.float64),
         level=full(0.0, len(over.feature) - windowed, dtype=np.float64),
+        summed=full(0, over.whole.stop - over.whole.start),
+        last=full(-1, len(rules.last.policy)),
         fired=full(0, terms),
         peak=full(-np.inf, terms, dtype=np.float64),
         peak_at=full(-1, terms),

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from saeguard.policy.condition import Condition, ConditionError, holds, never_holds, parse
+from saeguard.policy.phrases import LAST, WHOLE
 from saeguard.policy.types import Edit
 from saeguard.yaml_files.findings import Finding, did_you_mean, show
 from saeguard.yaml_files.reader import Document
@@ -51,11 +52,40 @@ def _actions(document: Document) -> Iterator[Finding]:
             "write action: stop, or remove it"
         )
         yield document.error("message-unused", message, ("message",), at_key=True)
+    yield from _decided_late(document)
     if "clamp" in data and data.get("action") in ("log", "flag", "stop"):
         message = (
             f"there is a clamp, but action is {data['action']}; write action: clamp, or remove it"
         )
         yield document.error("clamp-unused", message, ("clamp",), at_key=True)
+
+
+def _decided_late(document: Document) -> Iterator[Finding]:
+    """Yield a finding for each part that needs a match before the request ends."""
+    data: Mapping[str, Any] = document.data
+    last = data.get("for") == LAST
+    if last and data.get("action") in ("stop", "clamp"):
+        message = (
+            f'"for: {LAST}" is decided when the request has ended, and action: {data["action"]} '
+            "comes too late; write action: log or flag, or another window"
+        )
+        yield document.error("decided-late", message, ("action",))
+    if last and data.get("keep"):
+        message = (
+            f'"for: {LAST}" matches at the last token, and no token follows on which the policy '
+            "could stay on; remove keep"
+        )
+        yield document.error("decided-late", message, ("keep",), at_key=True)
+    detect = data.get("detect")
+    if data.get("action") != "clamp" or not isinstance(detect, dict):
+        return
+    for name in detect:
+        if _get(detect[name], "over") == WHOLE:
+            message = (
+                f"a clamp decides at each token, and cannot compare the {WHOLE}; write "
+                "over: average with half-life 16 tokens, or use another action"
+            )
+            yield document.error("decided-late", message, ("detect", name, "over"))
 
 
 def _exceptions(document: Document) -> Iterator[Finding]:

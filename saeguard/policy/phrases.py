@@ -1,7 +1,8 @@
 """Parse the short phrases of a policy.
 
-`for: 3 of 8 tokens`, `for: 20 tokens in the request`, `keep: 16 tokens`, `sample: 10%`, and of a
-selection `over: mean of 16 tokens`, `over: average with half-life 8 tokens`.
+`for: 3 of 8 tokens`, `for: 20 tokens in the request`, `for: the last token`, `keep: 16 tokens`,
+`sample: 10%`, and of a selection `over: mean of 16 tokens`, `over: mean of the request`,
+`over: average with half-life 8 tokens`.
 """
 
 from __future__ import annotations
@@ -13,23 +14,27 @@ from saeguard.policy.types import Aggregate, Over, Window
 MAX_WINDOW = 64
 MAX_KEEP = 4096
 
-WINDOW = r"[1-9][0-9]?( of [1-9][0-9]? tokens?| tokens? in the request)"
+LAST = "the last token"
+WHOLE = "mean of the request"
+WINDOW = rf"([1-9][0-9]?( of [1-9][0-9]? tokens?| tokens? in the request)|{LAST})"
 OVER = (
     r"((mean|max) of [1-9][0-9]? tokens?|average with half-life [1-9][0-9]? tokens?"
-    r"|max of the request)"
+    r"|(mean|max) of the request)"
 )
 SAMPLE = r"(100|[1-9]?[0-9])(\.[0-9]{1,4})?%"
 KEEP = r"(0|[1-9][0-9]{0,3})( tokens?)?"
 
 
 def window(text: str) -> Window:
-    """Read `k of n tokens`, or `k tokens in the request`.
+    """Read `k of n tokens`, `k tokens in the request`, or `the last token`.
 
     Raises:
         ValueError: the message describes the expected form.
     """
     if not re.fullmatch(WINDOW, text):
-        raise ValueError('write it as "3 of 8 tokens" or "20 tokens in the request"')
+        raise ValueError(f'write it as "3 of 8 tokens", "20 tokens in the request" or "{LAST}"')
+    if text == LAST:
+        return Window(last=True)
     k, *rest = map(int, re.findall("[0-9]+", text))
     n = rest[0] if rest else None
     _at_most_a_window(n or k)
@@ -48,12 +53,12 @@ def over(text: str) -> Over:
     """
     if not re.fullmatch(OVER, text):
         raise ValueError(
-            'write "mean of 16 tokens", "max of 16 tokens", "average with half-life 8 tokens" or '
-            '"max of the request"'
+            'write "mean of 16 tokens", "max of 16 tokens", "average with half-life 8 tokens", '
+            '"max of the request" or "mean of the request"'
         )
     numbers = re.findall("[0-9]+", text)
     if not numbers:
-        return Over("peak")
+        return Over("peak" if text.startswith("max") else "whole")
     n = int(numbers[0])
     _at_most_a_window(n)
     kinds: dict[str, Aggregate] = {"mean": "mean", "max": "max", "average": "average"}

@@ -193,7 +193,8 @@ class PolicyFile(Section):
         default=Window(),
         alias="for",
         description="At how many of the last tokens the condition must hold: 3 of 8 tokens, or "
-        "of all so far: 20 tokens in the request. At most 64 tokens. Default: 1 of 1 tokens.",
+        "of all so far: 20 tokens in the request; or whether it holds at the last token in scope: "
+        "the last token. At most 64 tokens. Default: 1 of 1 tokens.",
     )
     keep: Annotated[
         int,

@@ -14,7 +14,7 @@ Action: TypeAlias = Literal["log", "flag", "clamp", "stop"]
 OnError: TypeAlias = Literal["allow", "stop"]
 Uncached: TypeAlias = Literal["count", "recompute"]
 Scope: TypeAlias = Literal["prompt", "output", "both", "assistant", "user", "system", "tool"]
-Aggregate: TypeAlias = Literal["token", "mean", "max", "average", "peak"]
+Aggregate: TypeAlias = Literal["token", "mean", "max", "average", "peak", "whole"]
 Edit: TypeAlias = Literal["to", "activation", "scale", "ablate", "at_most"]
 When: TypeAlias = Literal["matched", "rest", "always"]
 
@@ -80,7 +80,8 @@ class Over:
     """How shares are aggregated before they are compared: one token's own, or several tokens'."""
 
     kind: Aggregate = "token"
-    """`mean` and `max` of the last `n` tokens, `average` with half-life `n`, `peak` so far."""
+    """`mean` and `max` of the last `n` tokens, `average` with half-life `n`; of all tokens so far
+    `peak`, their maximum, and `whole`, their mean."""
     n: int = 1
 
 
@@ -100,6 +101,8 @@ class Window:
     k: int = 1
     n: int | None = 1
     """None: of all tokens of the request so far."""
+    last: bool = False
+    """Match when the condition holds at the last token in scope; known when the request ends."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,11 @@ def explain(
     given = (rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
     scored = score_text(*given)
     terms = dict(zip(policy.detect, rules.terms.of_policy(0), strict=True))
-    match = scored.score[0, :, 0] > THRESHOLD
+    score = scored.score[0, :, 0]
+    if policy.window.last:
+        seen = np.flatnonzero(score > -np.inf)
+        score = np.where(np.isin(np.arange(len(score)), seen[-1:]), score, -np.inf)
+    match = score > THRESHOLD
     return Explanation(
         policy=policy,
         verdict=judge_text(*given)[0],
@@ -90,7 +94,7 @@ def explain(
             for name, term in terms.items()
         },
         evidence=scored.evidence[0, :, 0],
-        score=scored.score[0, :, 0],
+        score=score,
         match=match,
         on=on_tokens(match, policy.keep),
     )

@@ -58,6 +58,7 @@ Code: TypeAlias = Literal[
     "clamp-unused",
     "clamp-edit",
     "message-unused",
+    "decided-late",
     "duplicate-id",
     "duplicate-name",
     "exception-expired",

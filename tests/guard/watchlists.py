@@ -113,11 +113,11 @@ def names_in(expr: Expr) -> set[str]:
             return set().union(*(names_in(term) for _, term in given))
 
 
-def random_over(rng: random.Random, longest: int) -> Over:
+def random_over(rng: random.Random, longest: int, *, clamps: bool = False) -> Over:
     """Return what a selection compares, mostly the token's own share."""
     kinds: list[Aggregate] = ["token", "token", "token", "mean", "max", "average", "peak"]
-    kind = rng.choice(kinds)
-    return Over(kind, 1 if kind in ("token", "peak") else rng.randint(1, longest))
+    kind = rng.choice(kinds if clamps else [*kinds, "whole"])
+    return Over(kind, 1 if kind in ("token", "peak", "whole") else rng.randint(1, longest))
 
 
 def random_policy(
@@ -127,17 +127,22 @@ def random_policy(
     condition = random_condition(rng)
     n = rng.choice([1, 1, rng.randint(1, longest)])
     k = rng.randint(1, n)
+    window = Window(k, n if rng.random() < 0.85 else None)
+    if clamp is None and rng.random() < 0.2:
+        window = Window(last=True)
     return make_policy(
         name,
         condition,
         {
             s: Selection(
-                f"f{rng.randrange(FEATURES)}", rng.choice(ABOVE), random_over(rng, longest)
+                f"f{rng.randrange(FEATURES)}",
+                rng.choice(ABOVE),
+                random_over(rng, longest, clamps=clamp is not None),
             )
             for s in sorted(names_in(condition))
         },
-        window=Window(k, n if rng.random() < 0.85 else None),
-        keep=rng.choice([0, 0, 1, 3, 20]),
+        window=window,
+        keep=0 if window.last else rng.choice([0, 0, 1, 3, 20]),
         scope=rng.choice(SCOPES),
         mode=rng.choice(["enforce", "enforce", "shadow"]),
         clamp=clamp,

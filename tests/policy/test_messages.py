@@ -75,6 +75,26 @@ def test_every_missing_key_is_named(tmp_path: Path) -> None:
     }
 
 
+def test_what_needs_an_early_match(tmp_path: Path) -> None:
+    """Neither a stop nor a clamp waits for the end of a request."""
+    last = ("for: 3 of 8 tokens\nkeep: 16 tokens", "for: the last token")
+    clamp = "action: clamp\nclamp: {features: [shell_exec], to: 0}"
+    whole = ("above: 0.4}", "above: 0.4, over: mean of the request}")
+    for says, *changes in (
+        ("decided when the request has ended, and action: stop comes too late",
+         last, ("action: flag", "action: stop")),
+        ("decided when the request has ended, and action: clamp comes too late",
+         last, ("action: flag", clamp)),
+        ("a clamp decides at each token, and cannot compare the mean of the request",
+         whole, ("action: flag", clamp)),
+    ):  # fmt: skip
+        _, [error] = read(tmp_path, changed(*changes))
+        assert error.code == "decided-late"
+        assert says in error.message
+    policy, errors = read(tmp_path, changed(last, whole))
+    assert (policy is not None, errors) == (True, [])
+
+
 def test_render(tmp_path: Path) -> None:
     """A rendered error has place, code, message, source line and caret."""
     _, [error] = read(tmp_path, changed(("severity: high", "severity: hihg")))
