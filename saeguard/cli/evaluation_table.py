@@ -24,6 +24,8 @@ def show(found: Evaluation) -> None:
 
 def tables(found: Evaluation) -> Iterator[RenderableType]:
     """Yield what is printed, in order."""
+    from saeguard.evaluation.results import no_verdict
+
     for section in found.sections:
         if section.rows:
             yield _section(section, ordinary=bool(found.benign))
@@ -118,15 +120,3 @@ def number(figure: Mapping[str, Any] | None) -> str:
 def percent(figure: Mapping[str, Any] | None) -> str:
     """Return `12.5%`."""
     return NONE if figure is None else f"{figure['value']:.1%}"
-
-
-def no_verdict(row: Row) -> str:
-    """Return how many texts were not evaluated or gave an error, empty if none."""
-    if row.outcomes is None:
-        left = row.detector.score.size - sum(row.figures["scored"].values())
-        return f"{left} not scored" if left else ""
-    total = {
-        name: sum(counts[name] for counts in row.outcomes.values())
-        for name in ("not_evaluated", "error")
-    }
-    return ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in total.items() if n)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from saeguard.evaluation import svg
 from saeguard.evaluation.curves import Groups, firing, histogram, roc_points, score_range
 from saeguard.evaluation.datasets import Dataset
-from saeguard.evaluation.results import Evaluation, Row, Section
+from saeguard.evaluation.results import Evaluation, Row, Section, no_verdict
 from saeguard.evaluation.worst import Example
 
 HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ def render(found: Evaluation) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"pct": percent, "style": style_of}
+    environment.filters |= {"pct": percent, "style": style_of, "lacks": no_verdict}
     template = environment.get_template("report.html.j2")
     return template.render(
         found=found,

@@ -75,6 +75,18 @@ class Evaluation:
     """Model, versions, time, command."""
 
 
+def no_verdict(row: Row) -> str:
+    """Return how many texts were not evaluated or gave an error, empty if none."""
+    if row.outcomes is None:
+        left = row.detector.score.size - sum(row.figures["scored"].values())
+        return f"{left} not scored" if left else ""
+    total = {
+        name: sum(counts[name] for counts in row.outcomes.values())
+        for name in ("not_evaluated", "error")
+    }
+    return ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in total.items() if n)
+
+
 def record(found: Evaluation) -> dict[str, Any]:
     """Return the report as JSON has it; it holds ids, and no text."""
     return {
