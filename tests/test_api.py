@@ -47,13 +47,16 @@ def test_other_names_are_not() -> None:
 def test_the_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its blocks run one after the other, on a tiny model in place of the one that they name."""
+    """Its blocks run one after the other, on a tiny model and policy at the paths they name."""
     pytest.importorskip("transformers")
     blocks = BLOCK.findall(PAGE.read_text())
     (named,) = set(re.findall(r'load_model\("(.+?)"\)', "\n".join(blocks)))
-    shipped = set(re.findall(r'"(policies/.+?\.yaml)"', "\n".join(blocks)))
-    assert [name for name in shipped if not Path(name).exists()] == []
+    (shipped,) = set(re.findall(r'"(policies/.+?\.yaml)"', "\n".join(blocks)))
+    assert Path(shipped).exists()
     guarded = save_project(tmp_path)
+    ours = guarded.policies / "unsafe-code" / "shell-command.yaml"
+    (tmp_path / shipped).parent.mkdir(parents=True, exist_ok=True)
+    ours.rename(tmp_path / shipped)
     monkeypatch.chdir(tmp_path)
     Path(named).parent.mkdir(parents=True, exist_ok=True)
     Path(named).symlink_to(guarded.model)
