@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from saeguard.features.types import FeatureSet
     from saeguard.guard.verdict import Verdict
     from saeguard.guard.watchlist import WatchList
-    from saeguard.hf.model import LanguageModel
+    from saeguard.hf.model import Dtype, LanguageModel
     from saeguard.policy.types import Policy
 
 StrPath: TypeAlias = str | PathLike[str]
@@ -74,15 +74,23 @@ def load_watchlist(policies: StrPath, feature_sets: StrPath) -> WatchList:
     return load(Source(Path(policies), Path(feature_sets))).watchlist
 
 
-def load_model(path: StrPath) -> LanguageModel:
-    """Load the Hugging Face model and tokenizer in a folder, in float32; nothing is downloaded.
+def load_model(model: StrPath, *, dtype: Dtype = "float32", device: str = "cpu") -> LanguageModel:
+    """Load a Hugging Face model and its tokenizer.
+
+    Args:
+        model: a folder, or a name on the hub, which is downloaded.
+        dtype: of its weights.
+        device: as torch names it, or `auto`.
 
     Raises:
-        ModelError: the folder does not hold a causal language model with safetensors weights.
+        ModelError: it is no causal language model with safetensors weights.
+        ModelFolderError: it is neither a folder nor known to the hub.
+        HubError: the hub cannot be reached, and its cache lacks the model.
     """
     from saeguard.hf.model import load_model as load  # noqa: PLC0415 - as above
+    from saeguard.hf.model_folder import model_folder  # noqa: PLC0415
 
-    return load(Path(path))
+    return load(model_folder(Path(model), ""), dtype=dtype, device=device)
 
 
 def judge(

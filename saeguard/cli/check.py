@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saeguard.cli.feature_folder import read_feature_sets
-from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, model_folder
+from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption
 from saeguard.cli.report import Format, count, rendered
 from saeguard.errors import BAD_INPUT, FINDINGS, InputError
 
@@ -27,8 +27,8 @@ def verb(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a Hugging Face model; feature sets made for another are mistakes.",
-            callback=model_folder,
+            help="Folder of a Hugging Face model, or its name on the hub; feature sets made for "
+            "another are mistakes."
         ),
     ] = None,
     format_: Annotated[
@@ -91,10 +91,11 @@ def of_other_model(
 ) -> Iterator[Finding]:
     """Yield a mistake for each policy whose feature set is made for a model of another shape."""
     from saeguard.features.model_fit import ModelFitError, misfit, read_shape
+    from saeguard.hf.model_folder import model_folder
     from saeguard.policy.load import locate
 
     try:
-        shape = read_shape(folder)
+        shape = read_shape(model_folder(folder, files=("config.json",)))
     except ModelFitError as error:
         raise InputError(f"--model: {error}") from error
     for policy in policies:

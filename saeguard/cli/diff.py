@@ -18,7 +18,15 @@ from saeguard.cli.inputs import (
     open_corpus,
     read_all,
 )
-from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, OptionalModel, existing_file
+from saeguard.cli.options import (
+    FEATURE_SETS,
+    DeviceOption,
+    DtypeOption,
+    FeatureSetsOption,
+    ModelOptions,
+    OptionalModel,
+    existing_file,
+)
 from saeguard.cli.report import columns, count
 from saeguard.errors import FINDINGS, InputError
 
@@ -50,6 +58,8 @@ def verb(
         ),
     ] = None,
     model: OptionalModel = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
     feature_sets: FeatureSetsOption = FEATURE_SETS,
     format_: Annotated[
         Literal["text", "json"], typer.Option("--format", help="text, or json for programs.")
@@ -72,7 +82,9 @@ def verb(
     if sets is not None and corpus is not None:
         ready_old, _ = judgeable(before, sets)
         ready_new, _ = judgeable(after, sets)
-        recording = open_corpus(corpus, (*ready_old, *ready_new), model, feature_sets)
+        recording = open_corpus(
+            corpus, (*ready_old, *ready_new), model, feature_sets, ModelOptions(dtype, device)
+        )
         judged_old = judge_corpus(ready_old, sets, recording)
         judged_new = judge_corpus(ready_new, sets, recording)
         found = _found(

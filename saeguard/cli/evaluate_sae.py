@@ -36,11 +36,13 @@ def evaluate(
     """
     from rich.console import Console
 
+    from saeguard.hf.model import choose_device
+    from saeguard.hf.model_folder import model_folder
     from saeguard.sae import Stated, inspect
     from saeguard.training.card import read_card, write_card
     from saeguard.training.errors import TrainingError
     from saeguard.training.evaluate import evaluate as measure
-    from saeguard.training.model import choose_device, model_folder, open_model
+    from saeguard.training.model import open_model
     from saeguard.training.texts import read_chunks
 
     info = inspect(checkpoint, Stated(layer=layer))

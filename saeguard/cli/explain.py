@@ -17,7 +17,15 @@ from saeguard.cli.inputs import (
     open_corpus,
     read_all,
 )
-from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, OptionalModel, existing_file
+from saeguard.cli.options import (
+    FEATURE_SETS,
+    DeviceOption,
+    DtypeOption,
+    FeatureSetsOption,
+    ModelOptions,
+    OptionalModel,
+    existing_file,
+)
 from saeguard.cli.report import columns, count
 from saeguard.errors import InputError
 
@@ -50,6 +58,8 @@ def verb(
     prompt: Annotated[str, typer.Option(help="Text in place of a file: the user's message.")] = "",
     completion: Annotated[str, typer.Option(help="Text in place of a file: the answer.")] = "",
     model: OptionalModel = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
     feature_sets: FeatureSetsOption = FEATURE_SETS,
     as_json: Annotated[bool, typer.Option("--json", help="Print records for programs.")] = False,
 ) -> None:
@@ -73,10 +83,11 @@ def verb(
         ready, notes = judgeable(policies, sets)
         if not ready:
             raise InputError("\n".join(note.render() for note in notes))
+        options = ModelOptions(dtype, device)
         if source is not None:
-            recording = open_corpus(source, ready, model, feature_sets)
+            recording = open_corpus(source, ready, model, feature_sets, options)
         else:
-            recording = of_text(prompt, completion, ready, model, feature_sets)
+            recording = of_text(prompt, completion, ready, model, feature_sets, options)
         found = list(of_recording(recording, ready, sets, request))
     if as_json:
         typer.echo(json.dumps([record for record, _ in found], indent=2))
@@ -90,6 +101,7 @@ def of_text(
     policies: Sequence[Policy],
     model: Path | None,
     feature_sets: Path,
+    options: ModelOptions,
 ) -> Recording:
     """Record the text that the command line gives."""
     if model is None or not (prompt or completion):
@@ -100,7 +112,7 @@ def of_text(
     from saeguard.hf.texts import make_turn
     from saeguard.policy_tools.record_features import record_features
 
-    lm = load_model(model)
+    lm = load_model(model, **options._asdict())
     text = make_turn("text", lm.tokenizer, prompt, completion)
     names = sorted({policy.feature_set for policy in policies})
     files = [feature_sets / f"{name}.yaml" for name in names]

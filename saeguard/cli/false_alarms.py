@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeguard.cli.inputs import judge_corpus, judgeable, open_corpus
+from saeguard.cli.options import ModelOptions
 from saeguard.policy.types import Policy
 from saeguard.yaml_files.findings import Finding
 
@@ -46,10 +47,11 @@ def alarms(
     corpus: Path,
     model: Path | None,
     feature_sets: Path,
+    options: ModelOptions = ModelOptions(),  # noqa: B008 - immutable
 ) -> list[Alarm]:
     """Judge ordinary texts by every calibrated policy, and return the rate of each."""
     ready, _ = judgeable(policies, sets)
-    recording = open_corpus(corpus, ready, model, feature_sets)
+    recording = open_corpus(corpus, ready, model, feature_sets, options)
     verdicts = judge_corpus(ready, sets, recording)
     found = []
     for i, policy in enumerate(ready):

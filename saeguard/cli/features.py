@@ -11,7 +11,14 @@ import typer
 from saeguard.cli import fired, learn, search_features
 from saeguard.cli.failures import Verbs
 from saeguard.cli.inputs import load_after
-from saeguard.cli.options import ModelOption, existing_file, existing_folder
+from saeguard.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    ModelOptions,
+    existing_file,
+    existing_folder,
+)
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,6 +79,8 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(help="Feature-set file to write. Default: --set.")
     ] = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
 ) -> None:
     """Set each feature's range and threshold, and write the measured rates into the feature set.
 
@@ -91,7 +100,8 @@ def calibrate(
     behaviours = dict.fromkeys(f.behaviour for f in features.features.values())
     pairs = {} if labelled is None else _pairs(labelled, behaviours)
     given = [benign, *([] if check is None else [check])]
-    lm = load_after(model, [*given, *(path for pair in pairs.values() for path in pair)])
+    read_first = [*given, *(path for pair in pairs.values() for path in pair)]
+    lm = load_after(model, read_first, ModelOptions(dtype, device))
     check_model(lm, features)
 
     def read(path: Path) -> Corpus:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeguard.cli.options import ModelOption, existing_file
+from saeguard.cli.options import DeviceOption, DtypeOption, ModelOption, existing_file
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def verb(
     most: Annotated[
         int, typer.Option(help="Number of latents to show for each token.", min=1)
     ] = 10,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Show the strongest latents of the whole SAE at each token of a text.
@@ -58,7 +60,7 @@ def verb(
         raise InputError("there is no text; give --prompt, --completion or both")
     features = load_feature_set(set_)
     sae = sae_of(features)
-    lm = load_model(model)
+    lm = load_model(model, dtype=dtype, device=device)
     check_model(lm, features)
     text = make_turn("text", lm.tokenizer, prompt, completion)
     positions = range(len(text.tokens)) if token is None else token

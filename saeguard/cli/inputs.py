@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saeguard.cli.options import check_file
+from saeguard.cli.options import ModelOptions, check_file
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,7 +89,11 @@ def approximate_lines(found: Mapping[str, str]) -> list[str]:
 
 
 def open_corpus(
-    path: Path, policies: Iterable[Policy], model: Path | None, feature_sets: Path
+    path: Path,
+    policies: Iterable[Policy],
+    model: Path | None,
+    feature_sets: Path,
+    options: ModelOptions = ModelOptions(),  # noqa: B008 - immutable
 ) -> Recording:
     """Return the recording at `path`, or record the texts at `path` with `model`.
 
@@ -98,6 +102,7 @@ def open_corpus(
         policies: their feature sets are recorded.
         model: folder of a Hugging Face model; needed for JSON lines.
         feature_sets: folder of feature sets.
+        options: how the model is loaded.
 
     Raises:
         InputError: the file cannot be read, or holds texts and no model was given.
@@ -120,7 +125,7 @@ def open_corpus(
     texts = read_texts(path, tokenizer)
     if not texts:
         raise InputError(f"{path}: the file holds no text")
-    lm = load_model(model, tokenizer)
+    lm = load_model(model, tokenizer, **options._asdict())
     names = sorted({policy.feature_set for policy in policies})
     files = [feature_sets / f"{name}.yaml" for name in names]
     return record_features(lm, files, texts, path=path, with_text=True)
@@ -135,7 +140,11 @@ def judge_corpus(
     return list(judge_recorded(policies, sets.known, recording, range(len(recording.ids))))
 
 
-def load_after(model: Path, texts: Sequence[Path]) -> LanguageModel:
+def load_after(
+    model: Path,
+    texts: Sequence[Path],
+    options: ModelOptions = ModelOptions(),  # noqa: B008 - immutable
+) -> LanguageModel:
     """Load a model after checking every file of texts, since weights take long to load."""
     from saeguard.hf.corpus import read_outputs
     from saeguard.hf.model import load_model, load_tokenizer
@@ -143,4 +152,4 @@ def load_after(model: Path, texts: Sequence[Path]) -> LanguageModel:
     tokenizer = load_tokenizer(model)
     for path in texts:
         read_outputs(path, tokenizer)
-    return load_model(model, tokenizer)
+    return load_model(model, tokenizer, **options._asdict())

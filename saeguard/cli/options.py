@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
@@ -45,18 +45,6 @@ def check_feature_sets(path: Path) -> None:
     check_folder(path, "--feature-sets", "give the folder of feature sets that the policies name")
 
 
-def check_model_folder(path: Path, option: str = "") -> None:
-    """Check that a folder holds the config.json of a Hugging Face model.
-
-    Raises:
-        InputError: it does not.
-    """
-    remedy = "give the folder of a Hugging Face model"
-    check_folder(path, option, remedy)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{_prefix(option)}{path}: the folder holds no config.json; {remedy}")
-
-
 def _check(path: Path, option: str, kind: str, remedy: str) -> None:
     # os, not pathlib, which raises at names that are too long. Typer checks that it may be read.
     found = "folder" if os.path.isdir(path) else "file"  # noqa: PTH112
@@ -95,22 +83,47 @@ def existing_folder(
     return path
 
 
-def model_folder(
+def model_of_option(
     context: typer.Context, parameter: typer.CallbackParam, path: Path | None
 ) -> Path | None:
-    """Return the path that an argument or option was given, checked by `check_model_folder`."""
-    if path is not None and not context.resilient_parsing:
-        check_model_folder(path, _option(parameter))
-    return path
+    """Return the folder of the model that an option names; see `saeguard.hf.model_folder`."""
+    if path is None or context.resilient_parsing:
+        return path
+    from saeguard.hf.model_folder import model_folder
+
+    return model_folder(path, _option(parameter))
+
+
+class ModelOptions(NamedTuple):
+    """How the options of a command have a model loaded."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
 
 
 FeatureSetsOption = Annotated[Path, typer.Option("--feature-sets", help="Folder of feature sets.")]
 ModelOption = Annotated[
-    Path, typer.Option("--model", help="Folder of a Hugging Face model.", callback=model_folder)
+    Path,
+    typer.Option(
+        "--model",
+        help="Folder of a Hugging Face model, or its name on the hub.",
+        callback=model_of_option,
+    ),
 ]
 OptionalModel = Annotated[
     Path | None,
     typer.Option(
-        "--model", help="Folder of a Hugging Face model, which reads texts.", callback=model_folder
+        "--model",
+        help="Folder of a Hugging Face model, or its name on the hub; it reads texts.",
+        callback=model_of_option,
     ),
 ]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option(
+        "--dtype",
+        help="Of the model's weights. bfloat16 is about three times as fast on a CPU with AMX, and "
+        "moves scores (docs/correctness.md).",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from saeguard.cli.options import ModelOptions
 from saeguard.guard.judge import judge
 from saeguard.guard.scopes import ROLES
 from saeguard.policy.types import Policy
@@ -27,6 +28,7 @@ def run_cases(
     sets: FeatureSets | None,
     model: Path | None,
     feature_sets: Path,
+    options: ModelOptions = ModelOptions(),  # noqa: B008 - immutable
 ) -> list[Result]:
     """Return the result of each case, in their order.
 
@@ -35,10 +37,11 @@ def run_cases(
         sets: the feature sets; needed for recordings and texts.
         model: folder of a Hugging Face model; if None, cases with texts are skipped.
         feature_sets: the folder that `sets` was read from.
+        options: how the model is loaded.
     """
     known = sets.known if sets else {}
     said = [(p, c) for p, c in cases if isinstance(c.given, PlainText) and p.feature_set in known]
-    read = _read_texts(said, model, feature_sets) if model and said else None
+    read = _read_texts(said, model, feature_sets, options) if model and said else None
     recordings: dict[Path, Recording] = {}
     results = []
     for policy, case in cases:
@@ -96,13 +99,15 @@ def _recorded(
     return compare(policy, case, verdict)
 
 
-def _read_texts(cases: Sequence[tuple[Policy, Case]], model: Path, feature_sets: Path) -> Recording:
+def _read_texts(
+    cases: Sequence[tuple[Policy, Case]], model: Path, feature_sets: Path, options: ModelOptions
+) -> Recording:
     """Record the texts of `cases`."""
     from saeguard.hf.model import load_model
     from saeguard.hf.texts import make_text
     from saeguard.policy_tools.record_features import record_features
 
-    lm = load_model(model)
+    lm = load_model(model, **options._asdict())
     texts = [
         make_text(_name(policy, case), lm.tokenizer, case.given.prompt, case.given.completion)
         for policy, case in cases

@@ -12,7 +12,13 @@ import typer
 
 from saeguard.cli.evaluate_sae import evaluate
 from saeguard.cli.failures import Verbs
-from saeguard.cli.options import OptionalModel, existing_file
+from saeguard.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOptions,
+    OptionalModel,
+    existing_file,
+)
 from saeguard.cli.sae_report import facts_of, l0_record, measure, show
 from saeguard.cli.train import train
 from saeguard.errors import FINDINGS, InputError
@@ -62,6 +68,8 @@ def inspect(
         ),
     ] = None,
     model: OptionalModel = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
     l0: Annotated[
         float | None,
         typer.Option(help="Published L0, latents a token. Default: as the files say."),
@@ -90,7 +98,7 @@ def inspect(
     if path.suffix == ".yaml":
         path, stated, ranks = _named_by(path, stated)
     info = read(path, stated)
-    found = measure(info, text, model, l0) if text and model else None
+    found = measure(info, text, model, l0, ModelOptions(dtype, device)) if text and model else None
     facts = facts_of(info, latents)
     if info.k is not None:
         facts["ranks"] = ranks or EXACT_RANKS

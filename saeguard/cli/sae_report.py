@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from saeguard.cli.options import ModelOptions
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ PER_TOKEN = {
 TOKENS_A_PIECE = 256
 
 
-def measure(info: SaeInfo, text: Path, model: Path, published: float | None) -> L0:
+def measure(
+    info: SaeInfo, text: Path, model: Path, published: float | None, options: ModelOptions
+) -> L0:
     """Count the latents that fire on the text that a model reads, special tokens left out.
 
     Raises:
@@ -40,7 +43,7 @@ def measure(info: SaeInfo, text: Path, model: Path, published: float | None) -> 
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"--text: {text}: not UTF-8; give a file of plain text") from error
-    lm = load_model(model)
+    lm = load_model(model, **options._asdict())
     misfit = sae_misfit(info.d_in, info.layer, lm.shape)
     if misfit:
         raise InputError(f"--model: {model}: {misfit}; name the model that it was trained on")

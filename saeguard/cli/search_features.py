@@ -10,7 +10,14 @@ import typer
 
 from saeguard.atomic_files import write_atomically
 from saeguard.cli.inputs import load_after
-from saeguard.cli.options import ModelOption, existing_file, existing_folder
+from saeguard.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    ModelOptions,
+    existing_file,
+    existing_folder,
+)
 from saeguard.errors import FINDINGS, InputError
 
 if TYPE_CHECKING:
@@ -91,6 +98,8 @@ def verb(
             "--accept-weak", help="Write the detector even if it is no better than chance."
         ),
     ] = False,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
 ) -> None:
     """Rank single latents, a weighted group and linear probes as detectors of a behaviour.
 
@@ -114,7 +123,8 @@ def verb(
 
     info = None if sae is None else inspect(sae)
     probed, read_layers = layers_to_read(layers, info)
-    lm = load_after(model, [data, holdout, *([] if benign is None else [benign])])
+    read_first = [data, holdout, *([] if benign is None else [benign])]
+    lm = load_after(model, read_first, ModelOptions(dtype, device))
     features = None
     if write_set is not None:
         features = set_at(new_set(write_set, lm.shape, lm.path, info, lm.special_tokens))

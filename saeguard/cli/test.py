@@ -10,7 +10,15 @@ import typer
 
 from saeguard.atomic_files import write_atomically
 from saeguard.cli.feature_folder import read_feature_sets
-from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, OptionalModel, existing_file
+from saeguard.cli.options import (
+    FEATURE_SETS,
+    DeviceOption,
+    DtypeOption,
+    FeatureSetsOption,
+    ModelOptions,
+    OptionalModel,
+    existing_file,
+)
 from saeguard.cli.report import Format, rendered
 from saeguard.errors import FINDINGS
 
@@ -31,6 +39,8 @@ def verb(
     ] = False,
     feature_sets: FeatureSetsOption = FEATURE_SETS,
     model: OptionalModel = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
     benign: Annotated[
         Path | None,
         typer.Option(
@@ -69,11 +79,12 @@ def verb(
         raise PolicyErrors([*errors, *found, *absent])
     absent_default = feature_sets == FEATURE_SETS and not feature_sets.is_dir()
     sets = None if absent_default else read_feature_sets(feature_sets)  # traces need none
-    results = run_cases(cases, sets, model, feature_sets)
+    options = ModelOptions(dtype, device)
+    results = run_cases(cases, sets, model, feature_sets, options)
     alarms: list[Alarm] = []
     if benign is not None:
         sets = sets or read_feature_sets(feature_sets)
-        alarms = ordinary.alarms(policies, sets, benign, model, feature_sets)
+        alarms = ordinary.alarms(policies, sets, benign, model, feature_sets, options)
     failed = [*absent, *(r.finding() for r in results if r.status in {"failed", "passes"})]
     failed += [alarm.finding(budget) for alarm in alarms if alarm.rate > budget]
     if junit is not None:

@@ -64,8 +64,10 @@ def train(
     """
     from importlib.util import find_spec
 
+    from saeguard.hf.model import choose_device
+    from saeguard.hf.model_folder import model_folder
     from saeguard.training.errors import TrainingCannotRunError
-    from saeguard.training.model import choose_device, model_folder, open_model
+    from saeguard.training.model import open_model
     from saeguard.training.run import Options, is_trained, run
     from saeguard.training.settings import Settings
     from saeguard.training.texts import read_chunks

@@ -109,6 +109,18 @@ def check_fit(pinned: Pinned, model: ModelShape, folder: Path | None = None, *, 
         )
 
 
+def name_of(folder: Path) -> str:
+    """Return the name of the model in a folder: the folder's, or the model's on the hub.
+
+    In the hub's cache a model lies in `models--OWNER--NAME/snapshots/COMMIT`.
+    """
+    folder = folder.resolve()
+    parts = folder.parts[-3:]
+    if len(parts) == len(("repository", "snapshots", "commit")) and parts[1] == "snapshots":
+        return parts[0].removeprefix("models--").rpartition("--")[2]
+    return folder.name
+
+
 def read_shape(folder: Path) -> ModelShape:
     """Read width and depth from a model folder's `config.json`; no weights, no torch.
 
@@ -123,9 +135,7 @@ def read_shape(folder: Path) -> ModelShape:
     except ValueError as error:
         raise ModelFitError(f"{path}: {error}; give the folder of a model") from error
     config = config.get("text_config", config) if isinstance(config, dict) else {}
-    return ModelShape(
-        folder.resolve().name, _number(path, config, WIDTH), _number(path, config, DEPTH)
-    )
+    return ModelShape(name_of(folder), _number(path, config, WIDTH), _number(path, config, DEPTH))
 
 
 def _number(path: Path, config: Mapping[str, Any], keys: tuple[str, ...]) -> int:

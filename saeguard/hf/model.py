@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from saeguard.errors import InputError
-from saeguard.features.model_fit import ModelShape, check_fit
+from saeguard.features.model_fit import ModelShape, check_fit, name_of
 from saeguard.features.types import FeatureSet
 
 LAYER_PATHS = (
@@ -27,6 +27,10 @@ LAYER_PATHS = (
     "transformer.blocks",  # MPT
     "model.decoder.layers",  # OPT
 )
+
+
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+"""Types of a model's weights."""
 
 
 class ModelError(InputError):
@@ -44,8 +48,8 @@ class LanguageModel:
 
     @property
     def name(self) -> str:
-        """The folder's name, which feature sets use as the model's name."""
-        return self.path.name
+        """The model's name in feature sets: the folder's, or that on the hub."""
+        return name_of(self.path)
 
     @property
     def hidden_size(self) -> int:
@@ -94,16 +98,22 @@ def load_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load_model(path: str | Path, tokenizer: Any = None) -> LanguageModel:
-    """Load the model in folder `path`, in float32; nothing is downloaded.
+def load_model(
+    path: str | Path, tokenizer: Any = None, *, dtype: Dtype = "float32", device: str = "cpu"
+) -> LanguageModel:
+    """Load the model in folder `path`; nothing is downloaded.
 
     Args:
         path: of the model.
         tokenizer: its tokenizer, if it has been loaded already.
+        dtype: of its weights.
+        device: as torch names it, or `auto`.
 
     Raises:
-        ModelError: the folder does not hold a causal language model with safetensors weights.
+        ModelError: the folder does not hold a causal language model with safetensors weights, or
+            there is no such device.
     """
+    device = choose_device(device)
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - as above
 
     with _reported(path) as folder:
@@ -112,14 +122,30 @@ def load_model(path: str | Path, tokenizer: Any = None) -> LanguageModel:
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             local_files_only=True,
             use_safetensors=True,
             attn_implementation="eager" if capped else None,
         )
     if tokenizer is None:
         tokenizer = load_tokenizer(path)
-    return LanguageModel(folder, model.eval(), tokenizer, find_layers(model))
+    return LanguageModel(folder, model.eval().to(device), tokenizer, find_layers(model))
+
+
+def choose_device(wanted: str) -> str:
+    """Return the device for `auto`, or the one that is named.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ModelError(f"--device: found {wanted!r}, which cannot be used: {why}") from error
+    return wanted
 
 
 @contextmanager

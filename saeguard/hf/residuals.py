@@ -64,7 +64,7 @@ def record(
 
     def keep(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def change(x: torch.Tensor) -> torch.Tensor:
-            kept[layer] = x.detach().float()
+            kept[layer] = x.detach().float().cpu()
             return x
 
         return change
@@ -80,7 +80,7 @@ def record(
 
 def forward(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> None:
     """Run the decoder on a batch of token ids, padded on the right; the head is left out."""
-    ids, mask = padded(texts)
+    ids, mask = (part.to(lm.model.device) for part in padded(texts))
     lm.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 

@@ -16,6 +16,7 @@ import pytest
 import saeguard
 from saeguard.cli.failures import reported
 from saeguard.errors import CannotRunError, InputError, SaeguardError
+from saeguard.hf.model_folder import REMEDY
 from tests.cli import project
 from tests.cli.project import plain, run
 
@@ -116,7 +117,7 @@ def test_wrong_model(
     capsys: pytest.CaptureFixture[str], command: str, model: str, problem: str
 ) -> None:
     """A --model that is not a model's folder."""
-    expected = f"--model: {model}: {problem}; give the folder of a Hugging Face model\n"
+    expected = f"--model: {model}: {problem}; {REMEDY}\n"
     assert refused(f"{command} --model {model}", capsys) == expected
 
 
