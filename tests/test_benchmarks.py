@@ -124,6 +124,17 @@ def test_reload(tmp_path: Path) -> None:
     positive(result["file_to_use_ms"], "p50")
 
 
+@pytest.mark.engine
+def test_scan(tmp_path: Path) -> None:
+    """Both engines judge every text, and each round compares them."""
+    result = measured("scan", tmp_path / "scan.json", "--tiny")
+    assert set(result["engines"]) == {"transformers:float32", "vllm:float32"}
+    for state, figures in result["engines"].items():
+        positive(figures, "start_s", "texts_per_s", "tokens_per_s")
+        assert len(result["times_faster_than_first"][state]) == 1
+        assert result["differs_from_first"][state]["changed"] == 0
+
+
 @pytest.mark.server
 def test_soak(tmp_path: Path) -> None:
     """A few seconds of random load: every request has its events, and they add up."""

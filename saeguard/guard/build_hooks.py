@@ -27,14 +27,14 @@ RowKey: TypeAlias = tuple[str, int | str]
 def read_hooks(
     used: Mapping[str, tuple[FeatureSet, Feature]],
     feature_sets: Mapping[str, FeatureSet],
-    policies: Sequence[Policy],
+    policies: Sequence[Policy] | None,
 ) -> tuple[tuple[Hook, ...], dict[RowKey, int]]:
     """Return one hook per layer, and the column of each encoder row, counted over all hooks.
 
     Args:
         used: by `feature_set/feature`, the features that the policies read or clamp.
         feature_sets: by the name that policies use.
-        policies: all of them.
+        policies: all of them; None if every activation matters, whatever policies there are.
 
     Raises:
         WatchListError: a checkpoint or probe cannot be read, or has another width.
@@ -81,7 +81,7 @@ def _read_hook(
     layer: int,
     keys: Sequence[RowKey],
     feature_sets: Mapping[str, FeatureSet],
-    policies: Sequence[Policy],
+    policies: Sequence[Policy] | None,
     first_column: int,
 ) -> Hook:
     d_in = feature_sets[keys[0][0]].model.hidden_size
@@ -131,12 +131,12 @@ def _read_probe(probe: ProbeRef, part: int, d_in: int) -> tuple[torch.Tensor, to
 
 
 def _screens(
-    latents: Sequence[int], set_id: str, features: FeatureSet, policies: Sequence[Policy]
+    latents: Sequence[int], set_id: str, features: FeatureSet, policies: Sequence[Policy] | None
 ) -> torch.Tensor:
     """Return the screen threshold of each latent of a feature set, [latents] float32."""
     lowest = []
-    exact: set[int] = set()
-    for policy in policies:
+    exact: set[int] = set(latents if policies is None else ())
+    for policy in policies or ():
         if policy.feature_set == set_id:
             for selection in policy.detect.values():
                 feature = features.features[selection.feature]

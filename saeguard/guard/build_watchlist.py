@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from saeguard.features.topk_thresholds import Approximation
-from saeguard.features.types import Feature, FeatureSet
+from saeguard.features.types import Feature, FeatureSet, ModelRef
 from saeguard.features.value import Mix, make_mix
 from saeguard.guard.build_hooks import RowKey, probe_keys, read_hooks
 from saeguard.guard.clamp.build import build_clamps
@@ -44,7 +45,9 @@ def build_watchlist(
     found: dict[str, tuple[FeatureSet, Feature]] = {}
     for policy in policies:
         for name in _features_of(policy):
-            found[f"{policy.feature_set}/{name}"] = _lookup(policy, name, feature_sets)
+            found[f"{policy.feature_set}/{name}"] = _lookup(
+                policy.path, policy.feature_set, name, feature_sets
+            )
     hooks, column = read_hooks(found, feature_sets, policies)
 
     used = dict(sorted(found.items(), key=lambda item: -_rows(item[1][1])))
@@ -64,14 +67,58 @@ def build_watchlist(
         low=low,
         span=high - low,
         rules=_rules(policies, used, approximations),
-        exclude_tokens=tuple(sorted({t for s in sets.values() for t in s.exclude_tokens})),
-        models=tuple(dict.fromkeys(s.model for s in sets.values())),
+        exclude_tokens=_excluded(sets.values()),
+        models=_models(sets.values()),
         digest=_digest(
-            [*(f"{p.id} {p.mode} {p.digest}" for p in policies)]
-            + [f"{s.id} {s.digest} {s.sae and s.sae.sha256}" for s in sets.values()]
+            [*(f"{p.id} {p.mode} {p.digest}" for p in policies), *_contents(sets.values())]
         ),
         approximations=approximations,
     )
+
+
+def build_readings(names: Iterable[str], feature_sets: Mapping[str, FeatureSet]) -> WatchList:
+    """Return a watch list without policies, whose shares are the features' values.
+
+    Args:
+        names: `feature_set/feature` of each.
+        feature_sets: by name.
+
+    Raises:
+        WatchListError: a feature set or feature is missing, or a checkpoint does not fit.
+    """
+    found: dict[str, tuple[FeatureSet, Feature]] = {}
+    for name in dict.fromkeys(names):
+        set_id, _, feature_id = name.rpartition("/")
+        features, feature = _lookup("features to read", set_id, feature_id, feature_sets)
+        found[name] = features, replace(feature, clamp=())
+    hooks, column = read_hooks(found, feature_sets, None)
+    used = dict(sorted(found.items(), key=lambda item: -_rows(item[1][1])))
+    sets = {name: feature_sets[name] for name in dict.fromkeys(n.rpartition("/")[0] for n in used)}
+    return WatchList(
+        policies=(),
+        hooks=hooks,
+        clamps=(),
+        features=tuple(used),
+        mix=_mix(used, column),
+        low=np.zeros(len(used), np.float32),
+        span=np.ones(len(used), np.float32),
+        rules=_rules((), used, {}),
+        exclude_tokens=_excluded(sets.values()),
+        models=_models(sets.values()),
+        digest=_digest([*used, *_contents(sets.values())]),
+    )
+
+
+def _excluded(sets: Iterable[FeatureSet]) -> tuple[int, ...]:
+    return tuple(sorted({token for features in sets for token in features.exclude_tokens}))
+
+
+def _models(sets: Iterable[FeatureSet]) -> tuple[ModelRef, ...]:
+    return tuple(dict.fromkeys(features.model for features in sets))
+
+
+def _contents(sets: Iterable[FeatureSet]) -> list[str]:
+    return [f"{s.id} {s.digest} {s.sae and s.sae.sha256}" for s in sets]
 
 
 def _rows(feature: Feature) -> int:
@@ -97,20 +144,16 @@ def _features_of(policy: Policy) -> list[str]:
 
 
 def _lookup(
-    policy: Policy, name: str, feature_sets: Mapping[str, FeatureSet]
+    asker: object, set_id: str, name: str, feature_sets: Mapping[str, FeatureSet]
 ) -> tuple[FeatureSet, Feature]:
-    features = feature_sets.get(policy.feature_set)
+    features = feature_sets.get(set_id)
     if features is None:
         known = ", ".join(sorted(feature_sets)) or "none is loaded"
-        raise WatchListError(
-            f"{policy.path}: feature_set {policy.feature_set!r} is not loaded; known: {known}"
-        )
+        raise WatchListError(f"{asker}: feature_set {set_id!r} is not loaded; known: {known}")
     feature = features.features.get(name)
     if feature is None:
         known = ", ".join(sorted(features.features))
-        raise WatchListError(
-            f"{policy.path}: feature {name!r} is not in {features.path}; known: {known}"
-        )
+        raise WatchListError(f"{asker}: feature {name!r} is not in {features.path}; known: {known}")
     return features, feature
 
 

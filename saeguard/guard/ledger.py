@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Container, Sequence
 from typing import TypeAlias
 
@@ -15,6 +14,7 @@ from saeguard.guard.forward_pass import ForwardPass, in_step
 from saeguard.guard.hits import Hit, matched, unread
 from saeguard.guard.prefix.blocks import PrefixBlocks
 from saeguard.guard.prefix.store import PrefixStore, PrefixView
+from saeguard.guard.readings import Readings
 from saeguard.guard.request_verdicts import Verdicts, add, coverages, verdicts_of
 from saeguard.guard.scopes import of_prompt
 from saeguard.guard.state import State, blank, copy_slot, grown, make_state, write_slot
@@ -48,6 +48,8 @@ class Ledger:
         self.watchlist = watchlist
         self.prefix_store = prefix_store
         self.unwatched_passes = 0
+        self.readings: Readings | None = None
+        """Collects the feature values of whole texts; None while serving."""
         self._rules = watchlist.rules
         self._prefixes = PrefixBlocks(prefix_store) if prefix_store is not None else None
         self._enforced = np.array([p.mode == "enforce" for p in watchlist.policies], bool)
@@ -58,7 +60,7 @@ class Ledger:
         self._slot: dict[str, int] = {}
         self._free = list(range(slots))[::-1]
         block, columns = (0, 0) if prefix_store is None else (prefix_store.block, watchlist.columns)
-        self._together = block or sys.maxsize
+        self._together = block or CELLS
         self._empty = make_state(self._rules, 1, block=block, columns=columns)
         self._state = blank(self._empty, slots)
 
@@ -85,8 +87,7 @@ class Ledger:
             prompt_tokens: length of its prompt.
             keys: block hashes of its full blocks; the engine extends the list while it runs.
             enforced: by policy, whether its action is to be taken; None: as the policies say.
-            roles: [prompt tokens] role of each token, see `guard.roles.assign`; needed if a
-                policy's scope is a role.
+            roles: [prompt tokens] role of each token; needed if a policy's scope is a role.
 
         Raises:
             ValueError: roles are needed and missing, or their number is not that of the tokens.
@@ -114,8 +115,7 @@ class Ledger:
 
         Args:
             forward_pass: the rows and their activations.
-            valid: [requests] number of leading rows that count: rejected drafts come after them,
-                and it is 0 for a request that has ended.
+            valid: [requests] leading rows that count, without rejected drafts; 0 if it has ended.
             entering: requests that start or resume in this pass. They may skip tokens whose KV is
                 cached; any other gap is a lost pass. None: requests without evaluated tokens.
 
@@ -134,7 +134,6 @@ class Ledger:
         alone = np.flatnonzero(known & ~together)
         shares, finite = self._shares(forward_pass.f, ran=forward_pass.ran)
         block = Tokens(forward_pass.positions, shares, forward_pass.eligible, finite)
-
         hits: list[Hit] = []
         which = np.flatnonzero(together)
         if len(which):
@@ -187,9 +186,8 @@ class Ledger:
         )
         hits = self._advance(run[0].request_ids, slots, block)
         self._record(slots, block, f, ran=True)
-        rows = np.arange(len(slots))[:, None]
         for forward_pass in run:
-            self._mark_edited(slots, forward_pass.acted, rows)
+            self._mark_edited(slots, forward_pass.acted, np.arange(len(slots))[:, None])
         return hits
 
     def _ingest_alone(
@@ -264,6 +262,8 @@ class Ledger:
         return shares, np.isfinite(f).all(axis=1) if ran else np.zeros(len(f), bool)
 
     def _advance(self, ids: Sequence[str], slots: np.ndarray, tokens: Tokens) -> list[Hit]:
+        if self.readings is not None:
+            self.readings.take(ids, tokens)
         with np.errstate(invalid="ignore", over="ignore"):
             first = advance(self._rules, self._state, slots, tokens)
         wanted = self._stops_on_error

@@ -27,7 +27,7 @@ def clamped(
     lm: LanguageModel, watchlist: WatchList, tokens: Sequence[int], prompt_tokens: int
 ) -> Iterator[None]:
     """Enforce the clamps of `watchlist` while `tokens` run as one sequence without a cache."""
-    marks = role_marks_for(lm, watchlist)
+    marks = role_marks_for(lm.tokenizer, watchlist)
     roles = None if marks is None else roles_of(marks, np.array(tokens[:prompt_tokens]))
     with ExitStack() as stack:
         for rows in watchlist.clamps:

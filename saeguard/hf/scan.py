@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def see(lm: LanguageModel, watchlist: WatchList, texts: Sequence[Text]) -> Itera
     Raises:
         RolesError: a policy's scope is a role that the model's chat template does not identify.
     """
-    marks = role_marks_for(lm, watchlist)
+    marks = role_marks_for(lm.tokenizer, watchlist)
     excluded = np.array(watchlist.exclude_tokens, np.int64)
     layers = [hook.layer for hook in watchlist.hooks]
     for i, residuals in record(lm, [t.tokens for t in texts], layers):
@@ -77,7 +77,7 @@ def scan(
         yield seen.text, seen.judge(watchlist.rules)
 
 
-def role_marks_for(lm: LanguageModel, watchlist: WatchList) -> RoleMarks | None:
+def role_marks_for(tokenizer: Any, watchlist: WatchList) -> RoleMarks | None:
     """Return the role marks of the model's chat template; None if no policy needs roles.
 
     Raises:
@@ -85,7 +85,7 @@ def role_marks_for(lm: LanguageModel, watchlist: WatchList) -> RoleMarks | None:
     """
     if not watchlist.rules.by_role:
         return None
-    marks = role_marks_of(lm.tokenizer)
+    marks = role_marks_of(tokenizer)
     check_roles(watchlist, marks)
     assert isinstance(marks, RoleMarks)
     return marks

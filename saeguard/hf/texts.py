@@ -167,14 +167,19 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, Line]]:
         TextError: a line is malformed, or an id occurs twice.
     """
     seen: dict[str, int] = {}
-    for number, line in _lines(Path(path)):
+    for number, line in unchecked_lines(Path(path)):
         if line.id in seen:
             raise TextError(f"{path}:{number}: id: {line.id!r} is already on line {seen[line.id]}")
         seen[line.id] = number
         yield number, line
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Line]]:
+def unchecked_lines(path: Path) -> Iterator[tuple[int, Line]]:
+    """Yield the number and content of each line that is not blank; ids may repeat.
+
+    Raises:
+        TextError: the file cannot be read, or a line is malformed.
+    """
     for number, raw in _raw_lines(path):
         if not raw.strip():
             continue

@@ -19,6 +19,7 @@ from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.hits import Hit
 from saeguard.guard.ledger import Ledger, ValidPass
 from saeguard.guard.prefix.store import PrefixStore, PrefixView
+from saeguard.guard.readings import Readings
 from saeguard.guard.watchlist import WatchList, clamps_digest
 
 
@@ -61,6 +62,7 @@ def make_version(
     may_enforce: frozenset[str] = frozenset(),
     prefix_store: PrefixStore | None = None,
     needs: int = 0,
+    readings: Readings | None = None,
 ) -> Version:
     """Return a version without requests.
 
@@ -71,9 +73,11 @@ def make_version(
         may_enforce: ids of shadow policies that are enforced for some requests.
         prefix_store: fired latents of cached tokens; None without a prefix cache.
         needs: number of the swap from which on forward passes hold all of these columns.
+        readings: collects the feature values of whole texts; None while serving.
     """
     view = None if prefix_store is None else PrefixView(prefix_store, number, needs)
     ledger = Ledger(watchlist, prefix_store=view)
+    ledger.readings = readings
     can_stop = any(
         (p.action == "stop" or p.on_error == "stop")
         and (p.mode == "enforce" or p.id in may_enforce)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+from saeguard.vllm import offline  # noqa: F401 - declares what it relies on
 from saeguard.vllm.doctor import CHECKED_FROM_SOURCE, SUPPORTED
 from saeguard.vllm.patches import ASSUMPTIONS, INTERNALS, Internal
 from saeguard.vllm.plugin import load_patches

@@ -85,7 +85,8 @@ def check_vllm() -> Finding:
 def check_contract() -> Finding:
     """Check that vLLM has every internal that the guard relies on."""
     tried = _child(
-        "from saeguard.vllm import contract, plugin\nplugin.load_patches()\ncontract.check()"
+        "from saeguard.vllm import contract, offline, plugin\n"
+        "plugin.load_patches()\ncontract.check()"
     )
     found = "complete" if tried.returncode == 0 else tried.stderr.strip()[-800:]
     return Finding(
@@ -150,6 +151,7 @@ def check_source(path: Path) -> Finding:
     Raises:
         SourceError: the path holds no vLLM.
     """
+    from saeguard.vllm import offline  # noqa: F401 - declares what it relies on
     from saeguard.vllm.contract_source import missing_from, open_source, version_of
     from saeguard.vllm.plugin import load_patches
 

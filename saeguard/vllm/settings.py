@@ -17,6 +17,10 @@ reads("vllm.config:VllmConfig", "additional_config", why="the operator's setting
 reads("vllm.config:ModelConfig", "model", "served_model_name", why="the model's name in events")
 
 
+_TUPLES = ("request_may_enforce", "read")
+"""Settings that are lists in JSON."""
+
+
 class ConfigError(InputError):
     """The `saeguard` part of `--additional-config` is not usable."""
 
@@ -37,7 +41,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    policies: str = Field(description="A policy file, or a directory of them.")
+    policies: str = Field("", description="A policy file, or a directory of them.")
     feature_sets: str = Field("feature_sets", description="Directory of feature sets.")
     events: str | None = Field(None, description="File the events are appended to, JSON lines.")
     event_queue: int = Field(65536, ge=1, description="Events that may wait for the writer.")
@@ -63,6 +67,11 @@ class Settings(BaseModel):
     )
     verify: Verify | None = Field(
         None, description="Accept signed policies only; needs `state`. Null: no signature needed."
+    )
+    read: tuple[str, ...] = Field(
+        (),
+        description="Set by offline commands, in place of `policies`: the `feature_set/feature` "
+        "names whose values come back with every text. A server refuses it.",
     )
     graph: str | None = Field(
         None, description="Set by the guard: digest of what it traces into the model's graph."
@@ -94,8 +103,8 @@ def parse_settings(raw: Any) -> Settings:
         ConfigError: names the key, what was found and what is allowed.
     """
     try:
-        return Settings.model_validate(
-            {**raw, "request_may_enforce": tuple(raw.get("request_may_enforce", ()))}
+        settings = Settings.model_validate(
+            {**raw, **{name: tuple(raw[name]) for name in _TUPLES if name in raw}}
             if isinstance(raw, Mapping)
             else raw
         )
@@ -107,6 +116,13 @@ def parse_settings(raw: Any) -> Settings:
         ]
         allowed = ", ".join(Settings.model_fields)
         raise ConfigError("\n".join([*lines, f"allowed keys: {allowed}"])) from error
+    if bool(settings.policies) == bool(settings.read):
+        found = "both" if settings.read else "neither"
+        raise ConfigError(
+            f"additional-config: {KEY}: expected policies or read, found {found}; a server "
+            "takes policies, read is for commands that judge texts offline"
+        )
+    return settings
 
 
 def access_of(settings: Settings) -> Access:

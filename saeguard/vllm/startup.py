@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import structlog
 
+from saeguard.features.load import load_feature_set
+from saeguard.guard.build_watchlist import build_readings
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy.errors import BundleError
 from saeguard.policy.signing import Manifest, check_revision
@@ -64,6 +67,8 @@ def load(settings: Settings) -> policy_source.Loaded:
     Raises:
         PolicyErrors, FeatureSetError, WatchListError, BundleError: with file, position and reason.
     """
+    if settings.read:
+        return policy_source.Loaded(readings_of(Path(settings.feature_sets), settings.read), None)
     loaded = policy_source.load(source_of(settings))
     if loaded.left_out:
         log.warning(
@@ -73,6 +78,21 @@ def load(settings: Settings) -> policy_source.Loaded:
         log.warning("a policy rests on weak evidence", finding=doubt)
     check_manifest(settings, loaded.manifest)
     return loaded
+
+
+def readings_of(folder: Path, names: Iterable[str]) -> WatchList:
+    """Return a watch list of features alone, for a command that judges texts offline.
+
+    Args:
+        folder: of feature sets.
+        names: `feature_set/feature` of each.
+
+    Raises:
+        FeatureSetError, WatchListError: with file, position and reason.
+    """
+    names = tuple(names)
+    sets = sorted({name.rpartition("/")[0] for name in names})
+    return build_readings(names, {name: load_feature_set(folder / f"{name}.yaml") for name in sets})
 
 
 def check_manifest(settings: Settings, manifest: Manifest | None) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -12,6 +15,8 @@ from typer.testing import CliRunner, Result
 
 from saeguard.cli.failures import Verbs
 from saeguard.cli.scan import verb
+from saeguard.errors import CannotRunError
+from saeguard.hf.readings import TransformersEngine
 from tests.cli.project import run
 from tests.guarded import feature_set
 from tests.tiny import D, save_model
@@ -48,7 +53,13 @@ class Setup:
 
     folder: Path
 
-    def run(self, *lines: object, above: float = 0.5, scope: str = "output") -> Result:
+    def run(
+        self,
+        *lines: object,
+        above: float = 0.5,
+        scope: str = "output",
+        options: Sequence[str] = (),
+    ) -> Result:
         """Write the texts and a policy, and scan."""
         texts = self.folder / "in.jsonl"
         texts.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -60,7 +71,7 @@ class Setup:
         app.command()(verb)
         arguments = [str(texts), "--model", str(self.folder / "model")]
         arguments += ["--policies", str(policies), "--feature-sets", str(self.folder / "sets")]
-        return CliRunner().invoke(app, ["verb", *arguments, "--out", str(self.out)])
+        return CliRunner().invoke(app, ["verb", *arguments, "--out", str(self.out), *options])
 
     @property
     def out(self) -> Path:
@@ -168,3 +179,83 @@ def test_other_model_is_refused(setup: Setup) -> None:
     assert result.exit_code == 2
     assert "4 layers, but" in result.output
     assert not setup.out.exists()
+
+
+ROWS = [{"id": f"t{i}", "text": "x" * (i + 1)} for i in range(5)]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Let the engine fail after some texts."""
+    read = TransformersEngine.read
+
+    def some(self: TransformersEngine, texts: Iterable[Any]) -> Iterator[Any]:
+        yield from islice(read(self, texts), after)
+        raise CannotRunError("the engine is gone")
+
+    monkeypatch.setattr(TransformersEngine, "read", some)
+
+
+def test_a_run_that_is_cut_off_goes_on(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no result until it is whole, and then it is that of one run."""
+    setup.run(*ROWS)
+    whole = setup.out.read_text()
+    setup.out.unlink()
+    with monkeypatch.context() as patch:
+        failing(patch, after=2)
+        cut = setup.run(*ROWS)
+    assert cut.exit_code == 3
+    assert "the engine is gone" in cut.output
+    assert "2 of 5 texts are kept in" in cut.output
+    assert not setup.out.exists()
+    assert "go on with --resume" in setup.run(*ROWS).output
+    again = setup.run(*ROWS, options=["--resume"])
+    assert again.exit_code == 0, again.output
+    assert "of 5 texts match" in again.output
+    assert setup.out.read_text() == whole
+    assert [p.name for p in setup.out.parent.iterdir()] == ["verdicts.jsonl"]
+
+
+def test_only_the_same_run_goes_on(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other texts, policies or number types are told apart from those of the earlier run."""
+    with monkeypatch.context() as patch:
+        failing(patch, after=2)
+        setup.run(*ROWS)
+    resume = ["--resume"]
+    assert "another texts" in setup.run(*ROWS[:4], options=resume).output
+    assert "another watch list" in setup.run(*ROWS, above=0.7, options=resume).output
+    assert "another dtype" in setup.run(*ROWS, options=[*resume, "--dtype", "bfloat16"]).output
+    assert setup.run(*ROWS, options=resume).exit_code == 0
+
+
+def test_rows_that_are_not_read_are_an_error(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that ends early without a word leaves no result."""
+    read = TransformersEngine.read
+    monkeypatch.setattr(
+        TransformersEngine, "read", lambda self, texts: islice(read(self, texts), 3)
+    )
+    result = setup.run(*ROWS)
+    assert result.exit_code == 3
+    assert "expected 5 texts, the engine returned 3" in result.output
+    assert not setup.out.exists()
+
+
+def test_options_of_the_other_engine_are_refused(setup: Setup) -> None:
+    """An option that would do nothing is a mistake."""
+    for options in (["--tensor-parallel-size", "2"], ["--vllm-args", "--enforce-eager"]):
+        result = setup.run(*ROWS, options=options)
+        assert (result.exit_code, setup.out.exists()) == (2, False)
+        assert f"{options[0]}: only --engine vllm takes it" in result.output
+    result = setup.run(*ROWS, options=["--engine", "vllm", "--device", "cpu"])
+    assert "--device: found 'cpu', but vLLM runs on the device" in result.output
+
+
+def test_bfloat16_is_near(setup: Setup) -> None:
+    """The other number type moves scores a little, and says so in nothing but the score."""
+    setup.run(*ROWS, above=0.01)
+    exact = setup.lines()
+    result = setup.run(*ROWS, above=0.01, options=["--dtype", "bfloat16"])
+    assert result.exit_code == 0, result.output
+    for before, after in zip(exact, setup.lines(), strict=True):
+        assert after["coverage"] == before["coverage"]
+        assert after["score"] == pytest.approx(before["score"], rel=0.2, abs=0.5)
+    assert setup.lines() != exact

@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 from saeguard.vllm.patches import Original, assumes, patch
-from saeguard.vllm.settings import settings_of
+from saeguard.vllm.settings import ConfigError, settings_of
 
 ENGINE = "EngineCore"
 """Prefix of the names that vLLM gives engine core processes."""
@@ -30,9 +30,18 @@ def forward_signals(original: Original, _engine: Any, vllm_config: Any) -> None:
 
     If several API servers share engine cores, they are not the parents of the engine cores. Then
     only `saeguard reload` reaches the engine cores, because it signals them itself.
+
+    Raises:
+        ConfigError: the settings are those of an offline command.
     """
+    settings = settings_of(vllm_config)
+    if settings is not None and settings.read:
+        raise ConfigError(
+            "additional-config: saeguard.read: expected policies, found features to read: a server "
+            "would hand their values to every client; `saeguard scan` and `record` set it"
+        )
     original()
-    if settings_of(vllm_config) is None:
+    if settings is None:
         return
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, _forward)

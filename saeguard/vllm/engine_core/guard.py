@@ -10,6 +10,7 @@ import numpy as np
 
 from saeguard.events.records import coverage_record
 from saeguard.guard.prefix.store import PrefixStore
+from saeguard.guard.readings import Readings
 from saeguard.guard.request_verdicts import Verdicts
 from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
 from saeguard.guard.scopes import USER
@@ -20,7 +21,7 @@ from saeguard.reload.versions import Versions, make_version
 from saeguard.reload.worker_updates import Admitted, UpdateQueue, WorkerUpdate
 from saeguard.vllm.engine_core.admission import Admission, admission_of
 from saeguard.vllm.engine_core.pending_passes import PendingPasses
-from saeguard.vllm.engine_core.response import response
+from saeguard.vllm.engine_core.response import reading_response, response
 from saeguard.vllm.engine_core.telemetry import Telemetry
 from saeguard.vllm.messages import ENFORCE, SELF_TEST, TENANT
 from saeguard.vllm.patches import reads
@@ -84,6 +85,7 @@ class EngineGuard:
         self.manifest = started.manifest
         self.may_enforce = frozenset(settings.request_may_enforce)
         ever = self.access.ever_enforced(p.id for p in started.watchlist.policies)
+        self.readings = Readings() if settings.read else None
         self.versions = Versions(
             make_version(
                 0,
@@ -91,6 +93,7 @@ class EngineGuard:
                 started.reads,
                 may_enforce=self.may_enforce | ever,
                 prefix_store=prefix_store,
+                readings=self.readings,
             )
         )
         self.updates = UpdateQueue()
@@ -139,6 +142,8 @@ class EngineGuard:
             admission = self.admission(request.sampling_params, request.lora_request)
         self.requests[request_id] = request
         self.admitted[request_id] = admission
+        if self.readings is not None:
+            self.readings.admit(request_id)
         roles = self._roles_of(request, admission.pin.version.watchlist)
         if roles is not None and admission.enforced:
             self._roles[request_id] = roles
@@ -177,7 +182,9 @@ class EngineGuard:
     def recomputes(self, request: Any, cached_tokens: int) -> bool:
         """Return whether a request must compute cached tokens again, so that the taps read them."""
         admission = self.admitted.get(request.request_id)
-        if self.prefix_store is None or admission is None or not admission.recomputes:
+        if self.prefix_store is None or admission is None:
+            return False
+        if not admission.recomputes and self.readings is None:
             return False
         self.passes.catch_up()
         store = self.versions[request.request_id].ledger.prefix_store
@@ -208,6 +215,9 @@ class EngineGuard:
         digest = admission.pin.version.watchlist.digest
         about = {"request_id": request_id, "watchlist": digest, "tenant": admission.tenant}
         self.telemetry.request_ended(verdicts, coverage, reason, about)
+        if self.readings is not None:
+            reading = self.readings.pop(request_id, request.num_prompt_tokens)
+            return reading_response(reading, digest)
         return response(verdicts, coverage_record(coverage), digest)
 
     def response_so_far(self, request_id: str) -> Mapping[str, Any] | None:

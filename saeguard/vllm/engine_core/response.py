@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from saeguard.events.records import verdict_record
+from saeguard.guard.readings import Reading
 from saeguard.guard.request_verdicts import Verdicts
 from saeguard.policy.types import strongest_action
-from saeguard.vllm.messages import COUNTS, KEY, MESSAGE
+from saeguard.vllm.messages import COUNTS, KEY, MESSAGE, STATE, VALUES
 from saeguard.vllm.patches import assumes, reads
 
 VISIBLE = frozenset({"flag", "clamp", "stop"})
@@ -47,6 +48,17 @@ def attach_response(output: Any, response: Mapping[str, Any], counts: list[list[
         **(output.kv_transfer_params or {}),
         KEY: {**response, COUNTS: counts},
     }
+
+
+def reading_response(reading: Reading | None, watchlist: str) -> Mapping[str, Any]:
+    """Return the `saeguard` object of a text that an offline command reads.
+
+    Args:
+        reading: of the text's tokens; None if none was read.
+        watchlist: digest of the watch list that was read.
+    """
+    values, state = (b"", b"") if reading is None else (part.tobytes() for part in reading)
+    return {VALUES: values, STATE: state, "watchlist": watchlist}
 
 
 def response(verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str) -> Mapping[str, Any]:
