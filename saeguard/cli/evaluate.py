@@ -14,11 +14,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saeguard.atomic_files import write_atomically
-from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, ModelOption, check_feature_sets
+from saeguard.cli.engines import (
+    EngineChoice,
+    EngineOption,
+    ExecutorOption,
+    TensorParallelOption,
+    VllmArgsOption,
+    open_engine,
+)
+from saeguard.cli.options import (
+    FEATURE_SETS,
+    DeviceOption,
+    DtypeOption,
+    FeatureSetsOption,
+    ModelOption,
+    check_feature_sets,
+)
 
 if TYPE_CHECKING:
+    from saeguard.features.model_fit import ModelShape
     from saeguard.features.types import FeatureSet
-    from saeguard.hf.model import LanguageModel
     from saeguard.policy.types import Policy
 
 
@@ -62,6 +77,12 @@ def verb(
     as_json: Annotated[Path | None, typer.Option("--json", help="Report to write, JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Report to write, one page.")] = None,
     seed: Annotated[int, typer.Option(help="Of the resampling for intervals.")] = 0,
+    engine: EngineOption = "transformers",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    tensor_parallel_size: TensorParallelOption = 1,
+    distributed_executor_backend: ExecutorOption = None,
+    vllm_args: VllmArgsOption = "",
 ) -> None:
     """Measure policies on labelled texts and on ordinary ones, before anything is enforced.
 
@@ -71,13 +92,28 @@ def verb(
     from saeguard.cli.evaluation_table import show
     from saeguard.evaluation.choose import choose_pairs, parse_pair
     from saeguard.evaluation.datasets import EvaluationError, data_files, read_datasets
-    from saeguard.evaluation.judging import make_keys, model_digest, transformers_engine
+    from saeguard.evaluation.judging import (
+        make_keys,
+        model_digest,
+        reading_engine,
+        transformers_engine,
+    )
     from saeguard.evaluation.results import record
     from saeguard.evaluation.run import Inputs, Options, evaluate
     from saeguard.evaluation.store import Store
     from saeguard.guard.build_watchlist import build_watchlist
-    from saeguard.hf.model import check_model, load_model, load_tokenizer
+    from saeguard.hf.model import load_tokenizer
+    from saeguard.hf.readings import TransformersEngine
 
+    choice = EngineChoice(
+        engine, dtype, device, tensor_parallel_size, distributed_executor_backend, vllm_args
+    )
+    choice.check()
+    if engine == "vllm" and judge:
+        raise EvaluationError("--judge: --engine vllm does not answer; use --engine transformers")
+    if engine == "vllm" and probe:
+        typer.echo("no probe: --engine vllm gives out feature values, no residuals", err=True)
+        probe = False
     named = [parse_pair(text) for text in pair or ()]
     if not data and not benign:
         raise EvaluationError("no text to judge; give --data, --benign or both")
@@ -90,22 +126,30 @@ def verb(
     datasets = read_datasets(data_files(data or ()), tokenizer)
     ordinary = read_datasets(data_files(benign or ()), tokenizer, benign=True)
     pairs = choose_pairs(watchlist.policies, sets, datasets, named, every=every)
-    lm = load_model(model, tokenizer)
-    for features in sets.values():
-        check_model(lm, features)
-    digest = model_digest(lm.path)
+    digest = model_digest(model)
+    read_by = engine if dtype == "float32" else f"{engine} {dtype}"
+    reader = open_engine(choice, model, tokenizer, feature_sets, watchlist.features)
+    lm = reader.lm if isinstance(reader, TransformersEngine) else None
     inputs = Inputs(
         watchlist=watchlist,
         lm=lm,
-        engine=transformers_engine(lm, watchlist),
-        keys=make_keys(digest, "transformers", watchlist, sets),
+        tokenizer=tokenizer,
+        engine=reading_engine(reader, watchlist, tokenizer)
+        if lm is None
+        else transformers_engine(lm, watchlist),
+        keys=make_keys(digest, read_by, watchlist, sets),
         datasets=tuple(datasets),
         pairs=tuple(pairs),
         benign=tuple(ordinary),
     )
     options = Options(length, words, probe, judge, worst, seed)
-    with TemporaryDirectory() as folder, closing(Store(resume or Path(folder) / "s")) as store:
-        found = evaluate(inputs, options, store, _facts(lm, digest, seed))
+    facts = _facts(reader.shape, digest, read_by, seed)
+    with (
+        closing(reader),
+        TemporaryDirectory() as folder,
+        closing(Store(resume or Path(folder) / "s")) as store,
+    ):
+        found = evaluate(inputs, options, store, facts)
     show(found)
     if as_json is not None:
         write_atomically(as_json, json.dumps(record(found), indent=1, ensure_ascii=False) + "\n")
@@ -133,7 +177,7 @@ def _load(policies: Path, feature_sets: Path) -> tuple[Sequence[Policy], dict[st
     return loaded, {name: load_feature_set(path) for name, path in paths if path.is_file()}
 
 
-def _facts(lm: LanguageModel, digest: str, seed: int) -> dict[str, Any]:
+def _facts(shape: ModelShape, digest: str, engine: str, seed: int) -> dict[str, Any]:
     from datetime import UTC, datetime
     from importlib import metadata
 
@@ -142,12 +186,12 @@ def _facts(lm: LanguageModel, digest: str, seed: int) -> dict[str, Any]:
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["saeguard", *sys.argv[1:]]),
         "model": {
-            "name": lm.name,
+            "name": shape.name,
             "digest": digest,
-            "hidden_size": lm.hidden_size,
-            "num_layers": len(lm.layers),
+            "hidden_size": shape.hidden_size,
+            "num_layers": shape.num_layers,
         },
-        "engine": "transformers",
+        "engine": engine,
         "versions": {name: metadata.version(name) for name in ("saeguard", *packages)},
         "seed": seed,
     }

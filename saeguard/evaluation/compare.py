@@ -39,7 +39,7 @@ class Wanted(Protocol):
 class Compared:
     """What baselines are computed from."""
 
-    lm: LanguageModel
+    lm: LanguageModel | None
     policies: Sequence[Policy]
     keys: Keys
     store: Store
@@ -148,6 +148,7 @@ def _answers(
     c: Compared, dataset: Dataset, mask: np.ndarray, policy: Policy
 ) -> list[tuple[float, bool]]:
     """Return score, and whether the text was cut, of each text at the mask."""
+    assert c.lm is not None  # the command refuses --judge without it
     asked = render(Question("", True, policy.title), "")
     key = hashlib.sha256(f"{c.keys.model}\n{policy.scope}\n{asked}".encode()).hexdigest()[:32]
     texts = _digests(dataset, mask)

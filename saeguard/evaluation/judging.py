@@ -23,6 +23,7 @@ from saeguard.features.pins import file_digest
 from saeguard.features.types import FeatureSet
 from saeguard.guard.verdict import Verdict
 from saeguard.guard.watchlist import WatchList
+from saeguard.hf import readings
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.scan import see
 from saeguard.hf.texts import Text, text_of
@@ -58,6 +59,18 @@ def transformers_engine(lm: LanguageModel, watchlist: WatchList) -> Engine:
             verdicts = list(seen.judge(watchlist.rules))
             scored = seen.score(watchlist.rules).evidence[0] if evidence else None
             yield Judged(seen.text, verdicts, seen.evaluable, seen.residuals, scored)
+
+    return read
+
+
+def reading_engine(reader: readings.Engine, watchlist: WatchList, tokenizer: Any) -> Engine:
+    """Return an engine that judges feature values, which vLLM reads; it gives out no residuals."""
+
+    def read(texts: Sequence[Text], evidence: bool) -> Iterator[Judged]:
+        for _, seen in readings.see_texts(reader, watchlist, tokenizer, texts):
+            verdicts = list(seen.judge(watchlist.rules))
+            scored = seen.score(watchlist.rules).evidence[0] if evidence else None
+            yield Judged(seen.text, verdicts, seen.evaluable, {}, scored)
 
     return read
 

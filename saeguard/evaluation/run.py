@@ -45,7 +45,9 @@ class Inputs:
     """What is evaluated, and what reads it."""
 
     watchlist: WatchList
-    lm: LanguageModel
+    lm: LanguageModel | None
+    """What is asked for its own answer; None if vLLM runs the model."""
+    tokenizer: Any
     engine: Engine
     keys: Keys
     datasets: tuple[Dataset, ...]
@@ -100,7 +102,7 @@ def evaluate(
         Work(d, everything, inputs.read_by(asked) if options.probe else (), mask)
         for d, mask in zip(inputs.benign, sample, strict=True)
     ]
-    judge_all(work, inputs.engine, inputs.lm.tokenizer, store, inputs.keys)
+    judge_all(work, inputs.engine, inputs.tokenizer, store, inputs.keys)
     of_benign = [
         [read_verdicts(store, d, inputs.keys.policies[i]) for d in inputs.benign]
         for i in everything
@@ -115,7 +117,7 @@ def evaluate(
         benign=inputs.benign,
         facts=facts,
     )
-    return explain(found, inputs.engine, inputs.lm.tokenizer)
+    return explain(found, inputs.engine, inputs.tokenizer)
 
 
 def names_of(policies: Sequence[Policy]) -> tuple[str, ...]:

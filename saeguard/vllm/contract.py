@@ -68,7 +68,7 @@ def absent(internal: Internal) -> str:
 def wrong_parameters(internal: Internal, found: Sequence[str]) -> str | None:
     """Return the message about parameters that a callable lacks or orders otherwise, or None."""
     where = f"{internal.module}.{internal.name}"
-    found = [p for p in found if p != "self"]
+    found = [p for p in found if p not in {"self", "cls"}]
     lacking = [p for p in (*internal.leading, *internal.named) if p not in found]
     if lacking:
         return f"{where} has no parameter {', '.join(lacking)}; it takes ({', '.join(found)})"

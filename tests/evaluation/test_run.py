@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from saeguard.evaluation import judging
 from saeguard.hf import scan
+from saeguard.hf.readings import TransformersEngine
 from tests.cli.project import run
 from tests.evaluation.project import Project, lines, project
 
@@ -216,3 +217,18 @@ def test_ordinary_texts_alone(project: Project, tmp_path: Path) -> None:
     assert report["datasets"] == []
     assert report["policies"][0]["benign"]["rate"]["texts"] == 150
     assert tmp_path == project.folder
+
+
+def test_an_engine_that_gives_out_values_gives_the_same_figures(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of vLLM's values, here with values that Transformers read: the same verdicts."""
+    whole = project.report("--data", "data", *QUICK)
+
+    def of_values(lm: Any, watchlist: Any) -> judging.Engine:
+        reader = TransformersEngine(lm, watchlist)
+        return judging.reading_engine(reader, watchlist, lm.tokenizer)
+
+    monkeypatch.setattr(judging, "transformers_engine", of_values)
+    again = project.report("--data", "data", *QUICK)
+    assert rows(again, "letters") == rows(whole, "letters")
