@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import models
-from tests.engine import engines
+from tests.engine import engines, probes
 
 TOLERANCE = 2e-4
 """Of the largest activation: both sides compute in float32, in different orders."""
@@ -82,17 +82,19 @@ def measure(family: str, folder: Path) -> Row:
     """Serve mixed batches and compare every token of every request with the reference."""
     guarded = models.make_guarded(folder, family)
     settings = guarded.settings(events=str(folder / "events.jsonl"))
+    with_probes = {**settings, "policies": str(probes.add(guarded))}
     engine = {
         "model": str(guarded.model),
         "max_num_seqs": 8,
         "enforce_eager": family not in CORE,
-        "additional_config": {"saeguard": settings},
+        "additional_config": {"saeguard": with_probes},
         **ENGINE.get(family, {}),
     }
     prompts = engines.random_prompts(16, seed=3, longest=60)
     served = engines.serve(folder / "run", engine, [engines.requests(prompts)])
     assert served.left == 0
-    difference = compare(served, guarded, settings)
+    assert probes.check_against_scan(served, guarded, with_probes) > 80
+    difference = compare(probes.of_latents(served, with_probes), guarded, settings)
     assert difference < TOLERANCE, f"differs by {difference:.1e} of the largest activation"
     transformers = "Using Transformers modeling backend" in served.log
     return Row(
@@ -143,17 +145,19 @@ def test_model_runner_v2_reads_the_same(tmp_path: Path) -> None:
     """Model Runner V2, which GPUs run, gives the same activations and verdicts."""
     guarded = models.make_guarded(tmp_path, "llama")
     settings = guarded.settings(events=str(tmp_path / "events.jsonl"))
+    with_probes = {**settings, "policies": str(probes.add(guarded))}
     served = engines.serve(
         tmp_path / "run",
         {
             "model": str(guarded.model),
             "max_num_seqs": 4,
             "enforce_eager": True,
-            "additional_config": {"saeguard": settings},
+            "additional_config": {"saeguard": with_probes},
         },
         [engines.requests(engines.random_prompts(6, seed=4, longest=24), max_tokens=5)],
         v2=True,
     )
     assert "Using V2 Model Runner" in served.log
-    assert compare(served, guarded, settings) < TOLERANCE
+    assert probes.check_against_scan(served, guarded, with_probes) > 40
+    assert compare(probes.of_latents(served, with_probes), guarded, settings) < TOLERANCE
     assert check_verdicts(served, guarded, settings) > 25
