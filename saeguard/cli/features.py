@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from saeguard.features.corpus import Corpus
+    from saeguard.features.reading import Reading
     from saeguard.features.types import Feature, FeatureSet, SaeRef
 
 verb = typer.Typer(
@@ -67,8 +68,13 @@ def calibrate(
         float, typer.Option(help="Share of ordinary texts that may match.", min=0, max=1)
     ] = 0.01,
     for_: Annotated[
-        str, typer.Option("--for", help="Window in tokens, as policies write it.")
-    ] = "1 of 1 tokens",
+        str | None,
+        typer.Option(
+            "--for",
+            help="Window in tokens, as policies write it. Default: as the search chose it, or "
+            "1 of 1 tokens.",
+        ),
+    ] = None,
     topk: Annotated[
         Literal["exact", "approximate"] | None,
         typer.Option(
@@ -96,7 +102,7 @@ def calibrate(
     features = load_feature_set(set_, unfinished=True)
     if topk is not None:
         sae_of(features)
-    span = _window(for_)
+    reading = None if for_ is None else _reading(for_)
     behaviours = dict.fromkeys(f.behaviour for f in features.features.values())
     pairs = {} if labelled is None else _pairs(labelled, behaviours)
     given = [benign, *([] if check is None else [check])]
@@ -126,13 +132,13 @@ def calibrate(
             feature,
             Texts(ordinary, checked, *splits[feature.behaviour]),
             fpr=fpr,
-            window=span,
+            reading=reading,
             decode=lm.tokenizer.decode,
         )
     target = out or set_
     save_feature_set(replace(features, features=done, status="calibrated"), target)
     _print_unlabelled([n for n, f in done.items() if labelled and f.behaviour not in pairs])
-    _print_thresholds(done, f"{span[0]} of {span[1]}")
+    _print_thresholds(done)
     if features.sae is not None and features.sae.approximation is not None:
         typer.echo(f"TopK latents are {features.sae.approximation.in_words}.")
     typer.echo(f"Wrote {target}.")
@@ -143,7 +149,7 @@ def _print_unlabelled(names: Sequence[str]) -> None:
         typer.echo(f"Not calibrated with labels, for want of files: {', '.join(names)}.")
 
 
-def _print_thresholds(done: Mapping[str, Feature], window: str) -> None:
+def _print_thresholds(done: Mapping[str, Feature]) -> None:
     from saeguard.features.weakness import weaknesses
 
     for name, feature in done.items():
@@ -153,7 +159,7 @@ def _print_thresholds(done: Mapping[str, Feature], window: str) -> None:
             f"{name}: threshold {feature.threshold:g}, ordinary texts above it "
             f"{measured['rate']:.2%} ({low:.2%} to {high:.2%} of {measured['texts']})"
         )
-        for reason in weaknesses(feature, feature.threshold, window):
+        for reason in weaknesses(feature, feature.threshold, feature.evidence["window"]):
             typer.echo(f"{name}: warning: {reason}", err=True)
 
 
@@ -174,8 +180,9 @@ def _pairs(folder: Path, behaviours: Iterable[str]) -> dict[str, tuple[Path, Pat
     return there
 
 
-def _window(phrase: str) -> tuple[int, int]:
-    """Return `(k, n)` of a window in tokens."""
+def _reading(phrase: str) -> Reading:
+    """Return the reading of a window in tokens, or of the last token."""
+    from saeguard.features.reading import Reading
     from saeguard.policy.phrases import window
 
     try:
@@ -184,7 +191,7 @@ def _window(phrase: str) -> tuple[int, int]:
         raise InputError(f"--for: found {phrase!r}; {error}") from error
     if span.n is None:
         raise InputError(f'--for: found {phrase!r}; expected a window, such as "3 of 8 tokens"')
-    return span.k, span.n
+    return Reading(span.k, span.n, span.last)
 
 
 def _pinned(

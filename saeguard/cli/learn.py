@@ -81,6 +81,14 @@ def verb(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the cut and of the search.")] = 0,
+    labelled_only: Annotated[
+        bool,
+        typer.Option(
+            "--labelled-only",
+            help="Choose on the labelled texts alone, not on ordinary texts as further negatives: "
+            "for subtle behaviours whose labelled texts are all of one sort.",
+        ),
+    ] = False,
     accept_weak: Annotated[
         bool,
         typer.Option("--accept-weak", help="Keep features that are no better than chance."),
@@ -112,7 +120,10 @@ def verb(
     lm = load_model(model, tokenizer)
     features = set_at(new_set(set_, lm.shape, lm.path, info, lm.special_tokens))
     subjects, calm = record(lm, groups, ordinary, read_layers, seed, cache)
-    wish = Wish(scope, form, fpr, layers=tuple(probed), seed=seed, accept_weak=accept_weak)
+    wish = Wish(
+        scope, form, fpr, layers=tuple(probed), seed=seed, accept_weak=accept_weak,
+        labelled_only=labelled_only,
+    )  # fmt: skip
     rows: list[dict[str, Any]] = []
     written: list[Path] = []
     for number, subject in enumerate(subjects, 1):

@@ -16,6 +16,7 @@ from saeguard.atomic_files import write_new
 from saeguard.cli.feature_folder import read_feature_sets
 from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption
 from saeguard.errors import InputError
+from saeguard.features.reading import PEAK, Reading, read_words
 from saeguard.policy.types import Scope
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def verb(
         raise InputError(f"{id_!r} is not a policy id; write {FORMS[POLICY_ID]}")
     sets = read_feature_sets(feature_sets)
     thresholds = chosen(sets, set_, feature or [])
-    scope, window = calibrated_for(sets, set_, thresholds)
+    scope, reading = calibrated_for(sets, set_, thresholds)
     path = folder.joinpath(*id_.split(".")).with_suffix(".yaml")
     tests = path.with_suffix(".test.yaml")
     there = [str(file) for file in (path, tests) if os.path.lexists(file)]
@@ -68,7 +69,7 @@ def verb(
             f"{' and '.join(there)}: exists already; choose another id, or edit that file"
         )
     schema = os.path.relpath(folder, path.parent)
-    wanted = Draft(id_, set_, thresholds, scope, window)
+    wanted = Draft(id_, set_, thresholds, scope, reading)
     texts = draft(wanted, f"{Path(schema).as_posix()}/", datetime.now(UTC).date())
     write_new(dict(zip((path, tests), texts, strict=True)) | missing_schemas(folder))
     typer.echo(f"Wrote {path} and {tests.name}. `saeguard check {path}` lists what is still to do.")
@@ -103,35 +104,41 @@ def rounded_up(threshold: float) -> float:
     return math.ceil(threshold * 1000) / 1000
 
 
-def calibrated_for(
-    sets: FeatureSets, name: str, features: Iterable[str]
-) -> tuple[Scope, tuple[int, int]]:
-    """Return the scope and the window `(k, n)` that features were calibrated for.
+def calibrated_for(sets: FeatureSets, name: str, features: Iterable[str]) -> tuple[Scope, Reading]:
+    """Return the scope and the reading that features were calibrated for.
 
     Raises:
         InputError: they differ, so that one policy cannot keep the calibrated rates.
     """
     known = sets.known.get(name)
     if known is None:
-        return "output", (1, 1)
-    found: dict[tuple[Scope, tuple[int, int]], str] = {}
+        return "output", PEAK
+    found: dict[tuple[Scope, Reading], str] = {}
     for feature in features:
         evidence = known.features[feature].evidence
         scope, window = evidence.get("scope", "output"), str(evidence.get("window", "1 of 1"))
-        if scope not in get_args(Scope) or not re.fullmatch(r"\d+ of \d+", window):
+        reading = _reading(window)
+        if scope not in get_args(Scope) or reading is None:
             raise InputError(
                 f"{name}: features.{feature}.evidence: found scope {scope!r} and window "
                 f"{window!r}; run `saeguard features calibrate`, which writes both"
             )
-        k, n = map(int, window.split(" of "))
-        found.setdefault((scope, (k, n)), feature)
+        found.setdefault((scope, reading), feature)
     if len(found) > 1:
-        listed = "; ".join(f"{f}: {s}, {k} of {n} tokens" for (s, (k, n)), f in found.items())
+        listed = "; ".join(f"{f}: {s}, {reading.words}" for (s, reading), f in found.items())
         raise InputError(
             f"the features were calibrated for different scopes or windows ({listed}); write a "
             "policy for each"
         )
     return next(iter(found))
+
+
+def _reading(words: str) -> Reading | None:
+    """Return the reading that evidence spells, None if people made it into something else."""
+    try:
+        return read_words(words)
+    except ValueError:
+        return None
 
 
 def missing_schemas(folder: Path) -> dict[Path, str]:

@@ -117,6 +117,7 @@ def verb(
         with_found,
     )
     from saeguard.features.load import save_feature_set
+    from saeguard.features.reading import READINGS
     from saeguard.features.search import search as find
     from saeguard.hf.corpus import read_corpus
     from saeguard.sae import inspect
@@ -137,7 +138,14 @@ def verb(
         split = with_ordinary(split, read(benign))
     held = read(holdout).of_kind(kind)
     found = find(
-        info, split, held, layers=probed or None, top=top, group_size=group_size, seed=seed
+        info,
+        split,
+        held,
+        layers=probed or None,
+        top=top,
+        group_size=group_size,
+        seed=seed,
+        readings=READINGS,
     )
     report = {
         "behaviour": behaviour,

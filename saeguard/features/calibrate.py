@@ -18,6 +18,7 @@ import numpy as np
 from saeguard.features.corpus import Corpus, Scope, peaks
 from saeguard.features.measure_edit import measure_edit
 from saeguard.features.probe import read_probe
+from saeguard.features.reading import PEAK, Reading, read_words
 from saeguard.features.search import read_values
 from saeguard.features.stats import auroc, auroc_interval, rate
 from saeguard.features.types import Feature, FeatureSet
@@ -77,7 +78,7 @@ def calibrate(
     texts: Texts,
     *,
     fpr: float,
-    window: tuple[int, int] = (1, 1),
+    reading: Reading | None = None,
     decode: Decode | None = None,
 ) -> Feature:
     """Return `feature` with its range, threshold and evidence set.
@@ -87,15 +88,17 @@ def calibrate(
         feature: what to calibrate. Its evidence may name a `scope` and a `kind`.
         texts: what to calibrate on.
         fpr: wished fraction of ordinary texts above the threshold.
-        window: `(k, n)` as in a policy's `for: k of n tokens`.
+        reading: how a text is judged by its tokens' values; None as the evidence states, or by the
+            strongest token.
         decode: from token ids to text, for snippets; None leaves them out.
     """
     scope: Scope = feature.evidence.get("scope", "output")
     kind = feature.evidence.get("kind")
-    k, n = window
+    if reading is None:
+        reading = read_words(str(feature.evidence.get("window", PEAK.words)))
 
     def peaks_of(corpus: Corpus) -> np.ndarray:
-        return peaks(corpus, values(features, feature, corpus), k, n)
+        return peaks(corpus, values(features, feature, corpus), reading)
 
     benign = texts.benign.scoped(scope)
     quiet = peaks_of(benign)
@@ -113,7 +116,7 @@ def calibrate(
 
     kept = {key: value for key, value in feature.evidence.items() if key not in stale}
     evidence: dict[str, Any] = kept | {
-        "window": f"{k} of {n}",
+        "window": reading.words,
         "fpr_target": fpr,
         "fpr_calibration": _rate(above(benign)),
     }

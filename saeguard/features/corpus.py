@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from saeguard.features.reading import PEAK, Reading
 from saeguard.features.room import stacked, taken
 from saeguard.features.window import window_score
 
@@ -131,22 +132,37 @@ def with_ordinary(labelled: Corpus, ordinary: Corpus) -> Corpus:
     return join(labelled, ordinary.select(picked))
 
 
-def peaks(corpus: Corpus, values: np.ndarray, k: int = 1, n: int = 1) -> np.ndarray:
-    """Return each text's largest windowed value, as serving aggregates it.
+def peaks(corpus: Corpus, values: np.ndarray, reading: Reading = PEAK) -> np.ndarray:
+    """Return each text's value, as serving reads it; by default that of its strongest token.
 
     Args:
-        corpus: the texts.
+        corpus: the texts; each has a token in scope.
         values: [T] or [T, columns], one value per token.
-        k: how many of the last `n` tokens must hold.
-        n: the window.
+        reading: how the values of its tokens become the text's.
 
     Returns:
         [texts] or [texts, columns] float32.
     """
+    if reading.last:
+        return _at_the_end(corpus, values, mean=reading.mean)
     looked = corpus.looked.reshape(-1, *[1] * (values.ndim - 1))
     values = np.where(looked, values, -np.inf)
+    k, n = reading.k, reading.n
     if n > 1:
         edges = [*corpus.starts, len(values)]
         values = np.concatenate([window_score(values[a:b], k, n) for a, b in pairwise(edges)])
     out: np.ndarray = np.maximum.reduceat(values, corpus.starts, axis=0)
     return out.astype(np.float32)
+
+
+def _at_the_end(corpus: Corpus, values: np.ndarray, *, mean: bool) -> np.ndarray:
+    """Return the value of each text's last token in scope, or the mean of those in scope."""
+    looked = np.flatnonzero(corpus.looked)
+    counts = np.bincount(corpus.owner[looked], minlength=len(corpus))
+    ends = np.cumsum(counts)
+    if not mean:
+        out: np.ndarray = values[looked[ends - 1]].astype(np.float32)
+        return out
+    sums = np.add.reduceat(values[looked].astype(np.float64), ends - counts, axis=0)
+    means: np.ndarray = (sums.T / counts).T.astype(np.float32)
+    return means

@@ -18,14 +18,18 @@ from sklearn.preprocessing import StandardScaler
 from saeguard.features.corpus import Corpus, peaks
 from saeguard.features.latent_groups import folds
 from saeguard.features.probe import Probe
+from saeguard.features.reading import PEAK, Reading
 from saeguard.features.stats import auroc
 
-RECIPES = ("mean", "tokens", "peak")
-"""What a text is in training: the mean of its tokens, each of them, or its strongest one."""
+RECIPES = ("mean", "tokens", "last", "peak")
+"""What a text is in training: the mean of its tokens, each of them, its last, or its strongest."""
 STRENGTHS = (0.0001, 0.001, 0.01, 0.1)
 """Inverse L2 penalties, on standardised residuals."""
 MOST_TOKENS = 8000
-"""Tokens that are drawn to fit on, and to standardise by."""
+"""Tokens that are drawn to fit on, and to standardise by; each text has the same chance."""
+BETTER = 0.01
+"""AUROC in validation by which a reading at the end of a text must beat the strongest token, which
+can stop and clamp, to be chosen."""
 ROUNDS = 3
 """Of picking each text's strongest token and fitting again, as in multiple-instance learning."""
 
@@ -35,7 +39,8 @@ class Fitted(NamedTuple):
 
     probe: Probe
     validated: float
-    """AUROC on templates that were left out of the fit; recipe and penalty were chosen by it."""
+    """AUROC on templates left out of the fit; recipe, penalty and reading were chosen by it."""
+    reading: Reading = PEAK
 
 
 class Inputs(NamedTuple):
@@ -65,28 +70,39 @@ class Inputs(NamedTuple):
         return found
 
 
-def fit_probe(corpus: Corpus, seed: int, layers: Sequence[int] | None = None) -> Fitted:
-    """Fit a probe by the recipe and penalty that do best on templates left out of the fit.
+def fit_probe(
+    corpus: Corpus,
+    seed: int,
+    layers: Sequence[int] | None = None,
+    readings: Sequence[Reading] = (PEAK,),
+) -> Fitted:
+    """Fit a probe by what does best on templates left out of the fit: recipe, penalty, reading.
 
     Args:
         corpus: the search split; nothing else may choose.
         seed: of the choice of tokens, if there are too many.
         layers: what it reads; None for all of the corpus's layers.
+        readings: of a text's tokens, to choose from; a later one must be better by `BETTER`.
     """
     layers = corpus.layers if layers is None else tuple(layers)
     inputs = _inputs(corpus, layers)
     options = [(recipe, strength) for recipe in RECIPES for strength in STRENGTHS]
-    areas = np.zeros(len(options))
+    areas = np.zeros((len(readings), len(options)))
     splits = list(folds(corpus))
     for train, held in splits:
         w = np.stack([w for w, _ in _fit_all(inputs, train, RECIPES, STRENGTHS, seed)], 1)
-        areas += auroc(peaks(corpus, inputs.logits(w))[held], corpus.label[held])
-    best = int(np.argmax(np.round(areas, 6)))
+        values = inputs.logits(w)
+        for i, reading in enumerate(readings):
+            areas[i] += auroc(peaks(corpus, values, reading)[held], corpus.label[held])
+    areas = np.round(areas / max(len(splits), 1), 6)
+    tops = areas.max(axis=1) - BETTER * (np.arange(len(readings)) > 0)
+    chosen = int(tops.argmax())
+    best = int(areas[chosen].argmax())
     recipe, strength = options[best]
     ((w, b),) = _fit_all(inputs, np.ones(len(corpus), bool), (recipe,), (strength,), seed)
     note = f"logistic regression on {recipe}, C={strength}"
     rows = w.astype(np.float32).reshape(len(layers), -1)
-    return Fitted(Probe(layers, rows, b, note), float(areas[best]) / max(len(splits), 1))
+    return Fitted(Probe(layers, rows, b, note), float(areas[chosen, best]), readings[chosen])
 
 
 def _inputs(corpus: Corpus, layers: Sequence[int]) -> Inputs:
@@ -121,11 +137,14 @@ def _fit_all(
     corpus = inputs.corpus
     label = corpus.label[train]
     tokens = np.flatnonzero(corpus.looked & train[corpus.owner])
-    drawn = np.random.default_rng(seed).permutation(tokens)[:MOST_TOKENS]
+    drawn = _drawn(corpus, tokens, seed)
     x = inputs.rows(drawn)
     fit = partial(_logistic, StandardScaler().fit(x))
     for recipe in recipes:
-        if recipe == "tokens":
+        if recipe == "last":
+            ends = _strongest(corpus, np.arange(len(corpus.tokens)))[train]
+            fitted = [fit(inputs.rows(ends), label, c) for c in strengths]
+        elif recipe == "tokens":
             of_token = corpus.label[corpus.owner[drawn]]
             fitted = [fit(x, of_token, c) for c in strengths]
         else:
@@ -135,6 +154,19 @@ def _fit_all(
             peak = [_strongest(corpus, column)[train] for column in values.T]
             fitted = [fit(inputs.rows(at), label, c) for at, c in zip(peak, strengths, strict=True)]
         yield from fitted
+
+
+def _drawn(corpus: Corpus, tokens: np.ndarray, seed: int) -> np.ndarray:
+    """Return at most `MOST_TOKENS` of some tokens, drawn with weights that make texts equal.
+
+    The largest `u ** (1 / weight)` of random `u` are a weighted sample without replacement
+    (Efraimidis and Spirakis, 2006); a token's weight is one over its text's tokens.
+    """
+    owner = corpus.owner[tokens]
+    counts = np.bincount(owner, minlength=len(corpus))[owner]
+    keys = np.log(np.random.default_rng(seed).random(len(tokens))) * counts
+    drawn: np.ndarray = tokens[np.argsort(-keys, kind="stable")[:MOST_TOKENS]]
+    return drawn
 
 
 def _strongest(corpus: Corpus, value: np.ndarray) -> np.ndarray:

@@ -56,6 +56,7 @@ def evidence_of(found: Search, chosen: Finding, scope: str, kind: str | None) ->
         "scope": scope,
         **({"kind": kind} if kind else {}),
         "form": chosen.form + (f": {chosen.note}" if chosen.note else ""),
+        "window": chosen.reading.words,
         "holdout": _area(chosen),
         "compared": {name: _area(finding) for name, finding in compared.items()},
     }

@@ -12,6 +12,7 @@ from saeguard.features.calibrate import Decode, Texts, calibrate
 from saeguard.features.corpus import Corpus, Scope, with_ordinary
 from saeguard.features.cut import PARTS
 from saeguard.features.found import Form, choose, evidence_of, useless, with_found
+from saeguard.features.reading import READINGS, Reading
 from saeguard.features.search import Search, SearchError, search
 from saeguard.features.types import Feature, FeatureSet
 from saeguard.features.weakness import weaknesses
@@ -26,7 +27,8 @@ class Wish:
     form: Form = "best"
     fpr: float = 0.001
     """Wished fraction of ordinary texts above the threshold."""
-    window: tuple[int, int] = (1, 1)
+    readings: tuple[Reading, ...] = READINGS
+    """How a text may be judged by its tokens' values; the search chooses for a probe."""
     layers: tuple[int, ...] = ()
     """For probes: each alone and all together. Empty: the SAE's."""
     top: int = 20
@@ -34,6 +36,8 @@ class Wish:
     seed: int = 0
     accept_weak: bool = False
     """Keep a detector that is no better than chance."""
+    labelled_only: bool = False
+    """Choose on labelled texts alone; else ordinary texts are negatives, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +122,13 @@ def learn(
         _check(counts)
         found = search(
             info,
-            with_ordinary(split, ordinary[0].scoped(wish.scope)),
+            split if wish.labelled_only else with_ordinary(split, ordinary[0].scoped(wish.scope)),
             holdout,
             layers=wish.layers or None,
             top=wish.top,
             group_size=wish.group_size,
             seed=wish.seed,
+            readings=wish.readings,
         )
     except SearchError as error:
         return features, Learned(subject, counts, None, None, f"not searched: {error}")
@@ -138,10 +143,9 @@ def learn(
         new.features[subject.name],
         Texts(ordinary[1], ordinary[2], calibration, holdout),
         fpr=wish.fpr,
-        window=wish.window,
         decode=decode,
     )
-    against = list(weaknesses(feature, feature.threshold, f"{wish.window[0]} of {wish.window[1]}"))
+    against = list(weaknesses(feature, feature.threshold, feature.evidence["window"]))
     done = replace(new, features={**new.features, subject.name: feature})
     return done, Learned(subject, counts, found, feature, "; ".join(against))
 

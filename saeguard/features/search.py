@@ -18,6 +18,7 @@ from saeguard.features.corpus import Corpus, peaks
 from saeguard.features.fit_probe import fit_probe
 from saeguard.features.latent_groups import candidates, choose_size, fit_weights
 from saeguard.features.probe import Probe
+from saeguard.features.reading import PEAK, Reading
 from saeguard.features.stats import auroc, auroc_interval
 from saeguard.features.types import Term
 from saeguard.features.value import term_values
@@ -50,6 +51,8 @@ class Finding:
     """On templates of the search split that were left out of the fit: what choices go by."""
     note: str = ""
     """How a probe was fitted, or which of the controls this is."""
+    reading: Reading = PEAK
+    """How a text is judged by its tokens' values."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -97,6 +100,7 @@ class Search:
                 "auroc_validation": finding.auroc_validation and round(finding.auroc_validation, 4),
                 "auroc_holdout": round(finding.auroc_holdout, 4),
                 "interval": [round(bound, 4) for bound in finding.interval],
+                "reading": finding.reading.words,
                 "note": finding.note,
             }
             if finding.probe is not None:
@@ -119,6 +123,7 @@ def search(
     top: int = 20,
     group_size: int = 8,
     seed: int = 0,
+    readings: Sequence[Reading] = (PEAK,),
 ) -> Search:
     """Search `split` for detectors and measure them on `holdout`.
 
@@ -130,6 +135,8 @@ def search(
         top: single latents to report.
         group_size: bound on the latents of a group.
         seed: of resampling and controls.
+        readings: for probes: how a text may be judged by its tokens' values. Latents are judged by
+            the strongest token, so that they can stop and clamp.
 
     Raises:
         SearchError: a label is rare, or the splits share templates.
@@ -137,7 +144,7 @@ def search(
     _check(split, holdout)
     if layers is None:
         layers = split.layers if info is None else (info.layer,)
-    probe, *others = search_probes(split, holdout, layers, seed)
+    probe, *others = search_probes(split, holdout, layers, seed, readings)
     found = Search(probe, tuple(others))
     return (
         found
@@ -147,7 +154,11 @@ def search(
 
 
 def search_probes(
-    split: Corpus, holdout: Corpus, layers: Sequence[int], seed: int
+    split: Corpus,
+    holdout: Corpus,
+    layers: Sequence[int],
+    seed: int,
+    readings: Sequence[Reading] = (PEAK,),
 ) -> list[Finding]:
     """Return a probe on each layer and one on all of them, best first.
 
@@ -159,8 +170,8 @@ def search_probes(
     choices = [*alone, layers] if len(layers) > 1 else alone
     findings = []
     for choice in choices:
-        probe, validated = fit_probe(split, seed, choice)
-        measured = _measure("probe", (), probe, split, holdout, seed)
+        probe, validated, reading = fit_probe(split, seed, choice, readings)
+        measured = _measure("probe", (), probe, split, holdout, seed, reading)
         findings.append(replace(measured, auroc_validation=validated, note=probe.recipe))
     return sorted(findings, key=lambda f: -round(f.auroc_validation or 0.0, 6))
 
@@ -250,11 +261,12 @@ def _measure(
     split: Corpus,
     holdout: Corpus,
     seed: int,
+    reading: Reading = PEAK,
 ) -> Finding:
     def scores(corpus: Corpus) -> np.ndarray:
         if isinstance(reader, Probe):
-            return peaks(corpus, reader.logits(corpus.by_layer))
-        return peaks(corpus, read_values(reader, terms, corpus))
+            return peaks(corpus, reader.logits(corpus.by_layer), reading)
+        return peaks(corpus, read_values(reader, terms, corpus), reading)
 
     held = scores(holdout)
     return Finding(
@@ -264,6 +276,7 @@ def _measure(
         auroc_search=float(auroc(scores(split), split.label)),
         auroc_holdout=float(auroc(held, holdout.label)),
         interval=auroc_interval(held, holdout.label, holdout.template, seed),
+        reading=reading,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from saeguard.features.edit_norm import Clamped, Edit, edit_of
+from saeguard.features.reading import Reading
 from saeguard.features.weakness import (
     Measured,
     no_better_than_random,
@@ -43,13 +44,15 @@ def weak(policy: Policy, of: Parts, may_enforce: Collection[str] = ()) -> Iterat
         may_enforce: ids of shadow policies that requests may have enforced.
     """
     enforced = policy.mode == "enforce" or policy.id in may_enforce
-    window = f"{policy.window.k} of {policy.window.n}"
     found = False
     for name, selection in policy.detect.items():
         feature = of.features.get(selection.feature)
         if feature is None:
             continue
-        for reason in weaknesses(feature, selection.above, window):
+        window = policy.window
+        mean = selection.over.kind == "whole"
+        reading = Reading(window.k, window.n or 0, window.last, mean)
+        for reason in weaknesses(feature, selection.above, reading.words):
             found = True
             yield _weak(policy, enforced, name, f"{show(selection.feature)}: {reason}")
         alike = no_better_than_random(feature.evidence)

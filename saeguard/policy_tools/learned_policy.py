@@ -13,6 +13,7 @@ from saeguard.features.calibrate import shares, values
 from saeguard.features.corpus import Corpus, peaks
 from saeguard.features.files import read_feature_set_file
 from saeguard.features.learn import Learned, Wish, held_out
+from saeguard.features.reading import read_words
 from saeguard.features.types import Feature, FeatureSet
 from saeguard.policy_tools.recording import Recording, definition, write_recording
 from saeguard.policy_tools.scaffold import Draft, Recorded, draft
@@ -70,7 +71,7 @@ def texts_of(
     assert feature is not None
     corpus, ids = held_out(subject, wish.scope)
     value = values(features, feature, corpus)
-    picked = list(_cases(corpus, feature, value, above, wish))
+    picked = list(_cases(corpus, feature, value, above))
     if picked:
         _record([text for text, _, _ in picked], corpus, ids, value, features, feature, at, model)
     held = feature.evidence["holdout"]
@@ -84,7 +85,7 @@ def texts_of(
         feature_set=features.id,
         thresholds={feature.id: above},
         scope=wish.scope,
-        window=wish.window,
+        reading=read_words(feature.evidence["window"]),
         title=subject.title,
         owner=owner,
         rationale=rationale,
@@ -98,10 +99,10 @@ def texts_of(
 
 
 def _cases(
-    corpus: Corpus, feature: Feature, value: np.ndarray, above: float, wish: Wish
+    corpus: Corpus, feature: Feature, value: np.ndarray, above: float
 ) -> Iterator[tuple[int, str, str]]:
     """Yield the hold-out's clearest positive and its nearest negative: index, name, verdict."""
-    share = peaks(corpus, shares(feature, value), *wish.window)
+    share = peaks(corpus, shares(feature, value), read_words(feature.evidence["window"]))
     caught = np.flatnonzero(corpus.label & (share > above))
     quiet = np.flatnonzero(~corpus.label & (share <= above))
     if len(caught):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import NamedTuple
 
+from saeguard.features.reading import PEAK, Reading
 from saeguard.policy.types import Scope
 
 REVIEW = timedelta(days=180)
@@ -88,8 +89,8 @@ class Draft:
     thresholds: Mapping[str, float]
     """Share above which each feature holds; all of them have to."""
     scope: Scope = "output"
-    window: tuple[int, int] = (1, 1)
-    """`(k, n)` as in `for: k of n tokens`."""
+    reading: Reading = PEAK
+    """What the policy writes as `for` and `over`."""
     title: str = "TODO: what it watches for, in one line"
     owner: str = "TODO: who answers for it, such as safety@example.com"
     rationale: str = "TODO: what fires, and why that matters"
@@ -104,12 +105,12 @@ def draft(wanted: Draft, schema: str, today: date) -> tuple[str, str]:
         schema: path of the folder with the JSON Schemas, from the policy's folder.
         today: the day of review is half a year later.
     """
+    over = f", over: {wanted.reading.over}" if wanted.reading.over else ""
     names = {feature: feature.lower() for feature in wanted.thresholds}
     detect = "\n".join(
-        f"  {names[feature]}: {{feature: {feature}, above: {above:g}}}"
+        f"  {names[feature]}: {{feature: {feature}, above: {above:g}{over}}}"
         for feature, above in wanted.thresholds.items()
     )
-    k, n = wanted.window
     policy = POLICY.format(
         schema=f"{schema}saeguard.policy.v1.json",
         id=wanted.id,
@@ -121,14 +122,14 @@ def draft(wanted: Draft, schema: str, today: date) -> tuple[str, str]:
         review_by=(today + REVIEW).isoformat(),
         detect=detect,
         condition=" and ".join(names.values()),
-        window=f"{k} of {n} tokens",
+        window=wanted.reading.window,
     )
     return policy, _tests(wanted, schema)
 
 
 def _tests(wanted: Draft, schema: str) -> str:
     """Return test cases whose tokens in scope show the features, nearly do, or do not."""
-    k = wanted.window[0]
+    k = wanted.reading.k
     before, high = 6, k + 2
 
     def traces(pattern: str, factor: float) -> str:
@@ -137,20 +138,23 @@ def _tests(wanted: Draft, schema: str) -> str:
             for feature, above in wanted.thresholds.items()
         )
 
-    shown = traces(f"0x{before} {{:g}}x{high} 0x5", 1.5)
+    passing = traces(f"0x{before} {{:g}}x{high} 0x5", 1.5)
+    shown, first = passing, before + k - 1
+    if wanted.reading.last:  # strong to the end, and in the mean of all
+        shown, first = traces(f"0x{before} {{:g}}x{high + 5}", 3.0), before + high + 4
     # As many tokens as there are, if the policy looks at the prompt; none past its first four else.
     prompt = before + high + 5 if wanted.scope == "prompt" else 4
     text = TESTS.format(
         schema=f"{schema}saeguard.test.v1.json",
         id=wanted.id,
         before=prompt,
-        first=before + k - 1,
+        first=first,
         high=shown,
         low=traces(f"0x4 {{:g}}x{high + 7}", 1.0),
     )
     if wanted.scope != "both":
         where, tokens = ("answer", 4) if wanted.scope == "prompt" else ("prompt", before + high)
-        text += ELSEWHERE.format(where=where, prompt=tokens, high=shown)
+        text += ELSEWHERE.format(where=where, prompt=tokens, high=passing)
     for case in wanted.recorded:
         text += RECORDED.format(
             name=json.dumps(case.name),

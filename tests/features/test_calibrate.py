@@ -12,6 +12,7 @@ import pytest
 from saeguard.features.calibrate import MIN_SHARE, Texts, calibrate, shares, threshold_for, values
 from saeguard.features.corpus import peaks
 from saeguard.features.probe import Probe, save_probes
+from saeguard.features.reading import Reading
 from saeguard.features.types import Feature, FeatureSet, ModelRef, SaeRef, Term
 from saeguard.sae import inspect
 from tests.features.planted import PLANTED, D, N, corpus, save_sae
@@ -85,7 +86,7 @@ def test_window_lowers_the_threshold(tmp_path: Path) -> None:
     """Where two of three tokens must hold, ordinary texts reach less."""
     features = feature_set(tmp_path, feature())
     one = calibrate(features, feature(), TEXTS, fpr=0.2)
-    two = calibrate(features, feature(), TEXTS, fpr=0.2, window=(2, 3))
+    two = calibrate(features, feature(), TEXTS, fpr=0.2, reading=Reading(2, 3))
     assert two.threshold <= one.threshold
     assert two.evidence["window"] == "2 of 3"
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from saeguard.features.corpus import Corpus, join, peaks, with_ordinary
+from saeguard.features.reading import Reading
 from saeguard.features.window import window_score
 from tests.features.planted import corpus
 
@@ -16,7 +17,7 @@ def test_peak_is_the_rules_score(k: int, n: int, scope: str) -> None:
     """Each text alone, in the guard's own arithmetic, has the same peak; windows end with it."""
     texts = corpus("search", 12).scoped(scope)  # type: ignore[arg-type]
     values = np.random.default_rng(0).standard_normal(len(texts.tokens)).astype(np.float32)
-    got = peaks(texts, values, k, n)
+    got = peaks(texts, values, Reading(k, n))
     for i, begin in enumerate(texts.starts):
         span = slice(begin, begin + texts.lengths[i])
         alone = window_score(np.where(texts.looked[span], values[span], -np.inf), k, n)

@@ -50,7 +50,7 @@ def test_no_signal_is_reported_as_chance(tmp_path: Path) -> None:
 
 def test_probe_reads_one_token_among_many() -> None:
     """The probe's largest logit finds a single strong token."""
-    probe, validated = fit_probe(corpus("search"), seed=0)
+    probe, validated, _ = fit_probe(corpus("search"), seed=0)
     held = corpus("holdout")
     logits = probe.logits(held.by_layer)
     assert validated > 0.9
@@ -89,7 +89,7 @@ def test_layers_are_compared_alone_and_together() -> None:
 def test_a_probe_on_layers_is_a_probe_on_their_concatenation() -> None:
     """The parts of the fitted probe add up to the logit that its fit saw."""
     texts = layered("search")
-    probe, _ = fit_probe(texts, seed=0, layers=(0, 2))
+    probe, *_ = fit_probe(texts, seed=0, layers=(0, 2))
     side_by_side = torch.cat([texts.at(0), texts.at(2)], 1)
 
     expected = side_by_side @ torch.from_numpy(probe.w.reshape(-1)) + probe.b
