@@ -10,9 +10,9 @@ import numpy as np
 
 from demo.ask import Answer
 from demo.judge import Judgement
-from saeguard.guard.scopes import Role
+from saeguard.guard.scopes import LOOKS, Role
 from saeguard.guard.verdict import Reason
-from saeguard.policy.types import Policy
+from saeguard.policy.types import Policy, Scope
 
 OUTCOMES = ("match", "no_match", "error", "not_evaluated")
 SEVERITIES = ("critical", "high", "medium", "low")
@@ -48,6 +48,13 @@ class Trace:
     tokens: tuple[Token, ...]
     first: int | None
     """Where the policy first matched."""
+    scope: Scope = "both"
+    """The policy's; tokens outside it are coloured, and cannot match."""
+
+    def over(self, token: Token) -> bool:
+        """Return whether the policy looks at the token and its share is above the threshold."""
+        looked = token.role in LOOKS[self.scope] and not token.skipped
+        return looked and token.share > self.above
 
 
 @dataclass(frozen=True, slots=True)

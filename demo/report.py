@@ -12,6 +12,7 @@ from demo.account import OUTCOMES, Account, Hit, RequestView, Token, Trace
 from demo.curves import Curves
 from demo.terminal import clamp_line
 from demo.timeline import Timeline, pick, warm
+from saeguard.guard.scopes import LOOKS
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE = "report.html.j2"
@@ -77,6 +78,7 @@ def tip(trace: Trace, position: int, token: Token) -> str:
     if token.skipped:
         return f"token {position}: not evaluated, {words(token.skipped)}"
     said = f"token {position}: share {token.share:.2f}, threshold {trace.above:g}"
+    said += "" if token.role in LOOKS[trace.scope] else ", outside the policy's scope"
     return f"{said}; first match" if position == trace.first else said
 
 
@@ -99,12 +101,12 @@ def other_traces(view: RequestView) -> list[tuple[Hit, Trace]]:
 def segments(trace: Trace) -> Iterator[dict[str, Any]]:
     """Cut a text into parts of one `role`, with `tokens` and their places.
 
-    What the chat template wrote around the messages is left out, but for tokens above the
-    threshold.
+    What the chat template wrote around the messages is left out, but for tokens in the policy's
+    scope that are above its threshold.
     """
     part: dict[str, Any] = {"role": "", "tokens": []}
     for position, token in enumerate(trace.tokens):
-        if token.role == "template" and (token.skipped or token.share <= trace.above):
+        if token.role == "template" and not trace.over(token):
             continue
         if token.skipped == "special_token" and token.role != "output":
             continue

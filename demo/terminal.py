@@ -19,7 +19,7 @@ FAINT = 0.08
 """Shares below this are left uncoloured."""
 
 
-def heat_style(token: Token, above: float) -> Style:
+def heat_style(token: Token, *, over: bool) -> Style:
     """Colour a token by its share; above the threshold it is bold as well, for any eye."""
     if token.skipped:
         return Style(dim=True)
@@ -28,9 +28,7 @@ def heat_style(token: Token, above: float) -> Style:
     red, green, blue = (
         round(cold + (hot - cold) * token.heat) for cold, hot in zip(COLD, HOT, strict=True)
     )
-    return Style(
-        color="white", bgcolor=f"rgb({red},{green},{blue})", bold=bool(token.share > above)
-    )
+    return Style(color="white", bgcolor=f"rgb({red},{green},{blue})", bold=over)
 
 
 def heat_text(trace: Trace, *, output: bool) -> Text:
@@ -45,7 +43,7 @@ def heat_text(trace: Trace, *, output: bool) -> Text:
         if role not in ("", token.role):
             text.append("\n")
         role = token.role
-        text.append(token.text, heat_style(token, trace.above))
+        text.append(token.text, heat_style(token, over=trace.over(token)))
     text.rstrip()
     return text
 

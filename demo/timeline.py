@@ -41,13 +41,20 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
-    """One feature that made a policy match."""
+class Match:
+    """Where a policy matched first."""
 
     policy: str
     shadow: bool
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One feature that made policies match."""
+
     trace: Trace
-    first: int
+    matches: tuple[Match, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +110,15 @@ def timeline(view: RequestView) -> Timeline:
     """Lay out one request."""
     names: list[Role | str] = [t.role for t in view.tokens]
     skipped = [span for span in spans([t.skipped for t in view.tokens]) if span.name]
-    lanes = [
-        Lane(hit.policy.id, hit.action is None, trace, hit.first_token)
-        for hit in view.seen
-        for trace in hit.traces
-    ]
+    traces: dict[str, Trace] = {}
+    matches: dict[str, list[Match]] = {}
+    for hit in view.seen:
+        for trace in hit.traces:
+            name = f"{hit.policy.feature_set}/{trace.feature}"
+            traces.setdefault(name, trace)
+            match = Match(hit.policy.id, hit.action is None, hit.first_token)
+            matches.setdefault(name, []).append(match)
+    lanes = [Lane(trace, tuple(matches[name])) for name, trace in traces.items()]
     return Timeline(view, tuple(spans(names)), tuple(skipped), tuple(lanes), tuple(_ticks(view)))
 
 

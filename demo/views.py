@@ -196,4 +196,6 @@ def _traces(
             Token(t.text, float(share), t.role, t.skipped)
             for t, share in zip(tokens, shares[:, column], strict=True)
         )
-        yield Trace(selection.feature, selection.above, coloured, event["first_token"])
+        yield Trace(
+            selection.feature, selection.above, coloured, event["first_token"], policy.scope
+        )

@@ -94,6 +94,14 @@ def test_hovering_shows_share_threshold_and_first_match() -> None:
     assert tips[6] == "token 6: not evaluated, not forwarded"
 
 
+def test_what_a_policy_does_not_look_at_is_not_over_its_threshold() -> None:
+    """It is coloured, and hovering says so."""
+    token = Token("x", 0.9, "user")
+    trace = Trace("shell", 0.5, (token,), 4, "output")
+    assert (trace.over(token), replace(trace, scope="prompt").over(token)) == (False, True)
+    assert tip(trace, 0, token).endswith("threshold 0.5, outside the policy's scope")
+
+
 def test_a_text_is_cut_by_who_wrote_it() -> None:
     """What the chat template wrote is left out."""
     parts = list(segments(Trace("shell", 0.5, made.tokens(), 4)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from demo.report import line_words
-from demo.timeline import Mark, Span, pick, spans, timeline
+from demo.timeline import Mark, Match, Span, pick, spans, timeline
 from tests.demo import made
 
 
@@ -31,6 +31,17 @@ def test_output_tokens_have_the_moment_at_which_the_client_received_them() -> No
     line = timeline(made.view())
     assert [line.seconds(i) for i in range(8)] == [None] * 4 + [0.2, 0.3, 0.5, None]
     assert line.ticks == (Mark(4, 0.2), Mark(5, 0.3), Mark(6, 0.5))
+
+
+def test_policies_on_one_feature_share_a_lane() -> None:
+    """With a mark for each."""
+    view = made.view()
+    line = timeline(replace(view, shadow=(replace(view.hits[0], action=None, first_token=5),)))
+    (lane,) = line.lanes
+    assert lane.matches == (
+        Match("unsafe-code.shell", shadow=False, token=4),
+        Match("unsafe-code.shell", shadow=True, token=5),
+    )
 
 
 def test_it_is_described_in_words() -> None:
