@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from saeguard.atomic_files import write_atomically, write_new
+from saeguard.cli import evaluate
 from saeguard.cli.new import missing_schemas, rounded_up
 from saeguard.cli.options import ModelOption, existing_folder
 from saeguard.cli.search_features import layers_to_read
 from saeguard.errors import FINDINGS, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from saeguard.features.corpus import Corpus
     from saeguard.features.learn import Learned, Wish
@@ -80,6 +83,16 @@ def verb(
             "was cut off."
         ),
     ] = None,
+    holdout: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the held-out texts, labelled and ordinary."),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Page of `saeguard evaluate` on the held-out texts. The model reads them again."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the cut and of the search.")] = 0,
     labelled_only: Annotated[
         bool,
@@ -100,9 +113,11 @@ def verb(
     on; the ordinary texts likewise. What is no better than chance is reported and left out.
     Policies that are there already are kept. Exit code 1: nothing was learnt.
     """
+    from saeguard.features.cut import cut_by_template, last_part
     from saeguard.features.found import new_set, set_at
     from saeguard.features.learn import Wish, learn
     from saeguard.features.load import load_feature_set, save_feature_set
+    from saeguard.hf.held_out import write_held_out
     from saeguard.hf.labelled import read_groups, text_files
     from saeguard.hf.model import load_model, load_tokenizer
     from saeguard.hf.texts import read_texts
@@ -119,7 +134,11 @@ def verb(
     ordinary = [t for file in ordinary_files for t in read_texts(file, tokenizer)]
     lm = load_model(model, tokenizer)
     features = set_at(new_set(set_, lm.shape, lm.path, info, lm.special_tokens))
-    subjects, calm = record(lm, groups, ordinary, read_layers, seed, cache)
+    part = cut_by_template(
+        ((f"{g.name}/{t.label}", t.template) for g in groups for t in g.texts), seed
+    )
+    calm_part = cut_by_template((("ordinary", t.template) for t in ordinary), seed, (1, 1, 1))
+    subjects, calm = record(lm, groups, ordinary, (part, calm_part), read_layers, cache)
     wish = Wish(
         scope, form, fpr, layers=tuple(probed), seed=seed, accept_weak=accept_weak,
         labelled_only=labelled_only,
@@ -149,28 +168,50 @@ def verb(
     if not any(row["learnt"] for row in rows):
         typer.echo(f"Nothing was learnt; {out} says why for each.", err=True)
         raise typer.Exit(FINDINGS)
+    with ExitStack() as stack:
+        folder = holdout or Path(stack.enter_context(TemporaryDirectory()))
+        texts = write_held_out(files, data, last_part(part), folder / "labelled")
+        calm_texts = write_held_out(
+            ordinary_files, benign, last_part(calm_part), folder / "ordinary"
+        )
+        if html is not None:
+            evaluate.verb(
+                policies, model, data=texts, benign=calm_texts,
+                feature_sets=root_of(features), html=html,
+            )  # fmt: skip
     typer.echo(f"Wrote {set_}, {out} and {len(written)} policies in {policies}.")
+
+
+def root_of(features: FeatureSet) -> Path:
+    """Return the folder below which policies name a feature set."""
+    return features.path.parents[features.id.count("/")]
 
 
 def record(
     lm: LanguageModel,
     groups: Sequence[Group],
     ordinary: Sequence[Text],
+    cuts: tuple[Mapping[str, int], Mapping[str, int]],
     layers: Sequence[int],
-    seed: int,
     cache: Path | None,
 ) -> tuple[Any, tuple[Corpus, Corpus, Corpus]]:
-    """Cut and record the texts: subjects one by one, as memory allows, and the ordinary parts."""
+    """Record the texts: subjects one by one, when they are asked for, and the ordinary parts.
+
+    Args:
+        lm: the model.
+        groups: labelled texts.
+        ordinary: ordinary texts.
+        cuts: the part of each template, of labelled and of ordinary texts.
+        layers: to be read.
+        cache: folder that keeps what was recorded.
+    """
     import numpy as np
 
-    from saeguard.features.cut import PARTS, cut_by_template
+    from saeguard.features.cut import PARTS
     from saeguard.features.learn import Subject
     from saeguard.hf.corpus import make_corpus
 
-    part = cut_by_template(
-        ((f"{g.name}/{t.label}", t.template) for g in groups for t in g.texts), seed
-    )
-    calm = cut_by_template((("ordinary", t.template) for t in ordinary), seed, (1, 1, 1))
+    part, calm = cuts
     corpus = make_corpus(lm, ordinary, layers, lm.special_tokens, "ordinary texts", cache)
     of = np.array([calm[text.template] for text in ordinary])
     parts = [corpus.select(of == i) for i in range(len(PARTS))]

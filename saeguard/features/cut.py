@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -43,3 +43,8 @@ def cut_by_template(
         part[template] = int(((here / size) @ (missing / wanted)).argmax())
         missing[:, part[template]] -= here
     return part
+
+
+def last_part(part: Mapping[str, int]) -> frozenset[str]:
+    """Return the templates of the part that is measured on, which comes last."""
+    return frozenset(template for template, i in part.items() if i == len(PARTS) - 1)

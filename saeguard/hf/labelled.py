@@ -68,7 +68,7 @@ def read_groups(root: Path, files: Sequence[Path], tokenizer: Any, per: Per) -> 
     """
     groups: dict[str, Group] = {}
     for file in files:
-        behaviour = _stem(file) if root in (file, file.parent) else file.parent.name
+        behaviour = behaviour_of(file, root)
         texts = [t for t in read_texts(file, tokenizer) if t.tokens]
         for found in _groups(file, behaviour, texts, per):
             group = found
@@ -79,6 +79,11 @@ def read_groups(root: Path, files: Sequence[Path], tokenizer: Any, per: Per) -> 
             texts_of_both = (*(known.texts if known else ()), *group.texts)
             groups[group.name] = replace(group, texts=texts_of_both)
     return list(groups.values())
+
+
+def behaviour_of(file: Path, root: Path) -> str:
+    """Return the behaviour of a file's texts; see `read_groups`."""
+    return _stem(file) if root in (file, file.parent) else file.parent.name
 
 
 def _groups(file: Path, behaviour: str, texts: Sequence[Text], per: Per) -> Iterator[Group]:

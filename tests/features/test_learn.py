@@ -57,7 +57,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "data" / "noise" / "nothing.jsonl", told=False)
     write(folder / "data" / "noise" / "few.jsonl", texts=12)
     write(folder / "data" / "benign" / "chat.jsonl", positives=False, texts=600)
-    result = learn(folder)
+    result = learn(folder, "--holdout", str(folder / "held"), "--html", str(folder / "p.html"))
     assert result[0] == 0, result[1]
     (folder / "output.txt").write_text(result[1])
     return folder
@@ -117,6 +117,20 @@ def test_the_policy_is_sound(learnt: Path) -> None:
         assert done.exit_code == 0, done.output
     tests = (learnt / "policies" / "noise" / "marks.test.yaml").read_text()
     assert tests.count('recorded_text: "marks-') == 2
+
+
+def test_the_held_out_texts_are_judged(learnt: Path) -> None:
+    """The page of `evaluate` is about texts that no step of learning has seen."""
+    lines = (learnt / "held" / "labelled" / "noise" / "marks.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    report = json.loads((learnt / "report.json").read_text())
+    [counts] = [row["texts"] for row in report["learnt"] if row["feature"] == "marks"]
+
+    assert [sum(row["label"] == x for row in rows) for x in (1, 0)] == counts["holdout"]
+    assert {row["behaviour"] for row in rows} == {"noise"}
+    ordinary = (learnt / "held" / "ordinary" / "chat.jsonl").read_text().splitlines()
+    assert len(ordinary) == report["ordinary_texts"][2]
+    assert "noise.marks" in (learnt / "p.html").read_text()
 
 
 def test_again_it_computes_nothing_and_keeps_policies(
