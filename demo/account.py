@@ -50,10 +50,12 @@ class Trace:
     """Where the policy first matched."""
     scope: Scope = "both"
     """The policy's; tokens outside it are coloured, and cannot match."""
+    by_token: bool = True
+    """Whether single tokens are compared with the threshold, and not a mean or the like."""
 
     def over(self, token: Token) -> bool:
         """Return whether the policy looks at the token and its share is above the threshold."""
-        looked = token.role in LOOKS[self.scope] and not token.skipped
+        looked = self.by_token and token.role in LOOKS[self.scope] and not token.skipped
         return looked and token.share > self.above
 
 

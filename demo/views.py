@@ -20,7 +20,7 @@ from saeguard.guard.watchlist import WatchList
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.scan import Seen, see
 from saeguard.hf.texts import Text
-from saeguard.policy.types import Policy
+from saeguard.policy.types import Over, Policy
 
 
 def read_again(lm: LanguageModel, watchlist: WatchList, answers: Sequence[Answer]) -> list[Seen]:
@@ -102,12 +102,23 @@ def view(
 
 
 def disagreement(answers: Sequence[Answer], seen: Sequence[Seen], watchlist: WatchList) -> float:
-    """Return the largest distance between served and recomputed shares."""
+    """Return the largest distance between served and recomputed shares of single tokens.
+
+    Policies that compare a mean, or the like, report that; they are left out.
+    """
     worst = 0.0
+    by_token = {
+        (p.id, s.feature)
+        for p in watchlist.policies
+        for s in p.detect.values()
+        if all(t.over == Over() for t in p.detect.values() if t.feature == s.feature)
+    }
     sets = {p.id: p.feature_set for p in watchlist.policies}
     for answer, text in zip(answers, seen, strict=True):
         for verdict in answer.said["verdicts"]:
             for name, fired in verdict["features"].items():
+                if (verdict["policy"], name) not in by_token:
+                    continue
                 column = watchlist.features.index(f"{sets[verdict['policy']]}/{name}")
                 worst = max(worst, abs(float(text.shares[fired["at"], column]) - fired["max"]))
     return worst
@@ -197,5 +208,10 @@ def _traces(
             for t, share in zip(tokens, shares[:, column], strict=True)
         )
         yield Trace(
-            selection.feature, selection.above, coloured, event["first_token"], policy.scope
+            selection.feature,
+            selection.above,
+            coloured,
+            event["first_token"],
+            policy.scope,
+            by_token=selection.over == Over(),
         )

@@ -98,7 +98,9 @@ def test_what_a_policy_does_not_look_at_is_not_over_its_threshold() -> None:
     """It is coloured, and hovering says so."""
     token = Token("x", 0.9, "user")
     trace = Trace("shell", 0.5, (token,), 4, "output")
-    assert (trace.over(token), replace(trace, scope="prompt").over(token)) == (False, True)
+    prompt = replace(trace, scope="prompt")
+    assert (trace.over(token), prompt.over(token)) == (False, True)
+    assert not replace(prompt, by_token=False).over(token)
     assert tip(trace, 0, token).endswith("threshold 0.5, outside the policy's scope")
 
 
