@@ -42,8 +42,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = options.out / "corpus"
     corpus.mkdir(exist_ok=True)
-    for path in seeds():
-        (corpus / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    for i, path in enumerate(seeds()):
+        (corpus / f"{i}-{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
 
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))  # noqa: S108
     good, errors = read_policy(OURS / "exposure.yaml")
