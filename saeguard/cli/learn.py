@@ -16,7 +16,7 @@ import typer
 from saeguard.atomic_files import write_atomically, write_new
 from saeguard.cli import evaluate
 from saeguard.cli.new import missing_schemas, rounded_up
-from saeguard.cli.options import ModelOption, existing_folder
+from saeguard.cli.options import DeviceOption, DtypeOption, ModelOption, existing_folder
 from saeguard.cli.search_features import layers_to_read
 from saeguard.errors import FINDINGS, InputError
 
@@ -93,6 +93,8 @@ def verb(
             help="Page of `saeguard evaluate` on the held-out texts. The model reads them again."
         ),
     ] = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
     seed: Annotated[int, typer.Option(help="Random seed of the cut and of the search.")] = 0,
     labelled_only: Annotated[
         bool,
@@ -132,7 +134,7 @@ def verb(
     tokenizer = load_tokenizer(model)
     groups = read_groups(data, files, tokenizer, per)
     ordinary = [t for file in ordinary_files for t in read_texts(file, tokenizer)]
-    lm = load_model(model, tokenizer)
+    lm = load_model(model, tokenizer, dtype=dtype, device=device)
     features = set_at(new_set(set_, lm.shape, lm.path, info, lm.special_tokens))
     part = cut_by_template(
         ((f"{g.name}/{t.label}", t.template) for g in groups for t in g.texts), seed

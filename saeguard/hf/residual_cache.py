@@ -41,7 +41,7 @@ def record_cached(
     if cache is None:
         yield from record(lm, texts, layers)
         return
-    model = _model_key(lm.path)
+    model = [str(lm.model.dtype), *_model_key(lm.path)]
     order = np.argsort([len(text) for text in texts], kind="stable")
     for start in range(0, len(order), TEXTS):
         some = order[start : start + TEXTS].tolist()
