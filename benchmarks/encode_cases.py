@@ -160,7 +160,7 @@ def make_tap(
         b=rows.b,
         theta=rows.theta,
         floor=rows.theta.clone(),
-        f=torch.empty(len(x), watched, device=x.device),
+        f=torch.empty(len(x), watched + 1, device=x.device),
         halves=torch.ones((), device=x.device),
         ticks=torch.zeros((), dtype=torch.int64, device=x.device),
         rows=allocate_rows(len(x), x.device),

@@ -118,7 +118,8 @@ def check(seed: int, rows: int, d_in: int, watched: int, *, clamps: bool, replay
         torch.ops.saeguard.tap(expected, residual, PLAIN)
         fused.f.fill_(7e7)
         call()
-        assert torch.equal(fused.f, plain.f), "activations differ"
+        assert torch.equal(fused.f[:, :-1], plain.f[:, :-1]), "activations differ"
+        assert torch.allclose(fused.f[:, -1], plain.f[:, -1], rtol=1e-5), "norms differ"
         assert torch.equal(hidden, expected), "edits differ"
         assert int(fused.ticks) == int(plain.ticks) == 1, "the op did not run once"
         for one, other in zip(plain.clamps.values(), fused.clamps.values(), strict=True):

@@ -43,6 +43,11 @@ class Ranks:
     scale: torch.Tensor | None
     norm: torch.Tensor | None
 
+    @property
+    def fired(self) -> torch.Tensor:
+        """Return the activations in `f`, without the norms."""
+        return self.f[:, :-1]
+
     def read(self) -> None:
         """Launch the read alone."""
         tap.read(
@@ -65,7 +70,7 @@ def make_ranks(ranked: Ranked, rows: EncoderRows, tokens: int, norm: Norm) -> Ra
     on, watched = device(), len(rows.b)
     hidden = torch.zeros(tokens, rows.W.shape[1], dtype=torch.bfloat16, device=on)
     kind = ("none", "layer_norm", "constant_norm_rescale").index(norm)
-    f = torch.zeros(tokens, watched, device=on)
+    f = torch.zeros(tokens, watched + 1, device=on)
     return Ranks(
         rows=rows,
         ranked=ranked,
@@ -95,7 +100,7 @@ def check(latents: int, d_in: int, tokens: int, k: int, norm: Norm, *, groups: b
         for half in (ranks.hidden, ranks.residual):
             half.copy_(torch.randn(half.shape, device=on))
         ranks.read()
-        first = ranks.f.clone()
+        first = ranks.fired.clone()
         screen = torch.quantile(first.amax(1), torch.tensor(0.5, device=on))  # half of them pass
         ranked.screen.fill_(float(screen) if tokens > 1 else 0.0)
         clears = (first > ranked.screen).any(1, keepdim=True)
@@ -105,7 +110,7 @@ def check(latents: int, d_in: int, tokens: int, k: int, norm: Norm, *, groups: b
         drop(exact, x.cpu(), expected)
         ranks.f.fill_(7e7)
         call()
-        held &= torch.equal(ranks.f.cpu(), expected)
+        held &= torch.equal(ranks.fired.cpu(), expected)
         passed, kept = passed + int((first * clears > 0).sum()), kept + int((expected > 0).sum())
         assert ranked.buffers is not None
         close += int(ranked.buffers.counters[CLOSE.value])
@@ -155,12 +160,14 @@ def time_ranks(d_in: int, latents: int, tokens: int, *, some: bool) -> Record:
     ranks.read()
     passing = max(1, tokens // ONE_IN) if some else 0
     if passing:
-        peak = torch.cat([ranks.f.amax(1), torch.zeros(1, device=on)]).sort(descending=True).values
+        peak = (
+            torch.cat([ranks.fired.amax(1), torch.zeros(1, device=on)]).sort(descending=True).values
+        )
         ranked.screen.fill_(float(peak[passing - 1 : passing + 1].mean()))
     replay = captured(ranks.run)
     x = ranks.hidden.float()
     moved = 2 * ranks.hidden.nbytes + W.nbytes + ranks.f.nbytes
-    bare = partial(torch.mm, x, W.t(), out=torch.empty_like(ranks.f))
+    bare = partial(torch.mm, x, W.t(), out=torch.empty_like(ranks.fired))
     if passing:
         moved += competitors.rows.W.nbytes
         wide = competitors.rows.W[: min(latents, 1 << 16)].float()  # a part: it stands for the rest

@@ -10,6 +10,7 @@ import typer
 
 from saeguard.cli import fired, learn, search_features
 from saeguard.cli.failures import Verbs
+from saeguard.cli.features_report import print_norms, print_thresholds, print_unlabelled
 from saeguard.cli.inputs import load_after
 from saeguard.cli.options import (
     DeviceOption,
@@ -22,7 +23,7 @@ from saeguard.cli.options import (
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from saeguard.features.corpus import Corpus
     from saeguard.features.reading import Reading
@@ -95,7 +96,9 @@ def calibrate(
     """
     from saeguard.features.calibrate import Texts
     from saeguard.features.calibrate import calibrate as set_thresholds
+    from saeguard.features.corpus import norms_of
     from saeguard.features.load import load_feature_set, sae_of, save_feature_set
+    from saeguard.features.massive import chosen_bounds
     from saeguard.hf.corpus import read_corpus
     from saeguard.hf.model import check_model
 
@@ -113,13 +116,19 @@ def calibrate(
     def read(path: Path) -> Corpus:
         return read_corpus(lm, path, features.layers, features.exclude_tokens)
 
-    ordinary, checked = read(benign), read(check) if check else None
+    ordinary = read(benign)
+    bounds, norms = norms_of(ordinary, chosen_bounds(features.max_norm, features.norms))
+    ordinary = ordinary.without_massive(bounds)
+    checked = read(check).without_massive(bounds) if check else None
     splits: dict[str, tuple[Corpus | None, Corpus | None]] = {}
     for behaviour in behaviours:
         splits[behaviour] = (None, None)
         if behaviour in pairs:
             found, held_out = pairs[behaviour]
-            splits[behaviour] = read(found), read(held_out)
+            splits[behaviour] = (
+                read(found).without_massive(bounds),
+                read(held_out).without_massive(bounds),
+            )
     if features.sae is not None:
         fit = [ordinary, *(split for split, _ in splits.values() if split is not None)]
         held = [held for _, held in splits.values() if held is not None]
@@ -136,31 +145,14 @@ def calibrate(
             decode=lm.tokenizer.decode,
         )
     target = out or set_
-    save_feature_set(replace(features, features=done, status="calibrated"), target)
-    _print_unlabelled([n for n, f in done.items() if labelled and f.behaviour not in pairs])
-    _print_thresholds(done)
+    features = replace(features, features=done, status="calibrated", max_norm=bounds, norms=norms)
+    save_feature_set(features, target)
+    print_unlabelled([n for n, f in done.items() if labelled and f.behaviour not in pairs])
+    print_thresholds(done)
     if features.sae is not None and features.sae.approximation is not None:
         typer.echo(f"TopK latents are {features.sae.approximation.in_words}.")
+    print_norms(bounds, norms)
     typer.echo(f"Wrote {target}.")
-
-
-def _print_unlabelled(names: Sequence[str]) -> None:
-    if names:
-        typer.echo(f"Not calibrated with labels, for want of files: {', '.join(names)}.")
-
-
-def _print_thresholds(done: Mapping[str, Feature]) -> None:
-    from saeguard.features.weakness import weaknesses
-
-    for name, feature in done.items():
-        measured = feature.evidence.get("fpr_holdout", feature.evidence["fpr_calibration"])
-        low, high = measured["interval"]
-        typer.echo(
-            f"{name}: threshold {feature.threshold:g}, ordinary texts above it "
-            f"{measured['rate']:.2%} ({low:.2%} to {high:.2%} of {measured['texts']})"
-        )
-        for reason in weaknesses(feature, feature.threshold, feature.evidence["window"]):
-            typer.echo(f"{name}: warning: {reason}", err=True)
 
 
 def _pairs(folder: Path, behaviours: Iterable[str]) -> dict[str, tuple[Path, Path]]:

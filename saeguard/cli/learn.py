@@ -15,6 +15,7 @@ import typer
 
 from saeguard.atomic_files import write_atomically, write_new
 from saeguard.cli import evaluate
+from saeguard.cli.features_report import print_norms
 from saeguard.cli.new import missing_schemas, rounded_up
 from saeguard.cli.options import DeviceOption, DtypeOption, ModelOption, existing_folder
 from saeguard.cli.search_features import layers_to_read
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from saeguard.features.corpus import Corpus
     from saeguard.features.learn import Learned, Wish
+    from saeguard.features.massive import MeasuredNorms
     from saeguard.features.types import FeatureSet
     from saeguard.hf.labelled import Group
     from saeguard.hf.model import LanguageModel
@@ -119,6 +121,7 @@ def verb(
     from saeguard.features.found import new_set, set_at
     from saeguard.features.learn import Wish, learn
     from saeguard.features.load import load_feature_set, save_feature_set
+    from saeguard.features.massive import chosen_bounds, norms_as_plain
     from saeguard.hf.held_out import write_held_out
     from saeguard.hf.labelled import read_groups, text_files
     from saeguard.hf.model import load_model, load_tokenizer
@@ -140,7 +143,12 @@ def verb(
         ((f"{g.name}/{t.label}", t.template) for g in groups for t in g.texts), seed
     )
     calm_part = cut_by_template((("ordinary", t.template) for t in ordinary), seed, (1, 1, 1))
-    subjects, calm = record(lm, groups, ordinary, (part, calm_part), read_layers, cache)
+    chosen = chosen_bounds(features.max_norm, features.norms)
+    subjects, calm, sinks = record(
+        lm, groups, ordinary, (part, calm_part), read_layers, cache, chosen
+    )
+    features = features.with_norms(*sinks)
+    print_norms(*sinks)
     wish = Wish(
         scope, form, fpr, layers=tuple(probed), seed=seed, accept_weak=accept_weak,
         labelled_only=labelled_only,
@@ -162,6 +170,8 @@ def verb(
         "sae": None if info is None else {"sha256": info.sha256, "layer": info.layer},
         "arguments": {"per": per, "scope": scope, "form": form, "fpr": fpr, "seed": seed},
         "ordinary_texts": [len(part) for part in calm],
+        "max_norm": sinks[0],
+        "norms_measured": norms_as_plain(sinks[1]),
         "learnt": rows,
         "policies": [str(path) for path in written],
     }
@@ -196,7 +206,8 @@ def record(
     cuts: tuple[Mapping[str, int], Mapping[str, int]],
     layers: Sequence[int],
     cache: Path | None,
-) -> tuple[Any, tuple[Corpus, Corpus, Corpus]]:
+    chosen: Mapping[int, float],
+) -> tuple[Any, tuple[Corpus, Corpus, Corpus], tuple[dict[int, float], dict[int, MeasuredNorms]]]:
     """Record the texts: subjects one by one, when they are asked for, and the ordinary parts.
 
     Args:
@@ -206,15 +217,23 @@ def record(
         cuts: the part of each template, of labelled and of ordinary texts.
         layers: to be read.
         cache: folder that keeps what was recorded.
+        chosen: bounds on the norm that a person chose, by layer.
+
+    Returns:
+        Subjects; parts of the ordinary texts; and by layer bounds on the norm, with what was
+        measured on the ordinary texts.
     """
     import numpy as np
 
+    from saeguard.features.corpus import norms_of
     from saeguard.features.cut import PARTS
     from saeguard.features.learn import Subject
     from saeguard.hf.corpus import make_corpus
 
     part, calm = cuts
     corpus = make_corpus(lm, ordinary, layers, lm.special_tokens, "ordinary texts", cache)
+    bounds, norms = norms_of(corpus, chosen)
+    corpus = corpus.without_massive(bounds)
     of = np.array([calm[text.template] for text in ordinary])
     parts = [corpus.select(of == i) for i in range(len(PARTS))]
 
@@ -226,12 +245,14 @@ def record(
                 title=f"{group.behaviour}: {group.name}"[:200],
                 behaviour=group.behaviour,
                 kind=group.kind,
-                labelled=make_corpus(lm, texts, layers, lm.special_tokens, group.name, cache),
+                labelled=make_corpus(
+                    lm, texts, layers, lm.special_tokens, group.name, cache
+                ).without_massive(bounds),
                 ids=np.array([text.id for text in texts]),
                 part=np.array([part[text.template] for text in texts]),
             )
 
-    return subjects(), (parts[0], parts[1], parts[2])
+    return subjects(), (parts[0], parts[1], parts[2]), (bounds, norms)
 
 
 def write_policy(

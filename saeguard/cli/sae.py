@@ -19,7 +19,7 @@ from saeguard.cli.options import (
     OptionalModel,
     existing_file,
 )
-from saeguard.cli.sae_report import facts_of, l0_record, measure, show
+from saeguard.cli.sae_report import facts_of, measure, records_of, show
 from saeguard.cli.train import train
 from saeguard.errors import FINDINGS, InputError
 
@@ -94,19 +94,21 @@ def inspect(
     if l0 is not None and not 0 < l0 < math.inf:
         raise InputError(f"--l0: expected a finite number above 0, got {l0}")
     stated = _stated(layer, k, norm_factor, convention)
-    ranks = None
+    ranks = sinks = None
     if path.suffix == ".yaml":
-        path, stated, ranks = _named_by(path, stated)
+        path, stated, ranks, sinks = _named_by(path, stated)
     info = read(path, stated)
     found = measure(info, text, model, l0, ModelOptions(dtype, device)) if text and model else None
     facts = facts_of(info, latents)
     if info.k is not None:
         facts["ranks"] = ranks or EXACT_RANKS
+    if sinks is not None:
+        facts["attention_sinks"] = sinks
     if as_json:
-        typer.echo(json.dumps(facts | ({"l0": l0_record(found)} if found else {}), indent=2))
+        typer.echo(json.dumps(facts | (records_of(found) if found else {}), indent=2))
     else:
         show(facts, found)
-    if found is not None and "does not look like" in found.verdict:
+    if found is not None and "does not look like" in found.l0.verdict:
         raise typer.Exit(FINDINGS)
 
 
@@ -217,9 +219,13 @@ def _print_pin(
     typer.echo(yaml.safe_dump({"sae": pinned}, sort_keys=False))
 
 
-def _named_by(file: Path, stated: Stated) -> tuple[Path, Stated, str]:
-    """Return a feature set's checkpoint, what the set states of it, and how its latents rank."""
+def _named_by(file: Path, stated: Stated) -> tuple[Path, Stated, str, str]:
+    """Return a feature set's checkpoint, and what the set states of it.
+
+    The last two values are sentences: how its latents rank, and which attention sinks are left out.
+    """
     from saeguard.features.load import load_feature_set, sae_of
+    from saeguard.features.massive import left_out
     from saeguard.sae import Stated
 
     if stated != Stated():
@@ -227,6 +233,8 @@ def _named_by(file: Path, stated: Stated) -> tuple[Path, Stated, str]:
             f"{file}: a feature set states layer, k, norm factor and convention itself; leave "
             "the options out"
         )
-    sae = sae_of(load_feature_set(file))
+    features = load_feature_set(file)
+    sae = sae_of(features)
     how = "exact" if sae.approximation is None else sae.approximation.in_words
-    return sae.path, replace(sae.stated, layer=sae.layer), how
+    sinks = left_out(features.max_norm.get(sae.layer), features.norms.get(sae.layer))
+    return sae.path, replace(sae.stated, layer=sae.layer), how, sinks

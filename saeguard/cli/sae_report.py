@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -11,6 +11,7 @@ from saeguard.cli.options import ModelOptions
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
+    from saeguard.features.massive import MeasuredNorms
     from saeguard.sae import SaeInfo
     from saeguard.sae.l0 import L0
 
@@ -23,17 +24,30 @@ PER_TOKEN = {
 TOKENS_A_PIECE = 256
 
 
+class Measured(NamedTuple):
+    """What a text shows of a checkpoint and its layer."""
+
+    l0: L0
+    bound: float
+    """Norm above which a token is an attention sink."""
+    norms: MeasuredNorms
+
+
 def measure(
     info: SaeInfo, text: Path, model: Path, published: float | None, options: ModelOptions
-) -> L0:
-    """Count the latents that fire on the text that a model reads, special tokens left out.
+) -> Measured:
+    """Count the latents that fire on the text that a model reads.
+
+    Special tokens and attention sinks are left out.
 
     Raises:
         InputError: the text is empty or not UTF-8, or the model is not the SAE's.
         ModelError: the model cannot be loaded.
     """
+    import numpy as np
     import torch
 
+    from saeguard.features.massive import is_massive, measure_norms
     from saeguard.features.model_fit import sae_misfit
     from saeguard.hf.model import load_model
     from saeguard.hf.residuals import record
@@ -49,14 +63,18 @@ def measure(
         raise InputError(f"--model: {model}: {misfit}; name the model that it was trained on")
     ids = lm.tokenizer(content)["input_ids"]
     pieces = [ids[i : i + TOKENS_A_PIECE] for i in range(0, len(ids), TOKENS_A_PIECE)]
-    kept = []
+    kept, positions = [], []
     for i, residuals in record(lm, pieces, [info.layer]):
         special = torch.tensor([token in lm.special_tokens for token in pieces[i]])
         kept.append(residuals[info.layer][~special])
-    x = torch.cat(kept or [torch.empty(0, info.d_in)])
-    if not len(x):
+        positions.append((~special).nonzero()[:, 0].numpy())
+    if not sum(map(len, kept)):
         raise InputError(f"--text: {text}: the file holds no text")
-    return measure_l0(info, x, published)
+    x = torch.cat(kept)
+    norm = torch.linalg.vector_norm(x, dim=1).numpy()
+    bound, norms = measure_norms(norm, np.concatenate(positions))
+    ordinary = x[torch.from_numpy(~is_massive(norm, bound))]
+    return Measured(measure_l0(info, ordinary, published), bound, norms)
 
 
 def facts_of(info: SaeInfo, latents: int) -> dict[str, Any]:
@@ -92,18 +110,25 @@ def facts_of(info: SaeInfo, latents: int) -> dict[str, Any]:
     }
 
 
-def l0_record(found: L0) -> dict[str, Any]:
-    """Return a measured L0 as a record for JSON."""
+def records_of(found: Measured) -> dict[str, Any]:
+    """Return what was measured as records for JSON."""
+    from saeguard.features.massive import norms_as_plain
+
+    l0 = found.l0
     return {
-        "mean": round(found.mean, 2),
-        "median": found.median,
-        "tokens": found.tokens,
-        "published": found.published,
-        "verdict": found.verdict,
+        "l0": {
+            "mean": round(l0.mean, 2),
+            "median": l0.median,
+            "tokens": l0.tokens,
+            "published": l0.published,
+            "verdict": l0.verdict,
+        },
+        "max_norm": found.bound,
+        "norms_measured": norms_as_plain({0: found.norms})[0],
     }
 
 
-def show(facts: dict[str, Any], found: L0 | None) -> None:
+def show(facts: dict[str, Any], found: Measured | None) -> None:
     """Print what is known of a checkpoint as a table."""
     from rich.console import Console
     from rich.table import Table
@@ -122,6 +147,7 @@ def show(facts: dict[str, Any], found: L0 | None) -> None:
         "size": f"d_in {facts['d_in']}, {facts['d_sae']} latents, {facts['dtype']}",
         "activation": f"{facts['activation']}{kept}",
         **({"ranks": facts["ranks"]} if "ranks" in facts else {}),
+        **({"attention sinks": facts["attention_sinks"]} if "attention_sinks" in facts else {}),
         "per token": PER_TOKEN[facts["per_token_norm"]],
         "folded": "\n".join(facts["folded"]) or "nothing",
         "clamps": "no: a transcoder writes to another place" if facts["transcoder"] else "yes",
@@ -131,10 +157,11 @@ def show(facts: dict[str, Any], found: L0 | None) -> None:
         ),
     }
     if found is not None:
+        l0 = found.l0
         rows["L0"] = (
-            f"{found.mean:.1f} a token (median {found.median:g}) over {found.tokens} tokens\n"
-            f"{found.verdict}"
+            f"{l0.mean:.1f} a token (median {l0.median:g}) over {l0.tokens} tokens\n{l0.verdict}"
         )
+        rows["norms"] = found.norms.in_words(found.bound)
     elif facts["published_l0"] is not None:
         rows["L0"] = f"published: {facts['published_l0']:g}; --text and --model measure it"
     elif facts["k"]:

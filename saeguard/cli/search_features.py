@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from saeguard.atomic_files import write_atomically
+from saeguard.cli.features_report import print_findings, print_norms
 from saeguard.cli.inputs import load_after
 from saeguard.cli.options import (
     DeviceOption,
@@ -22,7 +23,6 @@ from saeguard.errors import FINDINGS, InputError
 
 if TYPE_CHECKING:
     from saeguard.features.corpus import Corpus
-    from saeguard.features.search import Search
     from saeguard.sae import SaeInfo
 
 
@@ -106,7 +106,7 @@ def verb(
     Everything is chosen on --data; AUROC and its 95 % interval are measured on --holdout. Exit
     code 1: --write-set was given, and nothing was found.
     """
-    from saeguard.features.corpus import with_ordinary
+    from saeguard.features.corpus import norms_of, with_ordinary
     from saeguard.features.found import (
         choose,
         evidence_of,
@@ -117,6 +117,7 @@ def verb(
         with_found,
     )
     from saeguard.features.load import save_feature_set
+    from saeguard.features.massive import chosen_bounds, norms_as_plain
     from saeguard.features.reading import READINGS
     from saeguard.features.search import search as find
     from saeguard.hf.corpus import read_corpus
@@ -131,12 +132,15 @@ def verb(
         features = set_at(new_set(write_set, lm.shape, lm.path, info, lm.special_tokens))
 
     def read(path: Path) -> Corpus:
-        return read_corpus(lm, path, read_layers, lm.special_tokens).scoped(scope)
+        return read_corpus(lm, path, read_layers, lm.special_tokens)
 
-    split = read(data).of_kind(kind)
+    searched = read(data)
+    chosen_by_hand = {} if features is None else chosen_bounds(features.max_norm, features.norms)
+    bounds, norms = norms_of(searched, chosen_by_hand)
+    split = searched.without_massive(bounds).scoped(scope).of_kind(kind)
     if benign is not None:
-        split = with_ordinary(split, read(benign))
-    held = read(holdout).of_kind(kind)
+        split = with_ordinary(split, read(benign).without_massive(bounds).scoped(scope))
+    held = read(holdout).without_massive(bounds).scoped(scope).of_kind(kind)
     found = find(
         info,
         split,
@@ -155,13 +159,16 @@ def verb(
         "model": lm.name,
         "sae": None if info is None else {"sha256": info.sha256, "layer": info.layer},
         "texts": {"search": len(split), "holdout": len(held)},
+        "max_norm": bounds,
+        "norms_measured": norms_as_plain(norms),
         "findings": found.report(),
     }
     chosen = choose(found, form)
     evidence = evidence_of(found, chosen, scope, kind)
     report["nothing_found"] = useless(evidence)
     write_atomically(out, json.dumps(report) + "\n")
-    print_table(found, f"{behaviour} {kind or ''}".strip())
+    print_findings(found, f"{behaviour} {kind or ''}".strip())
+    print_norms(bounds, norms)
     typer.echo(f"Wrote {out}.")
     if useless(evidence):
         typer.echo(f"Nothing was found: the {chosen.form} is {useless(evidence)}.", err=True)
@@ -172,7 +179,7 @@ def verb(
         raise typer.Exit(FINDINGS)
     name = feature or feature_name(behaviour, kind)
     of = title or f"{behaviour}{f': {kind}' if kind else ''}"
-    features = with_found(features, name, of, behaviour, chosen, evidence)
+    features = with_found(features, name, of, behaviour, chosen, evidence).with_norms(bounds, norms)
     save_feature_set(features, features.path)
     typer.echo(f"Wrote {name} ({chosen.form}) to {write_set}; next: saeguard features calibrate.")
 
@@ -192,24 +199,3 @@ def layers_to_read(layers: str | None, info: SaeInfo | None) -> tuple[list[int],
         raise InputError(f"--layers: found {layers!r}; expected layers, such as 14,18,22")
     probed = sorted({int(part) for part in parts})
     return probed, sorted({*probed, *([] if info is None else [info.layer])})
-
-
-def print_table(found: Search, title: str) -> None:
-    """Print what a search found."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "form", "made of", "AUROC search", "AUROC folds", "AUROC hold-out", "95 %", title=title
-    )
-    for finding in found.findings:
-        low, high = finding.interval
-        table.add_row(
-            finding.form,
-            finding.name,
-            f"{finding.auroc_search:.3f}",
-            "" if finding.auroc_validation is None else f"{finding.auroc_validation:.3f}",
-            f"{finding.auroc_holdout:.3f}",
-            f"{low:.3f} to {high:.3f}",
-        )
-    Console().print(table)

@@ -154,6 +154,7 @@ def startup_report(settings: dict[str, Any], options: Sequence[str] = ()) -> lis
         f"feature set {name}: TopK latents are {found.in_words}"
         for name, found in sorted(watchlist.approximations.items())
     ]
+    lines += [f"feature set {name}: {found}" for name, found in sorted(watchlist.sinks.items())]
     lines += [f"{p.mode:8} {p.action:6} {p.severity:9} {p.id}" for p in watchlist.policies]
     return lines
 

@@ -40,7 +40,7 @@ class Judged(NamedTuple):
     verdicts: Sequence[Verdict]
     """One per policy of the watch list."""
     evaluable: np.ndarray
-    """[tokens] bool."""
+    """[tokens] bool: false for excluded tokens and attention sinks."""
     residuals: Mapping[int, torch.Tensor]
     """By layer, [tokens, d] float32; empty if the engine does not give them out."""
     evidence: np.ndarray | None = None
@@ -58,7 +58,8 @@ def transformers_engine(lm: LanguageModel, watchlist: WatchList) -> Engine:
         for seen in see(lm, watchlist, texts):
             verdicts = list(seen.judge(watchlist.rules))
             scored = seen.score(watchlist.rules).evidence[0] if evidence else None
-            yield Judged(seen.text, verdicts, seen.evaluable, seen.residuals, scored)
+            evaluable = seen.evaluable & ~seen.massive
+            yield Judged(seen.text, verdicts, evaluable, seen.residuals, scored)
 
     return read
 
@@ -70,7 +71,7 @@ def reading_engine(reader: readings.Engine, watchlist: WatchList, tokenizer: Any
         for _, seen in readings.see_texts(reader, watchlist, tokenizer, texts):
             verdicts = list(seen.judge(watchlist.rules))
             scored = seen.score(watchlist.rules).evidence[0] if evidence else None
-            yield Judged(seen.text, verdicts, seen.evaluable, {}, scored)
+            yield Judged(seen.text, verdicts, seen.evaluable & ~seen.massive, {}, scored)
 
     return read
 

@@ -41,6 +41,12 @@ class Skipped(Part):
     special_token: int | None = Field(
         None, ge=1, description="Tokens that the feature sets exclude by id, such as BOS."
     )
+    massive_norm: int | None = Field(
+        None,
+        ge=1,
+        description="Attention sinks: tokens whose residual's norm lies above the feature sets' "
+        "max_norm, such as the first of a text.",
+    )
     not_sampled: int | None = Field(
         None, ge=1, description="All tokens of a request that the policy's sampling leaves out."
     )

@@ -41,6 +41,7 @@ def contradictions(content: FeatureSetFile, document: Document) -> Iterator[Find
         yield from _feature(content.sae, name, feature, document)
         if feature.probe is not None:
             yield from _layers(content, name, feature.probe, document)
+    yield from _norms(content, document)
 
 
 def _unfinished(content: FeatureSetFile, document: Document) -> Iterator[Finding]:
@@ -164,6 +165,27 @@ def _layers(
                 f"to {deepest}"
             )
             yield document.error("model-mismatch", message, loc)
+
+
+def _norms(content: FeatureSetFile, document: Document) -> Iterator[Finding]:
+    """Yield bounds on the norm that are of no layer, or that leave out ordinary tokens."""
+    depth = content.model.num_layers
+    for key in ("max_norm", "norms_measured"):
+        for layer in getattr(content, key) or ():
+            if layer >= depth:
+                message = (
+                    f"found layer {layer}, but model.num_layers is {depth}; write a layer from 0 "
+                    f"to {depth - 1}"
+                )
+                yield document.error("model-mismatch", message, (key, layer), at_key=True)
+    for layer, bound in (content.max_norm or {}).items():
+        measured = (content.norms_measured or {}).get(layer)
+        if measured is not None and bound <= measured.median:
+            message = (
+                f"found {bound:g}, but the median norm at layer {layer} is {measured.median:g}: "
+                "more than half of all tokens would be left out; run `saeguard features calibrate`"
+            )
+            yield document.error("max-norm", message, ("max_norm", layer))
 
 
 def _feature(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from saeguard.features.massive import MeasuredNorms, is_massive, measure_norms
 from saeguard.features.reading import PEAK, Reading
 from saeguard.features.room import stacked, taken
 from saeguard.features.window import window_score
@@ -31,7 +33,7 @@ class Corpus:
     output: np.ndarray
     """[T] bool: whether the token is output rather than prompt."""
     special: np.ndarray
-    """[T] bool: tokens never evaluated."""
+    """[T] bool: tokens never evaluated, by id or because they are attention sinks."""
     label: np.ndarray
     """[texts] bool: whether the text shows the behaviour."""
     kind: np.ndarray
@@ -73,6 +75,26 @@ class Corpus:
         """The residuals [T, d_in] by layer, views."""
         return {layer: self.at(layer) for layer in self.layers}
 
+    def norm(self, layer: int) -> np.ndarray:
+        """Return the norms [T] float32 of the residuals of one of the layers."""
+        out: np.ndarray = torch.linalg.vector_norm(self.at(layer), dim=1).numpy()
+        return out
+
+    @property
+    def position(self) -> np.ndarray:
+        """[T] position of each token in its text."""
+        out: np.ndarray = np.arange(len(self.tokens)) - self.starts[self.owner]
+        return out
+
+    def without_massive(self, bounds: Mapping[int, float]) -> Corpus:
+        """Return the corpus with attention sinks counted as special.
+
+        Args:
+            bounds: by layer, the norm above which a token is one.
+        """
+        massive = [is_massive(self.norm(n), bounds[n]) for n in self.layers if n in bounds]
+        return replace(self, special=np.logical_or.reduce([self.special, *massive]))
+
     def scoped(self, scope: Scope) -> Corpus:
         """Return the corpus read in another scope, without the texts that have no token in it."""
         changed = replace(self, scope=scope)
@@ -97,6 +119,26 @@ class Corpus:
     def of_kind(self, kind: str | None) -> Corpus:
         """Return the positives of one kind with every negative; all if `kind` is None."""
         return self if kind is None else self.select(~self.label | (self.kind == kind))
+
+
+def norms_of(
+    corpus: Corpus, chosen: Mapping[int, float] | None = None
+) -> tuple[dict[int, float], dict[int, MeasuredNorms]]:
+    """Return by layer a bound on the norm, and the statistics of the norms.
+
+    Args:
+        corpus: ordinary texts; special tokens are left out.
+        chosen: bounds that a person chose, by layer; the others are measured.
+
+    Raises:
+        ValueError: every token is special.
+    """
+    kept, bounds, norms = ~corpus.special, {}, {}
+    position = corpus.position[kept]
+    for layer in corpus.layers:
+        given = (chosen or {}).get(layer)
+        bounds[layer], norms[layer] = measure_norms(corpus.norm(layer)[kept], position, given)
+    return bounds, norms
 
 
 def join(first: Corpus, second: Corpus) -> Corpus:

@@ -13,8 +13,16 @@ from typing import Any
 
 from saeguard.atomic_files import staged
 from saeguard.features.files import FeatureSetError, read_with_positions
+from saeguard.features.massive import MeasuredNorms, norms_as_plain
 from saeguard.features.pins import verify_pins
-from saeguard.features.schema import SCHEMA, FeaturePart, FeatureSetFile, SaePart, layers_read
+from saeguard.features.schema import (
+    SCHEMA,
+    FeaturePart,
+    FeatureSetFile,
+    NormsPart,
+    SaePart,
+    layers_read,
+)
 from saeguard.features.topk_thresholds import approximation, as_plain
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef, SaeRef, Term
 from saeguard.sae import SaeError, Stated
@@ -54,6 +62,8 @@ def load_feature_set(
         digest=_digest(content),
         title=content.title,
         status=content.status,
+        max_norm=content.max_norm or {},
+        norms=_norms(content.norms_measured),
     )
     if verify:
         verify_pins(features, document)
@@ -143,6 +153,10 @@ def hub_ref(part: SaePart) -> HubRef:
     return HubRef(part.repo, part.folder or "", tuple(part.files), part.revision or "main")
 
 
+def _norms(parts: Mapping[int, NormsPart] | None) -> dict[int, MeasuredNorms]:
+    return {layer: MeasuredNorms(**part.model_dump()) for layer, part in (parts or {}).items()}
+
+
 def _terms(weights: Mapping[int, float] | None) -> tuple[Term, ...]:
     return tuple(Term(latent, weight) for latent, weight in (weights or {}).items())
 
@@ -175,6 +189,9 @@ def _digest(content: FeatureSetFile) -> str:
     for feature in plain["features"].values():
         if feature["probe"] is not None:
             feature["probe"] = {k: v for k, v in feature["probe"].items() if v is not None}
+    for key in ("max_norm", "norms_measured"):
+        if plain[key] is None:
+            del plain[key]
     canonical = json.dumps(plain, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -240,5 +257,7 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
         },
         **({} if features.sae is None else {"sae": checkpoint(features.sae)}),
         "exclude_tokens": list(features.exclude_tokens),
+        **({"max_norm": dict(features.max_norm)} if features.max_norm else {}),
+        **({"norms_measured": norms_as_plain(features.norms)} if features.norms else {}),
         "features": {name: feature(f) for name, f in features.features.items()},
     }

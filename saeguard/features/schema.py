@@ -30,6 +30,7 @@ FORMS.update(
 
 Digest = Annotated[str, Field(pattern=SHA256)]
 Latent = Annotated[int, Field(ge=0)]
+Layer = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(description="Factor of the latent's activation.")]
 Name = Annotated[str, Field(pattern=NAME, max_length=100)]
 
@@ -132,6 +133,20 @@ class ProbePart(Section):
     )
 
 
+class NormsPart(Section):
+    """What `saeguard features calibrate` measured of a layer's norms; not to be written by hand."""
+
+    median: float = Field(gt=0)
+    tokens: int = Field(gt=0, description="Of the texts, special tokens left out.")
+    massive: int = Field(ge=0, description="Of these, those above the bound of that time.")
+    kept_highest: float = Field(ge=0, description="Highest norm of the others.")
+    lowest: float | None = Field(default=None, description="Lowest norm above the bound.")
+    highest: float | None = None
+    positions: dict[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]] | None = Field(
+        default=None, description="Tokens above the bound, by their position in the text."
+    )
+
+
 class FeaturePart(Section):
     """One feature."""
 
@@ -161,7 +176,23 @@ class FeatureSetFile(Section):
         default=None, description="Left out if every feature is a probe with layers of its own."
     )
     exclude_tokens: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    max_norm: dict[Layer, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="By layer: tokens whose residual has a larger norm there are left out.",
+    )
+    norms_measured: dict[Layer, NormsPart] | None = Field(
+        default=None, min_length=1, description="By layer: what the bound was measured from."
+    )
     features: dict[Name, FeaturePart] = Field(min_length=1)
+
+
+def layers_of(document: FeatureSetFile, feature: str) -> tuple[int, ...]:
+    """Return the layers that a feature reads."""
+    part = document.features[feature]
+    if part.probe is not None:
+        return layers_read(part.probe, document.sae)
+    return () if document.sae is None else (document.sae.layer,)
 
 
 def layers_read(probe: ProbePart, sae: SaePart | None) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from saeguard.features.massive import MeasuredNorms
 from saeguard.features.topk_thresholds import Approximation
 from saeguard.sae import SaeInfo, Stated, inspect
 from saeguard.sae.checkpoint_info import thresholds_for_ranks
@@ -124,6 +125,17 @@ class FeatureSet:
     title: str = ""
     status: Literal["calibrated", "published"] = "calibrated"
     """published: ids from a publication, never measured here; they may log, not act."""
+    max_norm: Mapping[int, float] = field(default_factory=dict)
+    """By layer: tokens whose residual has a larger norm there are never evaluated; counted as
+    `massive_norm`. A layer that is missing has no bound."""
+    norms: Mapping[int, MeasuredNorms] = field(default_factory=dict)
+    """By layer: what the bound was measured from."""
+
+    def with_norms(
+        self, bounds: Mapping[int, float], norms: Mapping[int, MeasuredNorms]
+    ) -> FeatureSet:
+        """Return the set with other bounds, and what they were measured from, by layer."""
+        return replace(self, max_norm={**self.max_norm, **bounds}, norms={**self.norms, **norms})
 
     def layers_of(self, feature: Feature) -> tuple[int, ...]:
         """Return the layers that a feature reads, in ascending order."""

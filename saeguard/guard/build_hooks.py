@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -51,8 +52,9 @@ def read_hooks(
     hooks: list[Hook] = []
     column: dict[RowKey, int] = {}
     for layer in sorted(by_layer):
-        hooks.append(_read_hook(layer, by_layer[layer], feature_sets, policies, len(column)))
-        column |= {key: len(column) + i for i, key in enumerate(by_layer[layer])}
+        first = hooks[-1].norm_column + 1 if hooks else 0
+        hooks.append(_read_hook(layer, by_layer[layer], feature_sets, policies, first))
+        column |= {key: first + i for i, key in enumerate(by_layer[layer])}
     return tuple(hooks), column
 
 
@@ -118,7 +120,9 @@ def _read_hook(
                     i = keys.index((set_id, key))
                     W[i], b[i] = _read_probe(probe, part, d_in)
     normed = norm if norm.any() else None
-    return Hook(layer, d_in, W, b, theta, first_column, normed, tuple(ranked))
+    sets = dict.fromkeys(set_id for set_id, _ in keys)
+    max_norm = min(feature_sets[set_id].max_norm.get(layer, math.inf) for set_id in sets)
+    return Hook(layer, d_in, W, b, theta, first_column, normed, tuple(ranked), max_norm)
 
 
 def _read_probe(probe: ProbeRef, part: int, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:

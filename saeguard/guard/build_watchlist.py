@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from saeguard.features.massive import left_out
 from saeguard.features.topk_thresholds import Approximation
 from saeguard.features.types import Feature, FeatureSet, ModelRef
 from saeguard.features.value import Mix, make_mix
@@ -73,6 +74,7 @@ def build_watchlist(
             [*(f"{p.id} {p.mode} {p.digest}" for p in policies), *_contents(sets.values())]
         ),
         approximations=approximations,
+        sinks=_sinks(sets, [hook.layer for hook in hooks]),
     )
 
 
@@ -106,6 +108,7 @@ def build_readings(names: Iterable[str], feature_sets: Mapping[str, FeatureSet])
         exclude_tokens=_excluded(sets.values()),
         models=_models(sets.values()),
         digest=_digest([*used, *_contents(sets.values())]),
+        sinks=_sinks(sets, [hook.layer for hook in hooks]),
     )
 
 
@@ -119,6 +122,15 @@ def _models(sets: Iterable[FeatureSet]) -> tuple[ModelRef, ...]:
 
 def _contents(sets: Iterable[FeatureSet]) -> list[str]:
     return [f"{s.id} {s.digest} {s.sae and s.sae.sha256}" for s in sets]
+
+
+def _sinks(sets: Mapping[str, FeatureSet], layers: Sequence[int]) -> dict[str, str]:
+    return {
+        f"{name}, layer {n}": left_out(features.max_norm.get(n), features.norms.get(n))
+        for name, features in sets.items()
+        for n in features.layers
+        if n in layers
+    }
 
 
 def _rows(feature: Feature) -> int:

@@ -14,10 +14,10 @@ from saeguard.guard.aggregates import aggregate, pass_over
 from saeguard.guard.compiled_rules import Counted, Rules, Windowed
 from saeguard.guard.condition_program import evidence
 from saeguard.guard.scopes import OUTPUT, ROLES, TEMPLATE, in_scopes
-from saeguard.guard.state import State
+from saeguard.guard.state import FATES, State
 from saeguard.guard.verdict import THRESHOLD
 
-EVALUATED, SPECIAL, CACHED, ERROR, UNTRACKED = range(5)
+EVALUATED, SPECIAL, CACHED, ERROR, UNTRACKED, MASSIVE = range(FATES)
 """What became of a token: evaluated, or skipped by reason."""
 
 
@@ -32,6 +32,8 @@ class Tokens(NamedTuple):
     """[requests, tokens] bool, False for tokens that are excluded by id."""
     finite: np.ndarray
     """[requests, tokens] bool, False if the token's activations could not be read."""
+    massive: np.ndarray
+    """[requests, tokens] bool, True for attention sinks: see `WatchList.massive`."""
 
     def take(self, rows: np.ndarray | None) -> Tokens:
         """Return the tokens at `rows` [requests, tokens] of a block whose arrays are [rows, ...].
@@ -73,7 +75,7 @@ def roles_at(s: State, at: np.ndarray, position: np.ndarray) -> np.ndarray:
 def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scored:
     """Return the scores of a block of requests in distinct slots `at`; advance their windows."""
     role = roles_at(s, at, tokens.position)
-    looked = in_scopes(role, tokens.eligible & tokens.finite)
+    looked = in_scopes(role, tokens.eligible & tokens.finite & ~tokens.massive)
     values = tokens.shares
     if len(rules.aggregates.feature):
         more = aggregate(rules.aggregates, s, at, tokens.position, values, looked)
@@ -146,12 +148,13 @@ def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarra
     """
     position = tokens.position
     scored = score_tokens(rules, s, at, tokens)
-    what = np.where(tokens.eligible, np.where(tokens.finite, EVALUATED, ERROR), SPECIAL)
-    what += 5 * scored.role
-    kinds = 5 * len(ROLES)
+    read = np.where(tokens.massive, MASSIVE, EVALUATED)
+    what = np.where(tokens.eligible, np.where(tokens.finite, read, ERROR), SPECIAL)
+    what += FATES * scored.role
+    kinds = FATES * len(ROLES)
     what += kinds * np.arange(len(at))[:, None]
     counted = np.bincount(what.ravel(), minlength=kinds * len(at))
-    s.counts[at] += counted.reshape(-1, len(ROLES), 5)
+    s.counts[at] += counted.reshape(-1, len(ROLES), FATES)
     s.next[at] = position[:, -1] + 1
     _keep_scores(rules, s, at, position, scored)
     _record_activity(rules, s, at, position, scored)

@@ -54,7 +54,7 @@ def install_taps(
             b=b,
             theta=theta,
             floor=theta.clone(),
-            f=torch.zeros(max_tokens, len(b), device=device),
+            f=torch.zeros(max_tokens, len(b) + 1, device=device),
             halves=torch.ones((), device=device),
             ticks=torch.zeros((), dtype=torch.int64, device=device),
             rows=rows,
@@ -63,7 +63,7 @@ def install_taps(
             kernels=kernels,
             scale=None
             if hook.norm is None or kernels is None
-            else torch.zeros(max_tokens, len(b), device=device),
+            else torch.zeros(max_tokens, len(b) + 1, device=device),
             ranked=tuple(
                 make_ranked(part, encoder_rows, device, allocate_buffers=buffers)
                 for part in hook.ranked

@@ -51,9 +51,10 @@ def score_text(
     evaluable: np.ndarray,
     prompt_tokens: int,
     roles: np.ndarray | None = None,
+    massive: np.ndarray | None = None,
 ) -> Scored:
     """Return evidence and score of each token of one text, as a block of one request."""
-    state, block = _block(rules, shares, evaluable, prompt_tokens, roles)
+    state, block = _block(rules, shares, evaluable, prompt_tokens, roles, massive)
     return score_tokens(rules, state, np.zeros(1, np.int64), block)
 
 
@@ -71,16 +72,18 @@ def clamped_tokens(
     evaluable: np.ndarray,
     prompt_tokens: int,
     roles: np.ndarray | None = None,
+    massive: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return [tokens] bool: the tokens that clamp policy `i` edits if it is enforced."""
     policy = rules.policies[i]
-    scored = score_text(rules, shares, evaluable, prompt_tokens, roles)
+    scored = score_text(rules, shares, evaluable, prompt_tokens, roles, massive)
     looked = scored.looked[0, :, rules.scope[i]]
     if policy.clamp is not None and policy.clamp.when == "always":
         return looked
     match = scored.score[0, :, i] > THRESHOLD
     matched = policy.clamp is not None and policy.clamp.when == "matched"
-    return on_tokens(match, policy.keep if matched else len(match))
+    on = on_tokens(match, policy.keep if matched else len(match))
+    return on if massive is None else on & ~massive
 
 
 def strongest(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -95,6 +98,7 @@ def judge_text(
     evaluable: np.ndarray,
     prompt_tokens: int,
     roles: np.ndarray | None = None,
+    massive: np.ndarray | None = None,
 ) -> Verdicts:
     """Judge one text by every policy of the rules.
 
@@ -104,11 +108,12 @@ def judge_text(
         evaluable: [tokens] bool; the other tokens count as `special_token`.
         prompt_tokens: number of prompt tokens.
         roles: [prompt_tokens] role of each prompt token, see `saeguard.guard.roles.assign`.
+        massive: [tokens] bool, the attention sinks, which count as `massive_norm`; None for none.
 
     Raises:
         ValueError: a policy's scope is a role, and `roles` is missing.
     """
-    state, block = _block(rules, shares, evaluable, prompt_tokens, roles)
+    state, block = _block(rules, shares, evaluable, prompt_tokens, roles, massive)
     if len(shares):
         advance(rules, state, np.zeros(1, np.int64), block)
     return verdicts_of(rules, state, 0, len(shares))
@@ -120,6 +125,7 @@ def _block(
     evaluable: np.ndarray,
     prompt_tokens: int,
     roles: np.ndarray | None,
+    massive: np.ndarray | None,
 ) -> tuple[State, Tokens]:
     state = make_state(rules, 1)
     state.prompt[0] = prompt_tokens
@@ -128,5 +134,7 @@ def _block(
     state.enforced[0] = [p.mode == "enforce" for p in rules.policies]
     state.acted[0] = True  # serving sets it when a clamp policy matches
     finite = np.isfinite(shares).all(axis=1)
+    massive = np.zeros(len(shares), bool) if massive is None else massive
     position = np.arange(len(shares))
-    return state, Tokens(position[None], shares[None], evaluable[None], finite[None])
+    parts = (position, shares, evaluable, finite, massive)
+    return state, Tokens(*(part[None] for part in parts))

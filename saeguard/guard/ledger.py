@@ -7,7 +7,6 @@ from typing import TypeAlias
 
 import numpy as np
 
-from saeguard.features.value import shares_of
 from saeguard.guard.compiled_rules import is_sampled
 from saeguard.guard.evaluate import CACHED, UNTRACKED, Tokens, advance, skip
 from saeguard.guard.forward_pass import ForwardPass, in_step
@@ -132,8 +131,8 @@ class Ledger:
         known = (slots >= 0) & (valid > 0)
         together = known & (valid == 1) & (positions == self._state.next[slots])
         alone = np.flatnonzero(known & ~together)
-        shares, finite = self._shares(forward_pass.f, ran=forward_pass.ran)
-        block = Tokens(forward_pass.positions, shares, forward_pass.eligible, finite)
+        read = self.watchlist.read(forward_pass.f, ran=forward_pass.ran)
+        block = Tokens(forward_pass.positions, read.shares, forward_pass.eligible, *read[1:])
         hits: list[Hit] = []
         which = np.flatnonzero(together)
         if len(which):
@@ -177,12 +176,13 @@ class Ledger:
         if (slots < 0).any() or (self._state.next[slots] != expected).any():
             return [hit for one in passes for hit in self.ingest(*one)]
         f = np.stack([forward_pass.f for forward_pass in run], axis=1)
-        shares, finite = self._shares(f.reshape(-1, f.shape[-1]), ran=True)
+        read = self.watchlist.read(f.reshape(-1, f.shape[-1]))
         block = Tokens(
             expected[:, None] + np.arange(len(run)),
-            shares.reshape(*f.shape[:2], -1),
+            read.shares.reshape(*f.shape[:2], -1),
             np.stack([forward_pass.eligible for forward_pass in run], axis=1),
-            finite.reshape(f.shape[:2]),
+            read.finite.reshape(f.shape[:2]),
+            read.massive.reshape(f.shape[:2]),
         )
         hits = self._advance(run[0].request_ids, slots, block)
         self._record(slots, block, f, ran=True)
@@ -255,12 +255,6 @@ class Ledger:
     def _slots(self, forward_pass: ForwardPass) -> np.ndarray:
         return np.array([self._slot.get(r, -1) for r in forward_pass.request_ids], np.int64)
 
-    def _shares(self, f: np.ndarray, *, ran: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return shares [rows, features], and [rows] bool: whether a row could be read."""
-        with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite are marked
-            shares = shares_of(self.watchlist.mix, self.watchlist.low, self.watchlist.span, f)
-        return shares, np.isfinite(f).all(axis=1) if ran else np.zeros(len(f), bool)
-
     def _advance(self, ids: Sequence[str], slots: np.ndarray, tokens: Tokens) -> list[Hit]:
         if self.readings is not None:
             self.readings.take(ids, tokens)
@@ -292,8 +286,8 @@ class Ledger:
                 if found is None:
                     skip(self._rules, self._state, slot, end, CACHED)
                 else:
-                    shares, finite = self._shares(found[0], ran=True)
-                    tokens = Tokens(np.arange(first, end), shares, found[1], finite)
+                    read = self.watchlist.read(found[0])
+                    tokens = Tokens(np.arange(first, end), read.shares, found[1], *read[1:])
                     hits += self._advance([request_id], np.array([slot]), tokens.take(None))
                 first = end
         skip(self._rules, self._state, slot, position, CACHED if enters else UNTRACKED)

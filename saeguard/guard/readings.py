@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.evaluate import ERROR, EVALUATED, SPECIAL, Tokens
+from saeguard.guard.evaluate import ERROR, EVALUATED, MASSIVE, SPECIAL, Tokens
 
 CELLS = 2**26
 """Most values of texts that are read or wait to be judged at a time: 256 MiB."""
@@ -24,7 +24,7 @@ class Reading(NamedTuple):
     values: np.ndarray
     """[tokens, features] float32; NaN at tokens that could not be read."""
     state: np.ndarray
-    """[tokens] uint8: `EVALUATED`, `SPECIAL` or `ERROR` of `saeguard.guard.evaluate`."""
+    """[tokens] uint8: `EVALUATED`, `SPECIAL`, `MASSIVE` or `ERROR` of `saeguard.guard.evaluate`."""
 
     @property
     def evaluable(self) -> np.ndarray:
@@ -32,16 +32,29 @@ class Reading(NamedTuple):
         wanted: np.ndarray = self.state != SPECIAL
         return wanted
 
+    @property
+    def massive(self) -> np.ndarray:
+        """Return [tokens] bool: true for attention sinks."""
+        found: np.ndarray = self.state == MASSIVE
+        return found
 
-def reading_of(values: np.ndarray, eligible: np.ndarray, finite: np.ndarray) -> Reading:
+
+def reading_of(
+    values: np.ndarray,
+    eligible: np.ndarray,
+    finite: np.ndarray,
+    massive: np.ndarray,
+) -> Reading:
     """Return the reading of consecutive tokens.
 
     Args:
         values: [tokens, features] float32.
         eligible: [tokens] bool, False for tokens that are excluded by id.
         finite: [tokens] bool, False if the token's activations could not be read.
+        massive: [tokens] bool, True for attention sinks.
     """
-    state = np.where(eligible, np.where(finite, EVALUATED, ERROR), SPECIAL).astype(np.uint8)
+    read = np.where(finite, np.where(massive, MASSIVE, EVALUATED), ERROR)
+    state = np.where(eligible, read, SPECIAL).astype(np.uint8)
     kept = np.where(finite[:, None], values, np.float32(np.nan)).astype(np.float32, copy=False)
     return Reading(kept, state)
 
@@ -62,7 +75,7 @@ class Readings:
         for i, request_id in enumerate(request_ids):
             parts = self._parts.get(request_id)
             if parts is not None:
-                read = reading_of(tokens.shares[i], tokens.eligible[i], tokens.finite[i])
+                read = reading_of(*(part[i] for part in tokens[1:]))
                 parts.append((int(tokens.position[i, 0]), read))
 
     def pop(self, request_id: str, tokens: int) -> Reading | None:

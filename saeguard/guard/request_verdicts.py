@@ -10,7 +10,15 @@ from typing import get_args, overload
 import numpy as np
 
 from saeguard.guard.compiled_rules import Rules
-from saeguard.guard.evaluate import CACHED, ERROR, EVALUATED, SPECIAL, UNTRACKED, roles_at
+from saeguard.guard.evaluate import (
+    CACHED,
+    ERROR,
+    EVALUATED,
+    MASSIVE,
+    SPECIAL,
+    UNTRACKED,
+    roles_at,
+)
 from saeguard.guard.scopes import MEMBERS, ROLES
 from saeguard.guard.state import State
 from saeguard.guard.verdict import THRESHOLD, Coverage, Fired, Outcome, Reason, Verdict, balanced
@@ -18,6 +26,7 @@ from saeguard.guard.verdict import THRESHOLD, Coverage, Fired, Outcome, Reason, 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _REASONS: dict[int, Reason] = {
     SPECIAL: "special_token",
+    MASSIVE: "massive_norm",
     CACHED: "prefix_cached",
     ERROR: "error",
     UNTRACKED: "untracked",

@@ -10,6 +10,9 @@ import numpy as np
 from saeguard.guard.compiled_rules import Rules
 from saeguard.guard.scopes import ROLES
 
+FATES = 6
+"""Number of things that can become of a token; see `evaluate.EVALUATED`."""
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -22,7 +25,7 @@ class State:
     roles: np.ndarray
     """[slots] arrays [prompt tokens] of indices into `ROLES`; None if no policy needs them."""
     counts: np.ndarray
-    """[slots, roles, 5] tokens evaluated, then skipped by reason; see `evaluate.EVALUATED`."""
+    """[slots, roles, FATES] tokens evaluated, then skipped by reason; see `evaluate.EVALUATED`."""
     score: np.ndarray
     """[slots, P] highest score so far."""
     first: np.ndarray
@@ -85,7 +88,7 @@ def make_state(rules: Rules, slots: int, *, block: int = 0, columns: int = 0) ->
         next=full(0),
         prompt=full(0),
         roles=full(None, dtype=object),
-        counts=full(0, len(ROLES), 5),
+        counts=full(0, len(ROLES), FATES),
         score=full(-np.inf, policies, dtype=np.float64),
         first=full(-1, policies),
         matched=full(0, policies),

@@ -45,7 +45,8 @@ class Tap:
     """[watched] float32: the activation from which the tap reports a latent. It equals `theta`,
     except for latents that fire by rank: see `topk.set_floor`."""
     f: torch.Tensor
-    """[max_tokens, watched] float32: activations of the last forward pass."""
+    """[max_tokens, watched + 1] float32: activations of the last forward pass, and in the last
+    column the norm of the residual, by which the rules leave out attention sinks."""
     halves: torch.Tensor
     """[] float32: 1 if the two values that a decoder layer returns add up to the residual stream,
     0 if the next layer ignores the second. The start-up self-test measures which."""
@@ -62,7 +63,8 @@ class Tap:
     kernels: Kernels | None = None
     """The launches on a GPU; None elsewhere."""
     scale: torch.Tensor | None = None
-    """[max_tokens, watched] float32, the buffer of `column_scales` if it is needed on a GPU."""
+    """[max_tokens, watched + 1] float32, the buffer of `column_scales` if it is needed on a GPU;
+    its rows lie as far apart as those of `f`, and its last column is not used."""
 
 
 TAPS: dict[int, Tap] = {}
@@ -167,13 +169,13 @@ def _log_failure(tap: Tap, error: RuntimeError) -> None:
 def read(
     tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None, f: torch.Tensor
 ) -> torch.Tensor | None:
-    """Write the activations of a forward pass to `f`; return `column_scales`.
+    """Write the activations and norms of a forward pass to `f`; return `column_scales`.
 
     Args:
         tap: the layer's tap.
         hidden: [rows, d_in], any floating dtype.
         residual: the second value of the decoder layer, of the same shape; None without one.
-        f: [rows, watched] float32.
+        f: [rows, watched + 1] float32.
     """
     if tap.kernels is not None:
         return _read_by_kernels(tap, tap.kernels, hidden, residual, f)
@@ -181,11 +183,12 @@ def read(
     if residual is not None:
         x = torch.addcmul(x, residual.float(), tap.halves)
     scale = column_scales(tap.norm, x)
-    pre_activations(tap, x, scale, out=f)
+    fired = pre_activations(tap, x, scale, out=f[:, :-1])
+    torch.linalg.vector_norm(x, dim=1, out=f[:, -1])
     # A product rather than a choice, so that NaN stays NaN and counts as an error.
-    f.mul_(f > tap.floor)
+    fired.mul_(fired > tap.floor)
     for ranked in tap.ranked:
-        apply_topk(ranked, x, f)
+        apply_topk(ranked, x, fired)
     return scale
 
 

@@ -15,6 +15,7 @@ Reason: TypeAlias = Literal[
     "not_forwarded",
     "prefix_cached",
     "special_token",
+    "massive_norm",
     "not_sampled",
     "aborted",
     "error",

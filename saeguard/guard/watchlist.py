@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +43,13 @@ class Hook:
     does."""
     ranked: tuple[RankedRows, ...] = ()
     """The encoder rows of TopK and groupmax SAEs, whose latents fire by rank."""
+    max_norm: float = math.inf
+    """Tokens whose residual has a larger norm are left out: see `saeguard.features.massive`."""
+
+    @property
+    def norm_column(self) -> int:
+        """Return the column of the residual's norm, which follows those of the encoder rows."""
+        return self.first_column + self.W.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,17 @@ class ClampRows:
         return out if self.cap is None else torch.minimum(out, self.cap)
 
 
+class ReadRows(NamedTuple):
+    """What the rules need of the rows of a forward pass."""
+
+    shares: np.ndarray
+    """[rows, features] float32."""
+    finite: np.ndarray
+    """[rows] bool: the row could be read."""
+    massive: np.ndarray
+    """[rows] bool: the row is an attention sink."""
+
+
 @dataclass(frozen=True, slots=True)
 class WatchList:
     """Everything that the guard needs at run time, compiled once from policies and feature sets."""
@@ -105,11 +125,41 @@ class WatchList:
     """sha256 of policies, feature sets and checkpoints: of everything that verdicts depend on."""
     approximations: Mapping[str, Approximation] = field(default_factory=dict)
     """By feature set: the fixed thresholds that replace ranks."""
+    sinks: Mapping[str, str] = field(default_factory=dict)
+    """By `feature_set, layer N`: which tokens its bound on the norm leaves out, in words."""
 
     @property
     def columns(self) -> int:
+        """Return the columns of a forward pass: of each hook its encoder rows, then the norm."""
+        return sum(hook.W.shape[0] + 1 for hook in self.hooks)
+
+    @property
+    def encoder_rows(self) -> int:
         """Return the number of encoder rows of all hooks."""
         return sum(hook.W.shape[0] for hook in self.hooks)
+
+    def massive(self, activations: np.ndarray) -> np.ndarray:
+        """Return [tokens] bool: the residual's norm at some layer lies above its bound.
+
+        Where a norm is not finite, no activation is, and the token is an error instead.
+        """
+        out = np.zeros(len(activations), bool)
+        for hook in self.hooks:
+            if hook.max_norm < math.inf:
+                out |= activations[:, hook.norm_column] > hook.max_norm
+        return out
+
+    def read(self, activations: np.ndarray, *, ran: bool = True) -> ReadRows:
+        """Return what the rules need of the rows of a forward pass.
+
+        Args:
+            activations: [rows, columns].
+            ran: whether the taps ran; if not, no row could be read.
+        """
+        with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite are marked
+            shares, massive = self.shares(activations), self.massive(activations)
+        finite = np.isfinite(activations).all(axis=1) if ran else np.zeros(len(shares), bool)
+        return ReadRows(shares, finite, massive)
 
     def shares(self, activations: np.ndarray) -> np.ndarray:
         """Return feature shares [tokens, features] for activations [tokens, columns]."""
@@ -137,8 +187,10 @@ def clamps_digest(watchlist: WatchList) -> str:
     if not watchlist.clamps:
         return ""
     digest = hashlib.sha256()
+    max_norm = {hook.layer: hook.max_norm for hook in watchlist.hooks}
     for clamp in watchlist.clamps:
         digest.update(repr((clamp.layer, clamp.columns, clamp.owner)).encode())
+        digest.update(repr(max_norm[clamp.layer]).encode())
         for tensor in (clamp.target, clamp.W_dec, clamp.scale, clamp.cap):
             digest.update(b"-" if tensor is None else tensor.numpy().tobytes())
         for i in clamp.policies:

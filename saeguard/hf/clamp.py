@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
+from saeguard.features.massive import is_massive
 from saeguard.guard.judge import clamped_tokens
 from saeguard.guard.roles.assign import roles_of
 from saeguard.guard.watchlist import ClampRows, WatchList
@@ -70,11 +71,12 @@ def _change(
         watched = np.zeros((len(tokens), watchlist.columns), np.float32)
         watched[:, columns] = f.numpy()
         shares = watchlist.shares(watched)
+        massive = is_massive(x[0].float().norm(dim=1).numpy(), hook.max_norm)
         acted = np.zeros((len(tokens), len(rows.policies)), bool)
         for local, i in enumerate(rows.policies):
             if watchlist.policies[i].mode == "enforce":
                 acted[:, local] = clamped_tokens(
-                    watchlist.rules, i, shares, evaluable, prompt_tokens, roles
+                    watchlist.rules, i, shares, evaluable, prompt_tokens, roles, massive
                 )
         on = torch.from_numpy(acted)[:, list(rows.owner)]
         mine = f[:, list(rows.columns)]

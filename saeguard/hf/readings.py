@@ -8,7 +8,6 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from saeguard.features.model_fit import ModelShape, check_fit
-from saeguard.features.value import values_of
 from saeguard.guard.readings import Reading, most_tokens, reading_of
 from saeguard.guard.roles.assign import roles_of
 from saeguard.guard.watchlist import WatchList
@@ -69,10 +68,9 @@ class TransformersEngine:
             found: dict[int, Reading] = {}
             for i, residuals in record(self.lm, [text.tokens for text in some], layers):
                 f = activations(self.readings, residuals)
-                with np.errstate(invalid="ignore", over="ignore"):  # such tokens are marked
-                    values = values_of(self.readings.mix, f)
                 eligible = ~np.isin(np.array(some[i].tokens), excluded)
-                found[i] = reading_of(values, eligible, np.isfinite(f).all(axis=1))
+                read = self.readings.read(f)  # whose shares are the features' values
+                found[i] = reading_of(read.shares, eligible, read.finite, read.massive)
             yield from ((text, found[i]) for i, text in enumerate(some))
 
     def close(self) -> None:
@@ -115,4 +113,4 @@ def see_texts(
         prompt, roles = text.prompt_tokens, None
         if marks is not None:
             roles = roles_of(marks, np.array(text.tokens[:prompt], np.int64))
-        yield text, Seen(i, shares, reading.evaluable, prompt, roles, {})
+        yield text, Seen(i, shares, reading.evaluable, reading.massive, prompt, roles, {})

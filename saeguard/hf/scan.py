@@ -32,7 +32,9 @@ class Seen(NamedTuple):
     shares: np.ndarray
     """[tokens, features] float32."""
     evaluable: np.ndarray
-    """[tokens] bool."""
+    """[tokens] bool: false for tokens that are excluded by id."""
+    massive: np.ndarray
+    """[tokens] bool: true for attention sinks."""
     prompt_tokens: int
     roles: np.ndarray | None
     """[prompt tokens] role of each; None if no policy needs them."""
@@ -41,11 +43,15 @@ class Seen(NamedTuple):
 
     def judge(self, rules: Rules) -> Verdicts:
         """Return one verdict per policy."""
-        return judge_text(rules, self.shares, self.evaluable, self.prompt_tokens, self.roles)
+        return judge_text(rules, *self._judged)
 
     def score(self, rules: Rules) -> Scored:
         """Return evidence and score of each token."""
-        return score_text(rules, self.shares, self.evaluable, self.prompt_tokens, self.roles)
+        return score_text(rules, *self._judged)
+
+    @property
+    def _judged(self) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None, np.ndarray]:
+        return self.shares, self.evaluable, self.prompt_tokens, self.roles, self.massive
 
 
 def see(lm: LanguageModel, watchlist: WatchList, texts: Sequence[Text]) -> Iterator[Seen]:
@@ -58,11 +64,11 @@ def see(lm: LanguageModel, watchlist: WatchList, texts: Sequence[Text]) -> Itera
     excluded = np.array(watchlist.exclude_tokens, np.int64)
     layers = [hook.layer for hook in watchlist.hooks]
     for i, residuals in record(lm, [t.tokens for t in texts], layers):
-        shares = watchlist.shares(activations(watchlist, residuals))
+        read = watchlist.read(activations(watchlist, residuals))
         evaluable = ~np.isin(np.array(texts[i].tokens), excluded)
         prompt = texts[i].prompt_tokens
         roles = None if marks is None else roles_of(marks, np.array(texts[i].tokens[:prompt]))
-        yield Seen(i, shares, evaluable, prompt, roles, residuals)
+        yield Seen(i, read.shares, evaluable, read.massive, prompt, roles, residuals)
 
 
 def scan(
@@ -92,8 +98,11 @@ def role_marks_for(tokenizer: Any, watchlist: WatchList) -> RoleMarks | None:
 
 
 def activations(watchlist: WatchList, residuals: Mapping[int, torch.Tensor]) -> np.ndarray:
-    """Return activations [tokens, columns] for one text's residuals by layer."""
-    columns = [hook_activations(hook, residuals[hook.layer]) for hook in watchlist.hooks]
+    """Return activations [tokens, columns] for one text's residuals by layer, as the taps do."""
+    columns = []
+    for hook in watchlist.hooks:
+        x = residuals[hook.layer].float()
+        columns += [hook_activations(hook, x), torch.linalg.vector_norm(x, dim=1, keepdim=True)]
     return torch.cat(columns, 1).numpy()
 
 

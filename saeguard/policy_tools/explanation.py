@@ -60,7 +60,9 @@ def judge_recorded(
     for text in texts:
         here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
         roles = _roles(rules, recording, text)
-        yield judge_text(rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
+        evaluable = recording.evaluable[here]
+        massive = None if recording.massive is None else recording.massive[here]
+        yield judge_text(rules, shares[here], evaluable, prompt_tokens, roles, massive)
 
 
 def explain(
@@ -76,7 +78,8 @@ def explain(
     rules = compile_rules([policy], column)
     here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
     roles = _roles(rules, recording, text)
-    given = (rules, shares[here], recording.evaluable[here], prompt_tokens, roles)
+    massive = None if recording.massive is None else recording.massive[here]
+    given = (rules, shares[here], recording.evaluable[here], prompt_tokens, roles, massive)
     scored = score_text(*given)
     terms = dict(zip(policy.detect, rules.terms.of_policy(0), strict=True))
     score = scored.score[0, :, 0]

@@ -125,13 +125,16 @@ def _record(
 ) -> None:
     spans = [slice(int(corpus.starts[i]), int(corpus.starts[i] + corpus.lengths[i])) for i in texts]
     document = read_feature_set_file(features.path)
+    tokens = np.concatenate([corpus.tokens[span] for span in spans])
+    excluded = np.isin(tokens, features.exclude_tokens)
     recording = Recording(
         path=at.recording,
         model=model,
         ids=tuple(str(ids[i]) for i in texts),
         lengths=corpus.lengths[texts],
         prompt_tokens=np.array([int((~corpus.output[span]).sum()) for span in spans], np.int64),
-        evaluable=np.concatenate([~corpus.special[span] for span in spans]),
+        evaluable=~excluded,
+        massive=np.concatenate([corpus.special[span] for span in spans]) & ~excluded,
         definitions={f"{features.id}/{feature.id}": definition(document, feature.id)},
         values=np.concatenate([value[span] for span in spans])[:, None].astype(np.float32),
         no_roles="a learnt policy's recording holds none",

@@ -28,6 +28,8 @@ class Recorded(NamedTuple):
     """[tokens, features] float32."""
     evaluable: np.ndarray
     """[tokens] bool."""
+    massive: np.ndarray
+    """[tokens] bool: attention sinks."""
     roles: np.ndarray | None
     """[tokens] uint8, None if the chat template does not delimit roles."""
     pieces: tuple[str, ...] | None
@@ -78,7 +80,7 @@ def recorded(
             roles[: len(prompt)] = roles_of(marks, prompt)
         pieces = tuple(tokenizer.decode([t]) for t in text.tokens) if with_text else None
         values = np.ascontiguousarray(reading.values[:, columns])
-        yield Recorded(text, values, reading.evaluable, roles, pieces)
+        yield Recorded(text, values, reading.evaluable, reading.massive, roles, pieces)
 
 
 def record_features(
@@ -115,6 +117,7 @@ def record_features(
         lengths=np.array([len(part.values) for part in parts], np.int64),
         prompt_tokens=np.array([part.text.prompt_tokens for part in parts], np.int64),
         evaluable=np.concatenate([part.evaluable for part in parts]),
+        massive=np.concatenate([part.massive for part in parts]),
         definitions=columns,
         values=np.concatenate([part.values for part in parts]),
         roles=np.concatenate(roles) if roles else None,

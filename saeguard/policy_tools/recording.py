@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from saeguard.atomic_files import write_atomically
 from saeguard.errors import InputError
-from saeguard.features.schema import FeatureSetFile, layers_read
+from saeguard.features.schema import FeatureSetFile, layers_of, layers_read
 from saeguard.features.value import share
 from saeguard.guard.scopes import BY_ROLE, ROLES, SCOPES
 from saeguard.policy.types import Policy
@@ -61,6 +61,8 @@ class Recording:
     """Why there are none."""
     pieces: tuple[str, ...] | None = None
     """[T] the text of each token, None if the recording was made without text."""
+    massive: np.ndarray | None = None
+    """[T] bool: attention sinks by the bounds of the feature sets; None in older recordings."""
 
     def span(self, text: int) -> slice:
         """Return the slice of a text's tokens among all tokens."""
@@ -146,6 +148,11 @@ def definition(document: FeatureSetFile, feature: str) -> str:
             made_of["topk"] = [
                 [n, measured.latents[n].threshold] for n in sorted(part.detect or {})
             ]
+    bounds = {
+        n: x for n, x in (document.max_norm or {}).items() if n in layers_of(document, feature)
+    }
+    if bounds:
+        made_of["max_norm"] = sorted(bounds.items())
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -168,6 +175,7 @@ def write_recording(recording: Recording, path: Path) -> None:
         "prompt_tokens": recording.prompt_tokens.astype(np.int64),
         "evaluable": recording.evaluable.astype(bool),
         "values": np.ascontiguousarray(recording.values, np.float32),
+        **({} if recording.massive is None else {"massive": recording.massive.astype(bool)}),
     }
     write_atomically(path, save(tensors, metadata=kept))
 
@@ -202,6 +210,7 @@ def _read(path: Path, kept: Mapping[str, str], tensors: Mapping[str, np.ndarray]
         evaluable=tensors["evaluable"],
         definitions=json.loads(kept["definitions"]),
         values=tensors["values"],
+        massive=tensors.get("massive"),
         roles=tensors.get("roles"),
         no_roles=kept.get("no_roles", UNTOLD),
         pieces=tuple(json.loads(kept["pieces"])) if "pieces" in kept else None,
@@ -222,6 +231,11 @@ def _fits(recording: Recording) -> None:
             () if recording.roles is None else (tokens,),
         ),
         ("values", recording.values.shape, (tokens, len(recording.definitions))),
+        (
+            "massive",
+            () if recording.massive is None else recording.massive.shape,
+            () if recording.massive is None else (tokens,),
+        ),
         ("pieces", (len(recording.pieces or ()),), (tokens if recording.pieces else 0,)),
     )
     for name, found, expected in wanted:

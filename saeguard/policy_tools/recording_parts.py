@@ -19,7 +19,7 @@ from saeguard.policy_tools.record_features import Recorded
 from saeguard.policy_tools.recording import SCHEMA
 
 TEXTS = "texts.jsonl"
-SECTIONS = ("values", "evaluable", "roles", TEXTS)
+SECTIONS = ("values", "evaluable", "massive", "roles", TEXTS)
 LARGEST_HEADER = 100_000_000
 """Bytes; readers of safetensors refuse a longer header, which holds the ids and the texts."""
 
@@ -35,6 +35,7 @@ def add(parts: PartFiles, text: Recorded) -> None:
     parts.add(
         text.values.astype("<f4").tobytes(),
         text.evaluable.astype(bool).tobytes(),
+        text.massive.astype(bool).tobytes(),
         b"" if text.roles is None else text.roles.tobytes(),
         json.dumps(about).encode() + b"\n",
     )
@@ -84,6 +85,7 @@ def write(
         "prompt_tokens": ("I64", [len(ids)]),
         "values": ("F32", [tokens, len(definitions)]),
         "evaluable": ("BOOL", [tokens]),
+        "massive": ("BOOL", [tokens]),
         **({} if no_roles else {"roles": ("U8", [tokens])}),
     }
     header = _header(kept, shapes)

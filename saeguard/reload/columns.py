@@ -11,6 +11,7 @@ moved, nothing needs to be written.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -102,7 +103,7 @@ def allocate(watchlist: WatchList, capacity: int | None) -> tuple[Columns, ...]:
         ranked = frozenset(i for part in hook.ranked for i in at_rows(part.columns))
         normed = hook.norm is not None
         columns.append(Columns(hook.layer, hook.d_in, first, held, (0,) * size, normed, ranked))
-        first += size
+        first += size + 1  # the norm follows
     return tuple(columns)
 
 
@@ -242,7 +243,8 @@ def over_tap_columns(
         watchlist: as compiled.
         columns: of the taps.
         at: by hook, the column of each encoder row.
-        blank: hooks of an earlier version, used for layers that the watch list does not read.
+        blank: hooks of an earlier version, used for layers that the watch list does not read. Their
+            bounds on the norm are not.
     """
     moved = np.zeros(max(watchlist.columns, 1), np.intp)
     by_layer = {hook.layer: (hook, where) for hook, where in zip(watchlist.hooks, at, strict=True)}
@@ -250,7 +252,7 @@ def over_tap_columns(
     hooks = []
     for here in columns:
         if here.layer not in by_layer:
-            hooks.append(unread[here.layer])
+            hooks.append(replace(unread[here.layer], max_norm=math.inf))
             continue
         hook, where = by_layer[here.layer]
         rows = slice(hook.first_column, hook.first_column + hook.W.shape[0])

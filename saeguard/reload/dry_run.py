@@ -42,6 +42,7 @@ def rehearse(watchlist: WatchList) -> None:
     for first, end in ((0, TOKENS - 1), (TOKENS - 1, TOKENS)):  # a prompt, then one token
         f = np.zeros((end - first, watchlist.columns), np.float32)
         f[1::2] = 1000.0
+        f[:, [hook.norm_column for hook in watchlist.hooks]] = 0.0  # no attention sink
         forward_pass = ForwardPass(
             request_ids=["rehearsal"],
             query_start=np.array([0, len(f)]),

@@ -2,9 +2,8 @@
 
 A block holds the residuals of the next texts of an endless shuffled order. So a run saves only two
 numbers about its data, and a run that was cut off computes its block again. Special tokens, which
-serving never evaluates, are left out and counted. So are tokens of massive norm: the first of a
-text, and others that the model uses as attention sinks. Their norm is a hundred times that of other
-tokens, so a handful of them would decide what an SAE learns.
+serving never evaluates, are left out and counted. So are tokens of massive norm, attention sinks
+(`saeguard.features.massive`): a handful of them would decide what an SAE learns.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ import numpy as np
 import torch
 
 from saeguard.errors import SaeguardError
+from saeguard.features.massive import MASSIVE
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.residuals import batches, on_output, padded
 from saeguard.training.texts import Chunks
 
-MASSIVE = 10.0
-"""Norm, in medians, above which a token is left out."""
 SAMPLE_TOKENS = 8192
 """Tokens that the median is taken over."""
 BATCH_TOKENS = 2048

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from saeguard.features.massive import MASSIVE
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.residuals import batches, on_output, padded
 from saeguard.sae import (
@@ -27,7 +28,7 @@ from saeguard.sae import (
     read_decoder_bias,
     read_decoder_rows,
 )
-from saeguard.training.activations import MASSIVE, read_residuals
+from saeguard.training.activations import read_residuals
 
 BATCH_TOKENS = 4096
 """Tokens of one forward pass, padding included."""

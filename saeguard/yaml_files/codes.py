@@ -83,6 +83,7 @@ Code: TypeAlias = Literal[
     "detect-or-probe",
     "no-sae",
     "probe-layers",
+    "max-norm",
     "empty-range",
     "unknown-latent",
     "topk-measured",

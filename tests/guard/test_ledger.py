@@ -27,13 +27,16 @@ from saeguard.policy.types import Clamp, Name, Policy, Selection, Window
 from tests.guard import plain
 from tests.guard.test_judge import assert_same, columns, said
 from tests.guard.watchlists import (
+    BOUND,
     FEATURES,
     coded,
+    make_hook,
     make_policy,
     make_watchlist,
     random_activations,
     random_policy,
     random_roles,
+    random_rows,
     seeded,
 )
 
@@ -69,9 +72,8 @@ class Text:
             self.next = start
         for t in range(self.next, start + rows):
             seen = ran and bool(np.isfinite(self.f[t]).all())
-            self.status.append(
-                "special_token" if self.excluded[t] else "evaluated" if seen else "error"
-            )
+            fate = "massive_norm" if self.f[t, FEATURES] > BOUND else "evaluated"
+            self.status.append("special_token" if self.excluded[t] else fate if seen else "error")
         self.next = max(self.next, start + rows)
 
     def ended(self) -> list[str]:
@@ -86,7 +88,7 @@ def random_text(rng: random.Random, name: str, *, faults: bool) -> Text:
     prompt = rng.randint(1, tokens - 1)
     text = Text(
         name,
-        random_activations(rng, tokens),
+        random_rows(rng, tokens),
         np.array([rng.random() < 0.08 for _ in range(tokens)]),
         prompt,
         random_roles(rng, prompt),
@@ -95,7 +97,7 @@ def random_text(rng: random.Random, name: str, *, faults: bool) -> Text:
     if faults:
         for t in range(tokens):
             if rng.random() < 0.05:
-                text.f[t, rng.randrange(FEATURES)] = rng.choice([np.nan, np.inf, -np.inf])
+                text.f[t, rng.randrange(FEATURES + 1)] = rng.choice([np.nan, np.inf, -np.inf])
         if rng.random() < 0.4:
             text.computed = rng.randrange(prompt)
     return text
@@ -134,7 +136,7 @@ def schedule(
     if rows == left:  # a token is sampled, and with drafts, more
         drafts = rng.choice([0, 0, 0, 0 if steady else rng.randint(1, 4)])
         accepted = rng.randint(0, min(drafts, len(text.f) - 1 - text.known))
-        rejected = random_activations(rng, drafts - accepted) + 4
+        rejected = random_rows(rng, drafts - accepted) + 4
         f = np.concatenate([text.f[start : start + rows + accepted], rejected])
         counted += accepted
         text.known += accepted + 1
@@ -181,7 +183,7 @@ def check_whole(seed: int) -> None:
     """Compare with the judge of whole texts, where every token was evaluated or excluded."""
     rng = seeded(seed)
     policies = [random_policy(rng, f"p{i}") for i in range(4)]
-    watchlist = make_watchlist(policies)
+    watchlist = make_watchlist(policies, [make_hook(max_norm=BOUND)])
     for text, ledger in run(rng, watchlist, faults=False):
         seen = len(text.f) - 1
         whole = judge_text(
@@ -190,10 +192,11 @@ def check_whole(seed: int) -> None:
             ~text.excluded[:seen],
             text.prompt,
             coded(text.roles),
+            massive := text.f[:seen, FEATURES] > BOUND,
         )
         own = ledger.coverage(text.name, len(text.f))
         assert balanced(own)
-        assert own.evaluated == int((~text.excluded[:seen]).sum())
+        assert own.evaluated == int((~text.excluded[:seen] & ~massive).sum())
         for i, (expected, found) in enumerate(
             zip(whole, ledger.finish(text.name, len(text.f)), strict=True)
         ):
@@ -209,7 +212,7 @@ def check_faults(seed: int) -> None:
     """Compare with the plain reading, where tokens were cached, lost, broken or cut off."""
     rng = seeded(seed)
     policies = [random_policy(rng, f"p{i}") for i in range(4)]
-    watchlist = make_watchlist(policies)
+    watchlist = make_watchlist(policies, [make_hook(max_norm=BOUND)])
     for text, ledger in run(rng, watchlist, faults=True):
         status = text.ended()
         with np.errstate(invalid="ignore"):

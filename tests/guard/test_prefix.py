@@ -18,12 +18,14 @@ from saeguard.guard.verdict import balanced
 from tests.guard.test_judge import assert_same, said
 from tests.guard.test_ledger import Text, forward_pass
 from tests.guard.watchlists import (
+    BOUND,
     FEATURES,
     coded,
+    make_hook,
     make_watchlist,
-    random_activations,
     random_policy,
     random_roles,
+    random_rows,
     seeded,
 )
 
@@ -32,13 +34,14 @@ BLOCK = 4
 
 def prefix_store(**more: int) -> PrefixStore:
     """Return a memory with room for everything, unless told otherwise."""
-    return PrefixStore(BLOCK, FEATURES, **{"blocks": 1000, "limit_bytes": 2**30, **more})
+    return PrefixStore(BLOCK, FEATURES + 1, **{"blocks": 1000, "limit_bytes": 2**30, **more})
 
 
 def block(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return one block of activations, most of them zero, and which of its tokens are watched."""
     rng = np.random.default_rng(seed)
-    f = rng.normal(size=(1, BLOCK, FEATURES)) * (rng.random((1, BLOCK, FEATURES)) < 0.3)
+    shape = (1, BLOCK, FEATURES + 1)
+    f = rng.normal(size=shape) * (rng.random(shape) < 0.3)
     return f.astype(np.float32), rng.random((1, BLOCK)) < 0.8
 
 
@@ -60,7 +63,9 @@ def test_a_block_comes_back_exactly() -> None:
 def test_what_left_the_cache_makes_room() -> None:
     """Twice as many entries as the cache has blocks, at most, and none that it still has goes."""
     cached = {bytes([i]) for i in range(0, 200, 20)}
-    kept = PrefixStore(BLOCK, FEATURES, blocks=10, limit_bytes=2**30, in_cache=cached.__contains__)
+    kept = PrefixStore(
+        BLOCK, FEATURES + 1, blocks=10, limit_bytes=2**30, in_cache=cached.__contains__
+    )
     for i in range(200):
         kept.put([bytes([i])], *block(i))
 
@@ -90,18 +95,18 @@ class Engine:
         """Make policies and texts that share prefixes."""
         self.rng = seeded(seed)
         self.policies = [random_policy(self.rng, f"p{i}") for i in range(4)]
-        self.watchlist = make_watchlist(self.policies)
+        self.watchlist = make_watchlist(self.policies, [make_hook(max_norm=BOUND)])
         self.ledger = Ledger(self.watchlist, slots=2, prefix_store=prefix_store())
         self.cached: set[bytes] = set()
         self.hits = 0
-        stems = [random_activations(self.rng, 24) for _ in range(2)]
+        stems = [random_rows(self.rng, 24) for _ in range(2)]
         special = [np.array([self.rng.random() < 0.1 for _ in range(24)]) for _ in stems]
         self.texts = [self._text(i, stems, special) for i in range(8)]
 
     def _text(self, i: int, stems: list[np.ndarray], special: list[np.ndarray]) -> Text:
         which = self.rng.randrange(len(stems))
         shared, own = self.rng.randint(0, 24), self.rng.randint(2, 12)
-        f = np.concatenate([stems[which][:shared], random_activations(self.rng, own)])
+        f = np.concatenate([stems[which][:shared], random_rows(self.rng, own)])
         excluded = np.concatenate([special[which][:shared], np.zeros(own, bool)])
         prompt = self.rng.randint(1, len(f) - 1)
         return Text(f"r{i}", f, excluded, prompt, random_roles(self.rng, prompt), known=prompt)
@@ -171,11 +176,18 @@ def test_a_prefix_hit_does_not_show_in_any_verdict(seed: int) -> None:
         seen = len(text.f) - 1
         shares = engine.watchlist.shares(text.f[:seen])
         expected = judge_text(
-            engine.watchlist.rules, shares, ~text.excluded[:seen], text.prompt, coded(text.roles)
+            engine.watchlist.rules,
+            shares,
+            ~text.excluded[:seen],
+            text.prompt,
+            coded(text.roles),
+            massive := text.f[:seen, FEATURES] > BOUND,
         )
         own = engine.ledger.coverage(text.name, len(text.f))
         assert balanced(own)
         assert "prefix_cached" not in own.skipped
+        sinks = int((massive & ~text.excluded[:seen]).sum())
+        assert own.skipped.get("massive_norm", 0) == sinks
         found = engine.ledger.finish(text.name, len(text.f))
         for policy, one, other in zip(engine.watchlist.policies, expected, found, strict=True):
             assert_same(said(one, coverage=False), other, policy, coverage=False)
@@ -197,7 +209,7 @@ def test_what_is_not_remembered_is_counted(lost: bool) -> None:
     watchlist = make_watchlist([replace(random_policy(rng, "p"), scope="both")])
     kept = prefix_store()
     ledger = Ledger(watchlist, prefix_store=kept)
-    text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
+    text = Text("r", random_rows(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)
     ledger.ingest(forward_pass([(text, 0, text.f[:13])]), np.array([13]))
@@ -219,7 +231,7 @@ def test_a_pass_that_was_not_read_is_not_remembered() -> None:
     kept = prefix_store()
     policy = replace(random_policy(rng, "p"), scope="both")
     ledger = Ledger(make_watchlist([policy]), prefix_store=kept)
-    text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
+    text = Text("r", random_rows(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)
     ledger.ingest(forward_pass([(text, 0, text.f[:6])], ran=False), np.array([6]))
@@ -234,7 +246,7 @@ def test_what_is_computed_again_is_remembered_again() -> None:
     kept = prefix_store()
     policy = replace(random_policy(rng, "p"), scope="both")
     ledger = Ledger(make_watchlist([policy]), prefix_store=kept)
-    text = Text("r", random_activations(rng, 16), np.zeros(16, bool), 13, known=13)
+    text = Text("r", random_rows(rng, 16), np.zeros(16, bool), 13, known=13)
     keys = [bytes([i]) for i in range(3)]
     ledger.admit("r", 13, keys=keys)
     ledger.ingest(forward_pass([(text, 0, text.f[:10])]), np.array([10]))

@@ -16,6 +16,7 @@ def block(first: int, values: list[float], *, eligible: bool = True, finite: boo
         np.array(values, np.float32)[None, :, None],
         np.full((1, n), eligible),
         np.full((1, n), finite),
+        np.zeros((1, n), bool),
     )
 
 
@@ -66,4 +67,6 @@ def test_memory_bounds_the_texts_under_way() -> None:
 def test_special_tokens_are_special_whatever_their_values() -> None:
     """A token that is excluded does not become an error."""
     nothing = np.array([[np.nan]], np.float32)
-    assert reading_of(nothing, np.array([False]), np.array([False])).state.tolist() == [SPECIAL]
+    assert reading_of(nothing, *np.zeros((3, 1), bool)).state.tolist() == [SPECIAL]
+    every = np.ones((3, 1), bool)
+    assert reading_of(nothing, *every).massive.tolist() == [True]

@@ -44,6 +44,8 @@ SEEDS = st.integers(0, 2**32 - 1)
 CPU = torch.device("cpu")
 MAX_TOKENS = 256
 DRAFTS = 3
+SINK = 20.0
+"""Norm above which a row is an attention sink; no other row reaches it."""
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +79,7 @@ def edited(
         t
         for t in range(len(text))
         if eligible[t]
-        and all(np.isfinite(text[t]))
+        and np.linalg.norm(text[t]) <= SINK
         and reference.in_scope(policy, t, prompt, roles)
     ]
     return reference.edited(policy, shares, looked, len(text))
@@ -122,7 +124,7 @@ def clamping_watchlist(policies: list[Policy]) -> WatchList:
         scale=torch.tensor([[0.0, 0.5, 1.0, -2.0][i % 4] for i in range(len(owner))]),
         cap=torch.tensor([[torch.inf, 1.5, 0.25, 0.75][i % 4] for i in range(len(owner))]),
     )
-    return make_watchlist(policies, [make_hook()], [rows])
+    return make_watchlist(policies, [make_hook(max_norm=SINK)], [rows])
 
 
 def admit(tap: Tap, request: Request) -> None:
@@ -202,6 +204,8 @@ def check(seed: int) -> None:
             request.settled = start + 1
             n = rng.choice([1, 1, rng.randint(1, 20)])
             rows = random_activations(rng, n).astype(float).tolist()
+            if rng.random() < 0.2:
+                rows[rng.randrange(n)][rng.randrange(FEATURES)] = SINK + 1
             if rng.random() < 0.1:
                 rows[rng.randrange(n)][rng.randrange(FEATURES)] = rng.choice([np.nan, np.inf])
             flags = [rng.random() < 0.9 for _ in range(n)]
@@ -223,9 +227,11 @@ def compare(tap: Tap, watchlist: WatchList, batch: Any, x: torch.Tensor, y: torc
         ]
         for i in range(len(passed)):
             t = start + i
-            acts = [t in edits and bool(np.isfinite(text[t]).all()) for edits in where]
+            acts = [t in edits and bool(np.linalg.norm(text[t]) <= SINK) for edits in where]
             f = activations(text[t])
-            assert torch.equal(tap.f[at], torch.tensor(f)) or not np.isfinite(text[t]).all()
+            norm = np.linalg.norm(text[t])
+            assert float(tap.f[at, -1]) == pytest.approx(norm, rel=1e-6, nan_ok=True)
+            assert torch.equal(tap.f[at, :-1], torch.tensor(f)) or not np.isfinite(text[t]).all()
             assert acts == clamp_of(tap).acted[at].tolist(), (t, where)
             expected = x[at].clone()
             assert rows.scale is not None
@@ -452,7 +458,8 @@ def test_half_precision_is_added_in_float32() -> None:
     residual = torch.full((1, FEATURES), 0.5, dtype=torch.bfloat16)
     torch.ops.saeguard.tap(hidden, residual, 0)
 
-    assert tap.f[0].tolist() == [256.5] * FEATURES
+    assert tap.f[0, :-1].tolist() == [256.5] * FEATURES
+    assert float(tap.f[0, -1]) == pytest.approx(256.5 * FEATURES**0.5)
 
 
 def test_no_tap_no_effect() -> None:

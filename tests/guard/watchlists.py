@@ -7,6 +7,7 @@ done, and values meet thresholds exactly.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ from saeguard.policy.types import (
 
 NAMES = ("a", "b", "c", "d")
 FEATURES = 5
+BOUND = 10.0
+"""Norm above which a token of `random_rows` is an attention sink."""
 ABOVE = (0.25, 0.5, 0.6, 1.0)
 """Thresholds; 0.6 is no float32, and `float32(0.6)` exceeds it."""
 LOW = np.array([0, 0, 0.25, 0, -0.5], np.float32)
@@ -185,11 +188,12 @@ def make_watchlist(
     )
 
 
-def make_hook(layer: int = 0) -> Hook:
+def make_hook(layer: int = 0, max_norm: float = math.inf) -> Hook:
     """Return a hook whose latent `j` reads residual entry `j`; every other has a threshold."""
     theta = torch.full((FEATURES,), -torch.inf)
     theta[1::2] = 0.5
-    return Hook(layer, FEATURES, torch.eye(FEATURES), torch.zeros(FEATURES), theta, 0)
+    W, b = torch.eye(FEATURES), torch.zeros(FEATURES)
+    return Hook(layer, FEATURES, W, b, theta, 0, max_norm=max_norm)
 
 
 def random_activations(rng: random.Random, tokens: int) -> np.ndarray:
@@ -201,3 +205,9 @@ def random_activations(rng: random.Random, tokens: int) -> np.ndarray:
             nearly = rng.choice([np.float32(0.6), np.nextafter(np.float32(0.5), np.float32(1))])
             out[t, j] = nearly
     return out.reshape(tokens, FEATURES).astype(np.float32)
+
+
+def random_rows(rng: random.Random, tokens: int) -> np.ndarray:
+    """Return [tokens, FEATURES + 1] as a tap does: activations, and a norm that may be massive."""
+    norm = np.array([rng.choice([1.0] * 9 + [2 * BOUND]) for _ in range(tokens)], np.float32)
+    return np.concatenate([random_activations(rng, tokens), norm[:, None]], axis=1)

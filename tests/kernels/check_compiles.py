@@ -63,7 +63,7 @@ def guard(dtype: torch.dtype, rows: int, *, second: bool) -> None:
     residual = hidden if second else None
     W = torch.randn(latents, d_in).to(dtype if rows > 16 else torch.float32)
     mine = EncoderRows(W[:3].float(), torch.zeros(3), torch.zeros(3))
-    f, one, norm = torch.zeros(rows, 3), torch.ones(()), torch.zeros(3, dtype=torch.int64)
+    f, one, norm = torch.zeros(rows, 4), torch.ones(()), torch.zeros(3, dtype=torch.int64)
     for kind, scale in (("none", None), ("layer_norm", f)):
         normed = None if scale is None else norm
         tap.read(hidden, residual, one, mine.W, mine.b, mine.theta, f, normed, scale)

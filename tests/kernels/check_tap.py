@@ -37,23 +37,26 @@ def check_read() -> int:
         norm = torch.arange(columns) % len(NORMS) if normed else None
         if rows > 2:
             hidden[1, 3], hidden[2, 0] = torch.nan, torch.inf
-        f = torch.full((rows + 2, columns), 7.0)  # rows behind the pass stay as they are
+        f = torch.full((rows + 2, columns + 1), 7.0)  # rows behind the pass stay as they are
         scale = torch.zeros_like(f) if normed else None
         tap.read(
             hidden, residual, halves, W, b, theta, f[:rows], norm,
             None if scale is None else scale[:rows],
         )  # fmt: skip
         expected, scales = plain(hidden, residual, halves, W, b, theta, norm)
-        sure = ~((expected != f[:rows]) & ((expected == 0) | (f[:rows] == 0)))
+        got = f[:rows, :-1]
+        sure = ~((expected != got) & ((expected == 0) | (got == 0)))
         assert sure.float().mean() > 0.99  # within rounding of a threshold either is right
-        torch.testing.assert_close(
-            f[:rows][sure], expected[sure], rtol=2e-4, atol=2e-4, equal_nan=True
-        )
+        torch.testing.assert_close(got[sure], expected[sure], rtol=2e-4, atol=2e-4, equal_nan=True)
+        x = hidden.float() if residual is None else hidden.float() + half * residual.float()
+        torch.testing.assert_close(f[:rows, -1], x.norm(dim=1), equal_nan=True)
         if rows > 2:
             assert f[1].isnan().all(), "NaN is seen in every column"
         if scales is not None:
             assert scale is not None
-            torch.testing.assert_close(scale[:rows], scales, rtol=2e-4, atol=2e-4, equal_nan=True)
+            torch.testing.assert_close(
+                scale[:rows, :-1], scales, rtol=2e-4, atol=2e-4, equal_nan=True
+            )
         assert (f[rows:] == 7.0).all()
         checked += 1
     return checked

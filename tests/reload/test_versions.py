@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,14 @@ from saeguard.guard.watchlist import WatchList, clamps_digest
 from saeguard.policy.types import Name, Selection
 from saeguard.reload.versions import Version, Versions, make_version
 from tests.guard.watchlists import (
+    BOUND,
     FEATURES,
     coded,
+    make_hook,
     make_policy,
     make_watchlist,
-    random_activations,
     random_policy,
+    random_rows,
     seeded,
 )
 
@@ -32,7 +35,8 @@ READS = {0: frozenset(range(FEATURES))}
 def a_list(seed: int, number: int = 0, **more: Any) -> Version:
     """Return a list of random policies."""
     rng = seeded(seed)
-    watchlist = make_watchlist([random_policy(rng, f"p{seed}.{i}") for i in range(3)])
+    hook = make_hook(max_norm=rng.choice([math.inf, BOUND]))  # a reload may change it
+    watchlist = make_watchlist([random_policy(rng, f"p{seed}.{i}") for i in range(3)], [hook])
     return make_version(number, watchlist, READS, **more)
 
 
@@ -69,6 +73,7 @@ def plain(watchlist: WatchList, f: np.ndarray, prompt: int) -> list[Verdict]:
         np.ones(len(f), bool),
         prompt,
         coded(["user"] * prompt),
+        watchlist.massive(f),
     )
 
 
@@ -94,7 +99,7 @@ def test_each_request_keeps_its_list() -> None:
         if step % 23 == 5:
             lists.publish(a_list(step, number=step))
         if len(texts) < 6:
-            f = random_activations(rng, rng.randint(4, 40))
+            f = random_rows(rng, rng.randint(4, 40))
             prompt = rng.randint(1, len(f))
             texts[f"r{step}"] = (f, prompt, start(lists, f"r{step}", prompt))
             done[f"r{step}"] = 0
@@ -154,7 +159,7 @@ def test_taps_that_were_not_told_saw_nothing() -> None:
     start(lists, "old", 2)
     lists.publish(a_list(4, 7))
     start(lists, "new", 2)
-    f = random_activations(seeded(1), 2)
+    f = random_rows(seeded(1), 2)
     seen = forward_pass({"old": (0, f), "new": (0, f)}, swaps=6)
     lists.ingest(seen, np.array([2, 2]))
     assert all(
@@ -166,9 +171,9 @@ def test_taps_that_were_not_told_saw_nothing() -> None:
 
 def test_what_another_list_saw_of_a_cached_prefix() -> None:
     """Counts where it held the rows, and is unseen where it did not."""
-    prefix_store = PrefixStore(4, FEATURES, blocks=8, limit_bytes=10**6)
+    prefix_store = PrefixStore(4, FEATURES + 1, blocks=8, limit_bytes=10**6)
     lists = Versions(a_list(5, prefix_store=prefix_store))
-    f = random_activations(seeded(2), 8)
+    f = random_rows(seeded(2), 8)
     keys = (b"a", b"b")
     start(lists, "first", 8, keys)
     seen = forward_pass({"first": (0, f)})
@@ -180,13 +185,15 @@ def test_what_another_list_saw_of_a_cached_prefix() -> None:
         name = f"r{number}"
         start(lists, name, 9, keys)
         lists.ingest(forward_pass({name: (8, f[:1])}), np.array([1]))
-        assert lists[name].ledger.coverage(name, 9).evaluated == evaluated, number
+        covered = lists[name].ledger.coverage(name, 9)
+        sinks = covered.skipped.get("massive_norm", 0)
+        assert covered.evaluated + sinks == evaluated, number
         if evaluated == 9:
             whole = np.concatenate([f, f[:1]])
             expected = plain(lists.current.watchlist, whole, 9)
             assert same(lists[name].ledger.finish(name, 9), expected)
         else:
-            assert lists[name].ledger.coverage(name, 9).skipped == {"prefix_cached": 8}
+            assert covered.skipped["prefix_cached"] == 8
             lists[name].ledger.finish(name, 9)
 
 

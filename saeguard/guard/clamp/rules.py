@@ -83,6 +83,8 @@ class Clamp:
     """[slots, ring, other aggregates] float64 averages and maxima."""
     acted: torch.Tensor
     """[max_tokens, rules] bool: whether the rule edited the row in the last pass."""
+    max_norm: float
+    """Rows with a larger norm are attention sinks: they give no evidence and are never edited."""
     launch: Callable[..., None] | None = None
     """`saeguard.guard.kernels.tap.edit` on a GPU, for edits that set a value; else None."""
 
@@ -163,6 +165,7 @@ def make_clamp(
         past=full(0.0, over.longest + MAX_DRAFTS if windowed else 0, windowed, double),
         level=full(0.0, 1 + MAX_DRAFTS if levels else 0, levels, double),
         acted=torch.zeros(max_tokens, count, dtype=torch.bool, device=device),
+        max_norm=hook.max_norm,
         launch=launch,
     )
 
@@ -190,7 +193,7 @@ def apply(
     Args:
         clamp: rules and state; the rings and `acted` are updated.
         hidden: [rows, d_in], the first value of the decoder layer, which takes the edit.
-        f: [rows, watched] float32 activations before the edit.
+        f: [rows, watched + 1] float32 activations before the edit, and norms.
         rows: the layout of this forward pass.
         scale: [rows, watched] the factor by which an SAE that normalises each token multiplied the
             residual; its decoder's output is divided by it.
@@ -198,8 +201,9 @@ def apply(
     n = hidden.shape[0]
     at = ring.here(rows.clamp_slot[:n], rows.position[:n], rows.offset[:n])
     position = at.position[:, None]
-    # A row that is not finite gives no evidence, as on the host, and its edit would be undefined.
-    readable = f.isfinite().all(dim=1)
+    # A row that is not finite, or massive, gives no evidence, as on the host. The edit of the one
+    # would be undefined; the model relies on the other.
+    readable = f.isfinite().all(dim=1) & (f[:, -1] <= clamp.max_norm)
     enforced = clamp.enforced[at.slot]
     looked = clamp.looks[rows.role[:n]] & (rows.eligible[:n] & readable)[:, None]
 

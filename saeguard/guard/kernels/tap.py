@@ -76,9 +76,9 @@ def _tap_kernel(
             other=0.0,
         )
         z = tl.dot(x, tl.trans(w), z, input_precision="ieee")
+        square += tl.sum(x * x, 1)
         if NORMED:
             total += tl.sum(x, 1)
-            square += tl.sum(x * x, 1)
     if NORMED:
         mean = total / d_in
         spread = tl.zeros((ROWS,), tl.float32)
@@ -103,6 +103,8 @@ def _tap_kernel(
     z = z * fires.to(tl.float32)
     to = f + at[:, None] * stride_f + column[None, :]
     tl.store(to, z, mask=here[:, None] & mine[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(f + at * stride_f + columns, tl.sqrt(square), mask=here)
 
 
 @triton.jit
@@ -156,7 +158,7 @@ def read(
     scale: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> None:
-    """Launch the kernel that writes the watched activations of one forward pass to `f`.
+    """Launch the kernel that writes watched activations and norms of a forward pass to `f`.
 
     Args:
         hidden: [rows, d_in], any floating dtype, last axis contiguous.
@@ -165,12 +167,12 @@ def read(
         W: [watched, d_in] float32, contiguous rows.
         b: [watched] float32.
         theta: [watched] float32.
-        f: [rows, watched] float32, written.
+        f: [rows, watched + 1] float32, written; the last column is the norm of the residual.
         norm: [watched] int64, indices into `NORMS`; None for none.
-        scale: like `f`, written if there is a norm.
+        scale: like `f`, without the last column; written if there is a norm.
         eps: of layer norm.
     """
-    rows, columns = f.shape
+    rows, columns = len(f), len(W)
     if not rows or not columns:
         return
     # Few rows take narrow tiles, so that more of the GPU reads weights at once. The self-test at
@@ -219,7 +221,7 @@ def edit(
 
     Args:
         hidden: [rows, d_in], any floating dtype.
-        f: [rows, watched] float32.
+        f: [rows, watched + 1] float32.
         acted: [rows, rules] bool.
         columns: [clamped] int64, among the watched.
         owner: [clamped] int64, among the rules.

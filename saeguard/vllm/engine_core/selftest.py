@@ -78,24 +78,30 @@ def run(core: Any, guard: EngineGuard) -> None:
 
 
 def _check_coverage(coverage: Coverage | None) -> None:
-    """Check that a request's tokens were evaluated, or skipped for one of two allowed reasons.
+    """Check that a request's tokens were evaluated, or skipped for one of the allowed reasons.
 
     The tokens are the prompt, one sampled token that is fed back, and a last one, which the model
     does not read unless a draft predicted it.
 
     Raises:
-        SelfTestError: they were not.
+        SelfTestError: they were not, or a bound on the norm leaves out all of them.
     """
     total = TOKENS + 2
     counts: dict[str, int] = {}
     if coverage is not None:
         counts.update(coverage.skipped.items(), evaluated=coverage.evaluated)
-    allowed = ("evaluated", "special_token", "not_forwarded")
+    allowed = ("evaluated", "special_token", "massive_norm", "not_forwarded")
     if sum(counts.get(reason, 0) for reason in allowed) != total:
         raise SelfTestError(
             f"saeguard self-test: expected {total - 1} tokens evaluated and 1 not forwarded of "
             f"{total} served, found {coverage}"
             + (f". A tap did not run in every pass: {STALE_GRAPH}" if "error" in counts else "")
+        )
+    if counts.get("massive_norm") and not counts["evaluated"]:
+        raise SelfTestError(
+            "saeguard self-test: the norm of every token lies above the feature sets' max_norm, "
+            "so no request would be evaluated: the bounds were measured on another model, or are "
+            "wrong; run `saeguard features calibrate` again"
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import structlog
 import torch
 
+from saeguard.features.massive import NO_BOUND
 from saeguard.features.model_fit import ModelFitError, sae_misfit
 from saeguard.guard.forward_pass import allocate_rows
 from saeguard.guard.install_taps import install_taps
@@ -135,7 +137,8 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
         free=list(range(1, slots + 1))[::-1],
         clamp_lists={clamps_digest(watchlist): watchlist},
     )
-    log.info("saeguard taps installed", layers=sorted(TAPS), rows=watchlist.columns)
+    log.info("saeguard taps installed", layers=sorted(TAPS), rows=watchlist.encoder_rows)
+    _log_sinks(watchlist)
     for name, found in sorted(watchlist.approximations.items()):
         log.warning(
             "saeguard reads TopK latents by thresholds, not by rank",
@@ -151,3 +154,16 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
                 mib=round(ranked.competitors.nbytes() / 2**20, 1),
             )
     return guard
+
+
+def _log_sinks(watchlist: WatchList) -> None:
+    """Log which tokens are left out as attention sinks; warn of layers at which none are."""
+    bounds = {hook.layer: hook.max_norm for hook in watchlist.hooks if hook.max_norm < math.inf}
+    log.info("saeguard leaves out attention sinks", max_norm=bounds, found=dict(watchlist.sinks))
+    without = [hook.layer for hook in watchlist.hooks if hook.layer not in bounds]
+    if without:
+        log.warning(
+            "saeguard evaluates attention sinks like other tokens, and policies may match on them",
+            layers=without,
+            why=NO_BOUND,
+        )

@@ -180,7 +180,7 @@ def _log_ready(runner: Any, guard: WorkerGuard) -> None:
         policies=len(guard.watchlist.policies),
         watch_list=guard.watchlist.digest[:12],
         layers=[tap.layer for tap in guard.taps],
-        room_for_rows=guard.watchlist.columns,
+        room_for_rows=guard.watchlist.encoder_rows,
         clamps=guard.clamps,
         held_mib=round(held, 3),
         pass_us=round(microseconds, 1),

@@ -136,13 +136,15 @@ class Observation:
             scale = pre.abs().max().clamp(min=1e-6)
             # Within rounding of its threshold a latent may fire on one side only.
             sure = (pre - tap.theta).abs() / scale > allowed
-            gap = ((tap.f[:rows] - pre * (pre > tap.theta)).abs() / scale)[sure]
-            difference = float(gap.max()) if gap.numel() else 0.0
+            gap = ((tap.f[:rows, :-1] - pre * (pre > tap.theta)).abs() / scale)[sure]
+            norm = x.norm(dim=1)
+            off = (tap.f[:rows, -1] - norm).abs() / norm.clamp(min=1e-6)
+            difference = float(torch.cat([gap, off]).max())
             if not difference <= allowed:
                 raise SelfTestError(
                     f"saeguard self-test: at layer {tap.layer} the tap does not read the residual "
-                    f"stream: activations differ by {difference:.3g} of their magnitude, allowed "
-                    f"{allowed:.3g}. This model family is not supported."
+                    f"stream: activations or norms differ by {difference:.3g} of their size, "
+                    f"allowed {allowed:.3g}. This model family is not supported."
                 )
             log.info("saeguard self-test", layer=tap.layer, difference=difference, allowed=allowed)
 
