@@ -178,7 +178,10 @@ def _roles(answer: Answer, tokenizer: Any) -> list[Role]:
 
 def _skipped(answer: Answer, seen: Seen) -> list[Skipped]:
     """Return why each token was skipped; the last one sampled never went into the model."""
-    reasons: list[Skipped] = ["" if ok else "special_token" for ok in seen.evaluable]
+    reasons: list[Skipped] = [
+        "special_token" if not ok else "massive_norm" if massive else ""
+        for ok, massive in zip(seen.evaluable, seen.massive, strict=True)
+    ]
     if answer.token_ids:
         reasons[-1] = "not_forwarded"
     return reasons

@@ -27,12 +27,13 @@ def test_each_token_has_its_text() -> None:
 
 
 def test_each_token_has_its_role_and_why_it_was_skipped() -> None:
-    """Special tokens are excluded, and the last one sampled never went into the model."""
+    """Special tokens and attention sinks are; the last one sampled never went into the model."""
     evaluable = np.array([False, True, True, False, True, True, True])
-    seen = Seen(0, np.zeros((7, 1), np.float32), evaluable, 4, None, {})
+    massive = np.array([True, True, False, False, False, False, False])
+    seen = Seen(0, np.zeros((7, 1), np.float32), evaluable, massive, 4, None, {})
     found = views.tokens_of(made.answer(), seen, tokenizer())
     assert [t.skipped for t in found] == [
-        "special_token", "", "", "special_token", "", "", "not_forwarded",
+        "special_token", "massive_norm", "", "special_token", "", "", "not_forwarded",
     ]  # fmt: skip
     assert [t.role == "output" for t in found] == [False] * 4 + [True] * 3
 
