@@ -17,7 +17,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # The model of the feature set that the shipped policies name.
 POLICY_MODEL := demo/model
 
-.PHONY: setup demo demo-model smollm2 demo-features demo-clamp test test-all nightly storm mutants parity compat contract soak reload-storm fuzz lsp check check-texts format bench bench-encode build docs doctor clean
+.PHONY: setup demo demo-model smollm2 demo-features test test-all nightly storm mutants parity compat contract soak reload-storm fuzz lsp check check-texts format bench bench-encode build docs doctor clean
 
 setup: $(READY)
 
@@ -54,9 +54,6 @@ smollm2: setup
 
 demo-features: setup
 	$(BIN)/python -m demo.build_features $(ARGS)
-
-demo-clamp: setup
-	$(BIN)/python -m demo.evaluate_clamp $(ARGS)
 
 # Two lanes of one core each, then what needs both cores; the total is the last line.
 test: setup

@@ -38,7 +38,6 @@ RUN_BY = {
     "demo": HERE,
     "demo-model": HERE,
     "demo-features": HERE,
-    "demo-clamp": HERE,
     "smollm2": "tests/training/test_demo_model.py",
     "bench": BENCHMARKS,
     "bench-encode": BENCHMARKS,
@@ -205,15 +204,6 @@ def test_demo_model(tmp_path: Path) -> None:
         f"SAE_ARGS=--steps 1 --tokens 2000 {trained}",
     )
     assert (sae / "metrics.json").exists()
-
-
-@pytest.mark.slow
-def test_demo_clamp(data: Path, tmp_path: Path) -> None:
-    """Short completions of a few prompts are told apart with and without the clamp."""
-    few = "--samples 1 --controls 1 --max-tokens 8"
-    out, page = tmp_path / "clamp.json", tmp_path / "clamp.md"
-    make("demo-clamp", f"ARGS=--data {data} {few} --json {out} --doc {page}")
-    assert page.stat().st_size
 
 
 @pytest.mark.server

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from saeguard.cli import fired, learn, search_features
+from saeguard.cli import attribute, clamp_effect, fired, learn, search_features
 from saeguard.cli.failures import Verbs
 from saeguard.cli.features_report import print_norms, print_thresholds, print_unlabelled
 from saeguard.cli.inputs import load_after
@@ -38,6 +38,8 @@ verb = typer.Typer(
 verb.command("learn")(learn.verb)
 verb.command("search")(search_features.verb)
 verb.command("fired")(fired.verb)
+verb.command("attribute")(attribute.verb)
+verb.command("clamp-effect")(clamp_effect.verb)
 
 
 @verb.command()
