@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saeguard.atomic_files import write_atomically
-from saeguard.cli.options import ModelOption, existing_file, existing_folder
+from saeguard.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    existing_file,
+    existing_folder,
+)
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +49,8 @@ def verb(
         int, typer.Option(help="Texts to read of each file; the first ones.", min=2)
     ] = 400,
     longest: Annotated[int, typer.Option(help="Leave out texts of more tokens.", min=2)] = 512,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
 ) -> None:
     """Rank latents by their effect on preferring label 1, and try the best ones.
 
@@ -72,7 +80,7 @@ def verb(
             f"{holdout}: shares {len(shared)} templates with {data}, such as {min(shared)!r}; "
             "expected others, so that nothing is measured on what it was chosen on"
         )
-    lm = load_model(model)
+    lm = load_model(model, dtype=dtype, device=device)
     search, held = (
         read_scored(lm, _first_questions(prompts, most_texts), longest) for prompts in asked
     )

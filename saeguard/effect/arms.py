@@ -21,6 +21,7 @@ from saeguard.effect.random_latents import Usual, draw, scale_to_norm
 from saeguard.features.load import save_feature_set
 from saeguard.features.types import Feature, FeatureSet, SaeRef, Term
 from saeguard.sae import activate, read_decoder_rows, read_rows
+from saeguard.sae.encoder import token_scale
 
 OFF, ASKED = "off", "asked"
 CLAMPED, SEEN = "clamped", "any_token"
@@ -103,15 +104,16 @@ def _random_arm(
         info = sae_of(features).inspect()
         f = activate(read_rows(info, list(latents)), sample.x, info.norm)
         W_dec = read_decoder_rows(info, list(latents))
-        weights = scale_to_norm(sample.usual, latents, f, W_dec, arm.edit_norm)
+        scale = token_scale(info.norm, sample.x)
+        weights = scale_to_norm(sample.usual, latents, f, W_dec, arm.edit_norm, scale)
         like = EditSpec("activation", 1.0)
     else:
         weights, like = dict.fromkeys(latents, 1.0), edit
     feature = _feature(CLAMPED, weights, 0.0, 1.0)
     if edit.how == "at_most":  # a share of the latent's own usual height
         feature = replace(feature, high=float(sample.usual.mean[list(latents)].mean()))
-    slug = f"random-{number}-{arm.name.replace('on, ', '').replace('=', '-').replace('.', '-')}"
-    policy = _write(folder, features, slug.replace("_", "-").replace("--", "-"), feature, like)
+    at = (arm.enforce or "").rpartition("-")[2]
+    policy = _write(folder, features, f"random-{at}-{number}", feature, like)
     norm = edit_norm(features, feature, like, sample.x)
     return Arm(name, policy, str(like), weights, norm, random=True)
 
@@ -130,7 +132,9 @@ def edit_norm(features: FeatureSet, feature: Feature, edit: EditSpec, x: torch.T
         "ablate": lambda: torch.zeros_like(f),
         "at_most": lambda: torch.minimum(f, share),
     }[edit.how]()
-    return float(((edited - f) @ read_decoder_rows(info, latents)).norm(dim=1).mean())
+    delta, scale = edited - f, token_scale(info.norm, x)
+    delta = delta if scale is None else delta / scale  # in the residual's own units
+    return float((delta @ read_decoder_rows(info, latents)).norm(dim=1).mean())
 
 
 def sae_of(features: FeatureSet) -> SaeRef:

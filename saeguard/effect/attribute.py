@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from saeguard.effect.prompts import Prompt, completion_of, tokens_of
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.residuals import batches, on_output, padded
 from saeguard.sae import EncoderRows, SaeInfo, activate, read_block, read_decoder_rows, read_rows
+from saeguard.sae.checkpoint_info import Norm
+from saeguard.sae.encoder import token_scale
 
 BATCH_TOKENS = 2048
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -185,9 +187,9 @@ def try_edit(
         plain: [texts] log-probabilities per token without the edit.
     """
     latents = list(targets)
-    change = _setting(
-        read_rows(info, latents), read_decoder_rows(info, latents), list(targets.values()), info
-    )
+    device = lm.model.device
+    rows, W_dec = read_rows(info, latents).to(device), read_decoder_rows(info, latents).to(device)
+    change = _setting(rows, W_dec, torch.tensor([*targets.values()], device=device), info.norm)
     edited = log_probabilities(lm, texts, info.layer, change, excluded)
     names = sorted({t.template for t in texts})
     return Effect(_contrast(texts, names) @ (edited - plain), float((plain - edited).mean()))
@@ -205,7 +207,9 @@ def log_probabilities(
     out = np.empty(len(texts))
     for batch in batches([len(t.tokens) for t in texts], BATCH_TOKENS):
         ids, mask = padded([texts[i].tokens for i in batch])
-        kept = torch.from_numpy(~np.isin(ids.numpy(), np.array(excluded, np.int64)))
+        looked = ~np.isin(ids.numpy(), np.array(excluded, np.int64))
+        ids, mask = ids.to(lm.model.device), mask.to(lm.model.device)
+        kept = torch.from_numpy(looked).to(lm.model.device)
 
         def edit(x: torch.Tensor, kept: torch.Tensor = kept) -> torch.Tensor:
             return x if change is None else torch.where(kept[..., None], change(x), x)
@@ -218,7 +222,7 @@ def log_probabilities(
 
 def _mean_logp(logits: torch.Tensor, text: Scored) -> torch.Tensor:
     end = len(text.tokens)
-    taken = torch.tensor(text.tokens[text.prompt_tokens : end])
+    taken = torch.tensor(text.tokens[text.prompt_tokens : end], device=logits.device)
     rows = logits[text.prompt_tokens - 1 : end - 1].float()
     return rows.log_softmax(-1).gather(-1, taken[:, None]).mean()
 
@@ -230,7 +234,7 @@ def _gradients(
     for parameter in lm.model.parameters():
         parameter.requires_grad_(False)
     for batch in batches([len(t.tokens) for t in texts], BATCH_TOKENS):
-        ids, mask = padded([texts[i].tokens for i in batch])
+        ids, mask = (part.to(lm.model.device) for part in padded([texts[i].tokens for i in batch]))
         kept: list[torch.Tensor] = []
 
         def leaf(x: torch.Tensor, kept: list[torch.Tensor] = kept) -> torch.Tensor:
@@ -246,7 +250,7 @@ def _gradients(
         (gradient,) = torch.autograd.grad(loss, kept)
         for row, i in enumerate(batch):
             end = len(texts[i].tokens)
-            yield i, kept[0][row, :end].detach().float(), gradient[row, :end].float()
+            yield i, kept[0][row, :end].detach().float().cpu(), gradient[row, :end].float().cpu()
 
 
 def _contrast(texts: Sequence[Scored], names: Sequence[str]) -> np.ndarray:
@@ -267,12 +271,13 @@ def _contrast(texts: Sequence[Scored], names: Sequence[str]) -> np.ndarray:
     return out
 
 
-def _setting(rows: EncoderRows, W_dec: torch.Tensor, targets: Sequence[float], info: Any) -> Change:
+def _setting(rows: EncoderRows, W_dec: torch.Tensor, targets: torch.Tensor, norm: Norm) -> Change:
     """Return the edit that sets latents to `targets`; it adds along their decoder rows only."""
-    wanted = torch.tensor(targets, dtype=torch.float32)
 
     def change(x: torch.Tensor) -> torch.Tensor:
-        f = activate(rows, x.reshape(-1, x.shape[-1]), info.norm)
-        return x + ((wanted - f) @ W_dec).reshape(x.shape).to(x.dtype)
+        flat = x.reshape(-1, x.shape[-1]).float()
+        f, scale = activate(rows, flat, norm), token_scale(norm, flat)
+        wanted = targets - f if scale is None else (targets - f) / scale
+        return x + (wanted @ W_dec).reshape(x.shape).to(x.dtype)
 
     return change

@@ -69,7 +69,12 @@ def draw(
 
 
 def scale_to_norm(
-    usual: Usual, latents: Sequence[int], f: torch.Tensor, W_dec: torch.Tensor, norm: float
+    usual: Usual,
+    latents: Sequence[int],
+    f: torch.Tensor,
+    W_dec: torch.Tensor,
+    norm: float,
+    scale: torch.Tensor | None = None,
 ) -> dict[int, float]:
     """Return the activations that `latents` are set to, so that the edit's mean norm is `norm`.
 
@@ -82,11 +87,14 @@ def scale_to_norm(
         f: [tokens, latents] their activations on the tokens that are edited.
         W_dec: [latents, d_in] their decoder rows.
         norm: mean norm of the edit.
+        scale: [tokens, 1] factor of each token's activations, if the SAE normalises tokens.
     """
     height = torch.tensor(usual.mean[list(latents)], dtype=torch.float32)
 
     def strength(multiple: float) -> float:
-        return float(((multiple * height - f) @ W_dec).norm(dim=1).mean())
+        delta = multiple * height - f
+        delta = delta if scale is None else delta / scale
+        return float((delta @ W_dec).norm(dim=1).mean())
 
     low, high = 0.0, 1.0
     while strength(high) < norm:
