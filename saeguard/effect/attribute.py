@@ -14,7 +14,7 @@ other templates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +24,7 @@ import torch
 from saeguard.effect.prompts import Prompt, completion_of, tokens_of
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.residuals import batches, on_output, padded
-from saeguard.sae import EncoderRows, SaeInfo, activate, read_block, read_decoder_rows, read_rows
-from saeguard.sae.checkpoint_info import Norm
+from saeguard.sae import SaeInfo, activate, read_block, read_decoder_rows, read_rows
 from saeguard.sae.encoder import token_scale
 
 BATCH_TOKENS = 2048
@@ -172,7 +171,7 @@ def try_edit(
     lm: LanguageModel,
     info: SaeInfo,
     texts: Sequence[Scored],
-    targets: dict[int, float],
+    targets: Mapping[int, float],
     excluded: Sequence[int],
     plain: np.ndarray,
 ) -> Effect:
@@ -186,13 +185,25 @@ def try_edit(
         excluded: token ids that are not edited.
         plain: [texts] log-probabilities per token without the edit.
     """
-    latents = list(targets)
-    device = lm.model.device
-    rows, W_dec = read_rows(info, latents).to(device), read_decoder_rows(info, latents).to(device)
-    change = _setting(rows, W_dec, torch.tensor([*targets.values()], device=device), info.norm)
+    change = setting(info, targets, lm.model.device)
     edited = log_probabilities(lm, texts, info.layer, change, excluded)
     names = sorted({t.template for t in texts})
     return Effect(_contrast(texts, names) @ (edited - plain), float((plain - edited).mean()))
+
+
+def setting(info: SaeInfo, targets: Mapping[int, float], device: torch.device) -> Change:
+    """Return the edit that sets latents to `targets`; it adds along their decoder rows only."""
+    latents = list(targets)
+    rows, W_dec = read_rows(info, latents).to(device), read_decoder_rows(info, latents).to(device)
+    wanted = torch.tensor([*targets.values()], dtype=torch.float32, device=device)
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1]).float()
+        f, scale = activate(rows, flat, info.norm), token_scale(info.norm, flat)
+        delta = wanted - f if scale is None else (wanted - f) / scale
+        return x + (delta @ W_dec).reshape(x.shape).to(x.dtype)
+
+    return change
 
 
 @torch.no_grad()
@@ -269,15 +280,3 @@ def _contrast(texts: Sequence[Scored], names: Sequence[str]) -> np.ndarray:
             same = [i for i in members if texts[i].label == label]
             out[row, same] = sign / len(same) / share[row]
     return out
-
-
-def _setting(rows: EncoderRows, W_dec: torch.Tensor, targets: torch.Tensor, norm: Norm) -> Change:
-    """Return the edit that sets latents to `targets`; it adds along their decoder rows only."""
-
-    def change(x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1]).float()
-        f, scale = activate(rows, flat, norm), token_scale(norm, flat)
-        wanted = targets - f if scale is None else (targets - f) / scale
-        return x + (wanted @ W_dec).reshape(x.shape).to(x.dtype)
-
-    return change

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saeguard.effect.attribute import Scored, log_probabilities, try_edit
+from saeguard.effect.attribute import Scored, log_probabilities, setting
 from saeguard.effect.prompts import completion_of, read_prompts, tokens_of
 from saeguard.hf.model import load_model
 from saeguard.sae import inspect
@@ -93,11 +93,8 @@ def test_the_clamp_does_what_transformers_does(measured: tuple[Path, dict[str, A
     lengths = np.array([len(t.tokens) - t.prompt_tokens for t in texts])
     plain = log_probabilities(lm, texts, info.layer)
     targets = {latent: weight * ACTIVATION for latent, weight in CLAMP.items()}
-    excluded = lm.special_tokens
-    clamped = np.array([
-        plain[i] - try_edit(lm, info, [text], targets, excluded, plain[[i]]).loss
-        for i, text in enumerate(texts)
-    ])  # fmt: skip
+    edit = setting(info, targets, lm.model.device)
+    clamped = log_probabilities(lm, texts, info.layer, edit, lm.special_tokens)
     name = "loss per token on ordinary text"
     for arm, expected in (("off", plain), ("on, activation=6", clamped)):
         loss = -float((expected * lengths).sum() / lengths.sum())
