@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def sample_of(lm: LanguageModel, features: FeatureSet, inputs: Inputs, seed: int
         for i, residuals in record(lm, texts, [layer])
     ]
     x = torch.cat(rows)
+    x = x[x.norm(dim=1) <= features.max_norm.get(layer, math.inf)]  # sinks are not edited either
     info = sae.inspect()
     return Sample(x, usual_activity(info, x))
 
