@@ -172,13 +172,18 @@ class Reference:
         self._last = [output[0] if isinstance(output, tuple) else output]
 
     @torch.no_grad()
-    def latents(self, tokens: Sequence[int]) -> np.ndarray:
-        """Return every latent at every token, [tokens, d_sae]."""
+    def residual(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Return the residual stream at every token, [tokens, d_in]."""
         out = self.model(torch.tensor([list(tokens)]), output_hidden_states=True)
-        x = out.hidden_states[self.layer + 1]
+        x: torch.Tensor = out.hidden_states[self.layer + 1]
         if self.layer + 2 == len(out.hidden_states):  # which is behind the final norm
             x = self._last[0]
-        encoded: np.ndarray = self.sae.encode(x[0]).numpy()
+        return x[0]
+
+    @torch.no_grad()
+    def latents(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return every latent at every token, [tokens, d_sae]."""
+        encoded: np.ndarray = self.sae.encode(self.residual(tokens)).numpy()
         return encoded
 
     def verdicts(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from saeguard.features.load import load_feature_set
+from saeguard.features.types import FeatureSet
 from tests import models
 from tests.engine import engines, probes
+from tests.fixture.project import LAYER, save_project
 
 TOLERANCE = 2e-4
 """Of the largest activation: both sides compute in float32, in different orders."""
@@ -118,15 +123,37 @@ def test_activations_are_those_of_transformers_and_saelens(family: str, tmp_path
     assert row.verdicts > 80
 
 
-def test_the_demo_model(tmp_path: Path) -> None:
-    """The demo's own model and SAE, at its hook point, one block before the last."""
-    demo = engines.ROOT / "demo"
-    latents = (1720, 1521, 2714, 2125, 1904, 28, 521, 1360)
-    sets, policies = tmp_path / "feature_sets", tmp_path / "policies"
-    models.write_feature_set(sets / "tiny.yaml", demo / "sae", latents=latents, layers=5, high=20.0)
-    models.random_policies(policies, latents)
-    guarded = models.Guarded(demo / "model", demo / "sae", policies, sets, latents)
+def expected_shares(
+    reference: engines.Reference, features: FeatureSet, tokens: list[int]
+) -> dict[str, np.ndarray]:
+    """Return each feature's share at each token, by Transformers, SAELens and one product."""
+    x, latents = reference.residual(tokens), reference.latents(tokens)
+    out = {}
+    for name, feature in features.features.items():
+        if feature.probe is None:
+            value = sum(term.weight * latents[:, term.latent] for term in feature.detect)
+        else:
+            probe = load_file(feature.probe.path)
+            weight, bias = (probe[f"{feature.probe.name}.{part}"] for part in ("weight", "bias"))
+            value = (x @ weight + bias).detach().numpy()
+        out[f"{features.id}/{name}"] = (value - feature.low) / (feature.high - feature.low)
+    return out
+
+
+def test_a_probe_a_group_and_a_latent(tmp_path: Path) -> None:
+    """The fixture's features, one block before the last: shares, and the words that fire.
+
+    What the model writes about a shell is flagged at the word; its twin without one is not.
+    """
+    guarded = save_project(tmp_path)
     settings = guarded.settings(events=str(tmp_path / "events.jsonl"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(guarded.model)
+    chat = [{"role": "user", "content": "Ping a host."}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    careful = tokenizer.encode("Ping a host, safely:")
+    secret = tokenizer.encode("The password is hunter2, safely:")
+    written = engines.requests([asked, careful, secret], max_tokens=3)
+    others = engines.requests(engines.random_prompts(12, seed=3, longest=60))
     served = engines.serve(
         tmp_path / "run",
         {
@@ -134,11 +161,41 @@ def test_the_demo_model(tmp_path: Path) -> None:
             "max_num_seqs": 8,
             "additional_config": {"saeguard": settings},
         },
-        [engines.requests(engines.random_prompts(12, seed=3, longest=60, vocabulary=2560))],
+        [[*written, *others]],
     )
-    worst = compare(served, guarded, settings, layer=3)
-    print(f"parity demo model: largest difference {worst:.2e} of the largest activation")
+    features = load_feature_set(guarded.feature_sets / "fixture.yaml")
+    reference = engines.Reference(guarded.model, guarded.sae, LAYER)
+    watchlist = engines.compile_policies(settings)
+    worst = 0.0
+    for result in served.results:
+        _, f = served.activations[result["id"]]
+        got = watchlist.shares(f)
+        shares = expected_shares(reference, features, [*result["prompt"], *result["output"]][:-1])
+        assert sorted(shares) == sorted(watchlist.features)
+        for column, name in enumerate(watchlist.features):
+            worst = max(worst, float(np.abs(got[:, column] - shares[name]).max()))
+    print(f"parity fixture: shares differ by {worst:.2e} at most")
     assert worst < TOLERANCE
+
+    assert [tokenizer.decode(r["output"][:2]) for r in served.results[:3]] == [
+        "os.system(cmd)", "subprocess.run(cmd)", "subprocess.run(cmd)",
+    ]  # fmt: skip
+    events = engines.events_by_request(tmp_path / "events.jsonl")
+    told = [
+        {
+            policy: (event["verdict"], event["first_token"], event["matched_tokens"])
+            for policy, event in events[result["id"]].items()
+        }
+        for result in served.results[:3]
+    ]
+    quiet = ("no_match", None, 0)
+    hunter2 = secret.index(tokenizer.convert_tokens_to_ids("hunter2"))
+    assert told == [
+        {"unsafe-code.shell-command": ("match", len(asked), 1), "unsafe-code.exposure": quiet},
+        {"unsafe-code.shell-command": quiet, "unsafe-code.exposure": quiet},
+        {"unsafe-code.shell-command": quiet, "unsafe-code.exposure": ("match", hunter2, 1)},
+    ]
+    assert [r["saeguard"]["flagged"] for r in served.results[:3]] == [True, False, True]
 
 
 def test_model_runner_v2_reads_the_same(tmp_path: Path) -> None:
