@@ -77,8 +77,9 @@ def add(guarded: models.Guarded) -> Path:
 
 def of_latents(served: engines.Served, settings: dict[str, Any]) -> engines.Served:
     """Return what was served with the columns of the latents' layer alone."""
-    hook = next(h for h in engines.compile_policies(settings).hooks if h.layer == 1)
-    columns = slice(hook.first_column, hook.first_column + len(hook.W))
+    hooks = engines.compile_policies(settings).hooks
+    before = sum(len(h.W) for h in hooks if h.layer < 1)  # norms are not among what was recorded
+    columns = slice(before, before + next(len(h.W) for h in hooks if h.layer == 1))
     rows = {i: (at, f[:, columns]) for i, (at, f) in served.activations.items()}
     return dataclasses.replace(served, activations=rows)
 
