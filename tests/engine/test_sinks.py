@@ -26,6 +26,8 @@ BOUND = 60.0
 """Between the norms of ordinary tokens and that of the first one."""
 SINK = 300.0
 TOKENS = 8
+CLAMP = "test.clamp"
+"""In shadow; the requests that have it enforced read no cached prefix."""
 DRAFTS = {
     "speculative_config": {
         "method": "ngram",
@@ -52,7 +54,7 @@ def make(root: Path) -> models.Guarded:
     strongest = (rows.W @ first.detach() + rows.b).topk(2).indices.tolist()
     features = [f"f{guarded.latents[i]}" for i in strongest]
     models.write_policy(
-        guarded.policies / "clamp.yaml", id="test.clamp", action="clamp",
+        guarded.policies / "clamp.yaml", id=CLAMP, action="clamp", mode="shadow",
         detect={"a": {"feature": features[0], "above": 0.9}}, condition="a",
         clamp={"features": features, "when": "always", "to": 1.0},
     )  # fmt: skip
@@ -73,12 +75,20 @@ def prompts(count: int) -> list[list[int]]:
     return [prompt[1:] * 4 for prompt in drawn]
 
 
+def enforced(watchlist: WatchList) -> WatchList:
+    """Return the watch list with the clamp enforced for every request."""
+    policies = tuple(replace(p, mode="enforce") if p.id == CLAMP else p for p in watchlist.policies)
+    return replace(watchlist, policies=policies)
+
+
 def check(
     root: Path, guarded: models.Guarded, texts: list[list[int]], **engine: Any
 ) -> tuple[WatchList, LanguageModel]:
-    """Serve prompts twice, and compare texts, verdicts and coverage with Transformers."""
+    """Serve prompts twice, and clamped, and compare everything with Transformers."""
     how = {key: engine.pop(key) for key in ("v2", "triton") if key in engine}
-    settings = guarded.settings(events=str(root / "events.jsonl"))
+    settings = guarded.settings(events=str(root / "events.jsonl"), request_may_enforce=[CLAMP])
+    plain = engines.requests(texts, max_tokens=TOKENS)
+    enforce = {"saeguard_enforce": CLAMP}
     served = engines.serve(
         root / "served",
         {
@@ -87,7 +97,7 @@ def check(
             "additional_config": {"saeguard": settings},
             **engine,
         },
-        [engines.requests(texts, max_tokens=TOKENS)] * 2,
+        [plain, plain, engines.requests(texts, max_tokens=TOKENS, extra_args=enforce)],
         **how,
     )
     watchlist, lm = engines.compile_policies(settings), load_model(guarded.model)
@@ -99,7 +109,8 @@ def check(
     ]
     for i, verdicts in scan(lm, watchlist, read):
         result = served.results[i]
-        assert result["output"] == greedy(lm, watchlist, result["prompt"], TOKENS), result["id"]
+        rules = watchlist if i < 2 * len(texts) else enforced(watchlist)
+        assert result["output"] == greedy(lm, rules, result["prompt"], TOKENS), result["id"]
         assert result["saeguard"]["coverage"]["skipped"] == {"massive_norm": 1, "not_forwarded": 1}
         for verdict in verdicts:
             event = events[result["id"]][verdict.policy]
@@ -124,7 +135,8 @@ def test_model_runner_v1(tmp_path: Path) -> None:
     read = [Text(str(i), tuple(text), len(text)) for i, text in enumerate(texts)]
     fired = [any(v.first_token == 0 for v in verdicts) for _, verdicts in scan(lm, blind, read)]
     assert all(fired), "without the bound, each request is flagged at its first token"
-    edited = [greedy(lm, watchlist, t, TOKENS) != greedy(lm, blind, t, TOKENS) for t in texts]
+    both = enforced(watchlist), enforced(blind)
+    edited = [greedy(lm, both[0], t, TOKENS) != greedy(lm, both[1], t, TOKENS) for t in texts]
     assert any(edited), "an edited sink must show in the text"
 
 
