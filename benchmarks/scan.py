@@ -122,7 +122,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         choice = EngineChoice(engine, dtype, vllm_args=args.vllm_args if engine == "vllm" else "")
         began = time.monotonic()
         engines[name] = open_engine(choice, args.model, tokenizer, sets, watchlist.features)
-        states[name] = {"start_s": round(time.monotonic() - began, 1), "seconds": []}
+        states[name] = {"start_s": round(time.monotonic() - began, 3), "seconds": []}
         judge(engines[name], watchlist, tokenizer, texts[:per_round])  # warm
     for r in range(1, args.rounds + 1):
         batch = texts[r * per_round : (r + 1) * per_round]

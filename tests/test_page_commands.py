@@ -110,12 +110,12 @@ def test_nightly_runs_what_make_nightly_does() -> None:
 
 
 def test_every_setting_has_a_row() -> None:
-    """The table of docs/serving.md lists the operator's settings."""
+    """The table of docs/serving.md lists the operator's settings, not those of commands."""
     rows = re.findall(
         r"^\| (?:`--[\w-]+` )?\| `(\w+)` \|", (ROOT / "docs/serving.md").read_text(), re.MULTILINE
     )
 
-    assert sorted(rows) == sorted(set(Settings.model_fields) - {"graph"})
+    assert sorted(rows) == sorted(set(Settings.model_fields) - {"graph", "read"})
 
 
 def test_wrong_commands_are_found() -> None:

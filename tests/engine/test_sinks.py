@@ -70,9 +70,9 @@ def write_bound(guarded: models.Guarded, bound: float | None) -> None:
 
 
 def prompts(count: int) -> list[list[int]]:
-    """Return prompts without BOS that repeat, so that drafts are accepted."""
+    """Return prompts without BOS that repeat, so that drafts are accepted, longer than a block."""
     drawn = engines.random_prompts(count, seed=4, shortest=6, longest=12)
-    return [prompt[1:] * 4 for prompt in drawn]
+    return [(prompt[1:] * 25)[: 140 + i] for i, prompt in enumerate(drawn)]
 
 
 def enforced(watchlist: WatchList) -> WatchList:
@@ -104,14 +104,18 @@ def check(
     assert "saeguard leaves out attention sinks" in served.log
     assert any(result["cached"] for result in served.results), "a recorded prefix must be recalled"
     events = engines.events_by_request(root / "events.jsonl")
-    read = [
-        Text(r["id"], (*r["prompt"], *r["output"][:-1]), len(r["prompt"])) for r in served.results
-    ]
-    for i, verdicts in scan(lm, watchlist, read):
+    skips = [r["saeguard"]["coverage"]["skipped"] for r in served.results]
+    read = [  # an accepted draft at a text's end was forwarded, other last tokens were not
+        Text(r["id"], (*r["prompt"], *r["output"])[: -1 if "not_forwarded" in s else None],
+             len(r["prompt"]))
+        for r, s in zip(served.results, skips, strict=True)
+    ]  # fmt: skip
+    for i, verdicts in list(scan(lm, watchlist, read)):  # greedy runs the same model
         result = served.results[i]
         rules = watchlist if i < 2 * len(texts) else enforced(watchlist)
         assert result["output"] == greedy(lm, rules, result["prompt"], TOKENS), result["id"]
-        assert result["saeguard"]["coverage"]["skipped"] == {"massive_norm": 1, "not_forwarded": 1}
+        assert skips[i]["massive_norm"] == 1
+        assert skips[i].keys() <= {"massive_norm", "not_forwarded"}
         for verdict in verdicts:
             event = events[result["id"]][verdict.policy]
             found, expected = event["coverage"], verdict.coverage
