@@ -65,7 +65,7 @@ def recorded(features: Sequence[Feature], f: np.ndarray) -> np.ndarray:
         for x in features
     }
     sae = SimpleNamespace(sha256="0" * 64, layer=0, topk_measured=None)
-    document: Any = SimpleNamespace(id="set", sae=sae, features=parts)
+    document: Any = SimpleNamespace(id="set", sae=sae, max_norm=None, features=parts)
     recording = Recording(
         path=Path("recording"),
         model="m",

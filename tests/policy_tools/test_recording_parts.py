@@ -25,6 +25,7 @@ def texts(*, roles: bool, with_text: bool) -> list[Recorded]:
             Text(f"t{n}", tuple(range(n)), n - 1),
             rng.normal(size=(n, 2)).astype(np.float32),
             np.arange(n) > 0,
+            np.arange(n) == 1,
             np.full(n, 5, np.uint8) if roles else None,
             tuple("xyz"[:n]) if with_text else None,
         )
@@ -52,6 +53,7 @@ def test_it_reads_as_one_written_at_once(tmp_path: Path, *, roles: bool, with_te
         lengths=np.array([1, 2, 3]),
         prompt_tokens=np.array([0, 1, 2]),
         evaluable=np.concatenate([text.evaluable for text in given]),
+        massive=np.concatenate([text.massive for text in given]),
         definitions=DEFINITIONS,
         values=np.concatenate([text.values for text in given]),
         roles=np.full(6, 5, np.uint8) if roles else None,
@@ -61,7 +63,7 @@ def test_it_reads_as_one_written_at_once(tmp_path: Path, *, roles: bool, with_te
     other = tmp_path / "b.safetensors"
     write_recording(at_once, other)
     ours, theirs = read_recording(out), read_recording(other)
-    for name in ("lengths", "prompt_tokens", "evaluable", "values", "roles"):
+    for name in ("lengths", "prompt_tokens", "evaluable", "massive", "values", "roles"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     for name in ("ids", "model", "definitions", "pieces"):
         assert getattr(ours, name) == getattr(theirs, name)
