@@ -69,16 +69,17 @@ def weaknesses(feature: Measured, above: float, window: str) -> Iterator[str]:
     chance = no_better_than_chance(evidence)
     if chance:
         yield chance
-    if above > 1:
+    reach, caught = _number(evidence, "reach"), _number(evidence, "tpr_holdout", "rate")
+    # Calibrated without labels, the range ends where the strongest ordinary text does.
+    by_ordinary = "fpr_calibration" in evidence and reach is None and caught is None
+    if above > 1 and not by_ordinary:
         yield f"{above:g} lies above the calibrated range, which ends at 1"
-    reach = _number(evidence, "reach")
     if reach is not None and above >= reach:
         yield (
             f"at most {FEW:.0%} of the positives have a token above {above:g}; the strongest "
             f"{FEW:.0%} begin at {reach:g}"
         )
         return
-    caught = _number(evidence, "tpr_holdout", "rate")
     same = evidence.get("window") in ("1 of 1", window)
     if caught is not None and caught <= FEW and same and above >= feature.threshold:
         yield f"at the calibrated threshold it catches {caught:.1%} of the hold-out's positives"

@@ -91,6 +91,8 @@ def test_a_threshold_above_the_range() -> None:
     """A share of 1 is as strong as in the positive texts."""
     assert reasons({}, above=1.0) == []
     assert reasons({}, above=1.01) == ["1.01 lies above the calibrated range, which ends at 1"]
+    ordinary = {"fpr_calibration": {"rate": 0.0, "interval": [0.0, 0.1], "hits": 0, "texts": 9}}
+    assert reasons(ordinary, above=1.01) == [], "ordinary texts alone set this range"
 
 
 def test_what_was_measured_for_another_threshold_is_dropped(tmp_path: Path) -> None:
