@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from saeguard.guard.forward_pass import allocate_rows
 from saeguard.guard.kernels.topk_buffers import allocate_buffers
 from saeguard.guard.tap import TAPS, Kernels, Tap
 from saeguard.guard.topk import make_ranked, set_floor
-from saeguard.guard.watchlist import WatchList, clamps_digest
+from saeguard.guard.watchlist import Hook, WatchList, clamps_digest
 from saeguard.sae.rows import EncoderRows
 
 
@@ -31,7 +31,12 @@ class Write(NamedTuple):
 
 
 def install_taps(
-    watchlist: WatchList, *, max_tokens: int, slots: int, device: torch.device
+    watchlist: WatchList,
+    *,
+    max_tokens: int,
+    slots: int,
+    device: torch.device,
+    hooks: Sequence[Hook] | None = None,
 ) -> tuple[Tap, ...]:
     """Put the watch list's encoder rows and clamps on `device`, one tap per layer.
 
@@ -40,12 +45,13 @@ def install_taps(
         max_tokens: rows of the largest forward pass, padding included.
         slots: requests that can be in flight at once; clamp slot 0 is added for padding rows.
         device: of the model.
+        hooks: those of this pipeline stage; None for all.
     """
     TAPS.clear()
     rows = allocate_rows(max_tokens, device)
     kernels = kernels_for(device)
     buffers = None if kernels is None else partial(allocate_buffers, max_tokens=max_tokens)
-    for hook in watchlist.hooks:
+    for hook in watchlist.hooks if hooks is None else hooks:
         encoder_rows = EncoderRows(hook.W, hook.b, hook.theta).to(device)
         W, b, theta = encoder_rows.W, encoder_rows.b, encoder_rows.theta
         TAPS[hook.layer] = tap = Tap(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -120,9 +119,7 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
     slots = SPARE_SLOTS * scheduler.max_num_seqs
     max_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + PADDING
     here = tuple(hook for hook in watchlist.hooks if is_here(layers[hook.layer]))
-    taps = install_taps(
-        replace(watchlist, hooks=here), max_tokens=max_tokens, slots=slots, device=device
-    )
+    taps = install_taps(watchlist, max_tokens=max_tokens, slots=slots, device=device, hooks=here)
     for tap in taps:
         hook_layer(layers, tap.layer)
     excluded = torch.zeros(vllm_config.model_config.get_vocab_size() + 1, dtype=torch.bool)
