@@ -197,6 +197,21 @@ MUTANTS = (
         "import saeguard.guard.topk as r\nr.drop = lambda competitors, x, f: None\n",
         "tests/engine/test_kinds.py::test_kinds_side_by_side",
     ),
+    Mutant(
+        "attention sinks are left out by the norm of their residual",
+        "the rules do not compare it with the bound",
+        "import numpy as np, saeguard.guard.watchlist as w\n"
+        "w.WatchList.massive = lambda self, f: np.zeros(len(f), bool)\n",
+        "tests/engine/test_sinks.py::test_model_runner_v1",
+    ),
+    Mutant(
+        "the same, in a clamp",
+        "a clamp edits rows of any norm",
+        "import math, dataclasses, saeguard.guard.clamp.rules as c\n"
+        "make = c.make_clamp\n"
+        "c.make_clamp = lambda *a, **k: dataclasses.replace(make(*a, **k), max_norm=math.inf)\n",
+        "tests/engine/test_sinks.py::test_model_runner_v1",
+    ),
 )
 
 
