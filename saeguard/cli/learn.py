@@ -22,15 +22,10 @@ from saeguard.cli.search_features import layers_to_read
 from saeguard.errors import FINDINGS, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from saeguard.features.corpus import Corpus
     from saeguard.features.learn import Learned, Wish
-    from saeguard.features.massive import MeasuredNorms
     from saeguard.features.types import FeatureSet
-    from saeguard.hf.labelled import Group
-    from saeguard.hf.model import LanguageModel
-    from saeguard.hf.texts import Text
 
 
 def verb(
@@ -125,6 +120,7 @@ def verb(
     from saeguard.hf.held_out import write_held_out
     from saeguard.hf.labelled import read_groups, text_files
     from saeguard.hf.model import load_model, load_tokenizer
+    from saeguard.hf.subjects import record
     from saeguard.hf.texts import read_texts
     from saeguard.sae import inspect
 
@@ -143,10 +139,10 @@ def verb(
         ((f"{g.name}/{t.label}", t.template) for g in groups for t in g.texts), seed
     )
     calm_part = cut_by_template((("ordinary", t.template) for t in ordinary), seed, (1, 1, 1))
-    chosen = chosen_bounds(features.max_norm, features.norms)
     subjects, calm, sinks = record(
-        lm, groups, ordinary, (part, calm_part), read_layers, cache, chosen
-    )
+        lm, groups, ordinary, (part, calm_part), read_layers, cache,
+        chosen_bounds(features.max_norm, features.norms),
+    )  # fmt: skip
     features = features.with_norms(*sinks)
     print_norms(*sinks)
     wish = Wish(
@@ -168,7 +164,16 @@ def verb(
         "saeguard": metadata.version("saeguard"),
         "model": {"name": lm.name, "sha256": features.model.sha256},
         "sae": None if info is None else {"sha256": info.sha256, "layer": info.layer},
-        "arguments": {"per": per, "scope": scope, "form": form, "fpr": fpr, "seed": seed},
+        "arguments": {
+            "per": per,
+            "scope": scope,
+            "form": form,
+            "fpr": fpr,
+            "seed": seed,
+            "layers": list(read_layers),
+            "dtype": dtype,
+            "labelled_only": labelled_only,
+        },
         "ordinary_texts": [len(part) for part in calm],
         "max_norm": sinks[0],
         "norms_measured": norms_as_plain(sinks[1]),
@@ -197,62 +202,6 @@ def verb(
 def root_of(features: FeatureSet) -> Path:
     """Return the folder below which policies name a feature set."""
     return features.path.parents[features.id.count("/")]
-
-
-def record(
-    lm: LanguageModel,
-    groups: Sequence[Group],
-    ordinary: Sequence[Text],
-    cuts: tuple[Mapping[str, int], Mapping[str, int]],
-    layers: Sequence[int],
-    cache: Path | None,
-    chosen: Mapping[int, float],
-) -> tuple[Any, tuple[Corpus, Corpus, Corpus], tuple[dict[int, float], dict[int, MeasuredNorms]]]:
-    """Record the texts: subjects one by one, when they are asked for, and the ordinary parts.
-
-    Args:
-        lm: the model.
-        groups: labelled texts.
-        ordinary: ordinary texts.
-        cuts: the part of each template, of labelled and of ordinary texts.
-        layers: to be read.
-        cache: folder that keeps what was recorded.
-        chosen: bounds on the norm that a person chose, by layer.
-
-    Returns:
-        Subjects; parts of the ordinary texts; and by layer bounds on the norm, with what was
-        measured on the ordinary texts.
-    """
-    import numpy as np
-
-    from saeguard.features.corpus import norms_of
-    from saeguard.features.cut import PARTS
-    from saeguard.features.learn import Subject
-    from saeguard.hf.corpus import make_corpus
-
-    part, calm = cuts
-    corpus = make_corpus(lm, ordinary, layers, lm.special_tokens, "ordinary texts", cache)
-    bounds, norms = norms_of(corpus, chosen)
-    corpus = corpus.without_massive(bounds)
-    of = np.array([calm[text.template] for text in ordinary])
-    parts = [corpus.select(of == i) for i in range(len(PARTS))]
-
-    def subjects() -> Any:
-        for group in groups:
-            texts = group.texts
-            yield Subject(
-                name=group.name,
-                title=f"{group.behaviour}: {group.name}"[:200],
-                behaviour=group.behaviour,
-                kind=group.kind,
-                labelled=make_corpus(
-                    lm, texts, layers, lm.special_tokens, group.name, cache
-                ).without_massive(bounds),
-                ids=np.array([text.id for text in texts]),
-                part=np.array([part[text.template] for text in texts]),
-            )
-
-    return subjects(), (parts[0], parts[1], parts[2]), (bounds, norms)
 
 
 def write_policy(

@@ -50,7 +50,7 @@ def train(
         Dtype | None,
         typer.Option(
             help="Of the model's weights. Default: float32 on a CPU, bfloat16 elsewhere. bfloat16 "
-            "is three times as fast on a CPU with AMX.",
+            "is faster on a CPU with AMX.",
         ),
     ] = None,
     save_every: Annotated[

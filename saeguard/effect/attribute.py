@@ -113,7 +113,7 @@ def attribute(
         info: its SAE, whose latents do not compete.
         texts: with both labels for each question.
         excluded: token ids that no clamp edits.
-        done: told how many texts were read since the last call.
+        done: called with the number of texts read since the last call.
     """
     names = sorted({t.template for t in texts})
     rows = read_block(info, 0, info.d_sae)

@@ -101,7 +101,7 @@ def measure(
     analysers: Mapping[str, Analyser],
     say: Callable[[str], object],
 ) -> Measured:
-    """Run every measure in one arm; `say` is told which one is under way."""
+    """Run every measure in one arm; report each to `say` first."""
     parts = []
     if inputs.code:
         say("code")

@@ -26,7 +26,7 @@ PASSED = "every test passed"
 def passes(code: str, tests: Sequence[str], seconds: int = SECONDS) -> bool:
     """Return whether `code` runs, and each of `tests` (statements, such as `assert`) after it.
 
-    A line that is printed after the last test tells success, since code may end the process with
+    A line that is printed after the last test reports success, since code may end the process with
     exit code 0 before any test runs.
     """
     # The code's own output must not look like success: the line holds what it cannot know.

@@ -75,7 +75,7 @@ def ask(
     """Yield `(index, logit(yes) - logit(no), whether the text was cut)`, shortest prompt first."""
     limit = context(lm) - ROOM
     yes, no = (answer_ids(lm.tokenizer, spellings) for spellings in (YES, NO))
-    # A byte-level tokenizer may give both sides one first token: then nothing can be told apart.
+    # A byte-level tokenizer may give both sides one first token: then nothing distinguishes them.
     shared = set(yes) & set(no)
     yes, no = ([i for i in side if i not in shared] for side in (yes, no))
     prompts = [prompt_ids(q, lm.tokenizer, limit) for q in questions]

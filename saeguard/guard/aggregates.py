@@ -56,8 +56,9 @@ def aggregate(
             mine = slice(peak.start - windowed, peak.stop - windowed)
             line = np.concatenate([level[:, None, mine], x[..., peak]], axis=1)
             out[..., peak] = np.maximum.accumulate(line, axis=1)[:, 1:]
-        level = out[:, -1, windowed:].copy()
-        if over.whole.stop:
+        level = out[:, -1, windowed:]
+        if over.whole.stop:  # the state keeps sums, the result holds means
+            level = level.copy()
             level[:, over.whole.start - windowed :] = _means_so_far(over, s, at, x, looked, out)
         s.level[at] = level
     return out

@@ -1,6 +1,6 @@
 """The feature values of whole texts, token by token, for commands that judge or record them.
 
-An engine is told which features to read, not by which policies. So it needs to know nothing about
+An engine receives which features to read, not by which policies. So it needs to know nothing about
 a text but its tokens: where the output begins, which roles there are and what is judged is up to
 the command. `saeguard.guard.judge` judges the values of one text, whichever engine read them.
 """

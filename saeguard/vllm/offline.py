@@ -161,7 +161,7 @@ def _wake_if_it_dies(client: Any, ended: Event) -> None:
     """Let `LLMEngine.step` raise if the engine core is killed, as for want of memory.
 
     vLLM notices the death and marks the client, but whoever waits for an output of that engine core
-    would wait for ever (0.28 to 0.32).
+    would wait for ever (seen with vLLM 0.32).
 
     Args:
         client: of the engine core; one that runs in this process needs no watch.

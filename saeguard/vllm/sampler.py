@@ -52,7 +52,7 @@ class Sampler:
             enforce: the clamp policy, None for no clamp.
             max_tokens: of an answer.
             temperature: 0 is greedy.
-            done: told how many prompts were answered since the last call.
+            done: called with the number of prompts answered since the last call.
 
         Raises:
             SamplerError: the clamp did not act on a request.
@@ -72,7 +72,7 @@ class Sampler:
         Args:
             texts: token ids, and how many of them come before the scored ones; at least one.
             enforce: the clamp policy, None for no clamp.
-            done: told how many texts were scored since the last call.
+            done: called with the number of texts scored since the last call.
 
         Raises:
             SamplerError: the clamp did not act on a request.

@@ -13,13 +13,19 @@ from typer.testing import CliRunner
 
 from saeguard.cli.features import verb
 from saeguard.cli.policy import verb as policy_verb
+from saeguard.features.corpus import Corpus
 from saeguard.features.cut import cut_by_template
+from saeguard.features.learn import Subject, Wish
+from saeguard.features.learn import learn as learn_one
 from saeguard.features.load import load_feature_set
+from saeguard.features.search import SearchError
+from saeguard.features.types import FeatureSet, ModelRef
 from saeguard.hf import residual_cache
 from saeguard.hf.model import load_model
 from saeguard.hf.residual_cache import record_cached
 from saeguard.hf.residuals import record
 from saeguard.policy.load import load_policies
+from tests.features.planted import corpus
 from tests.guarded import feature_set
 from tests.tiny import D, save_model
 
@@ -193,3 +199,22 @@ def test_the_cache_gives_back_what_was_recorded(tmp_path: Path) -> None:
     assert all(torch.equal(again[i][1], found[1]) for i, found in first.items())
     dict(record_cached(lm, texts, [0], cache))
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_labelled_only(monkeypatch: pytest.MonkeyPatch, *, only: bool) -> None:
+    """Ordinary texts are among those that a detector is chosen on, unless that is not wanted."""
+    chosen_on: list[int] = []
+
+    def searched(_info: object, split: Corpus, *_: object, **__: object) -> None:
+        chosen_on.append(len(split))
+        raise SearchError("enough seen")
+
+    monkeypatch.setattr("saeguard.features.learn.search", searched)
+    texts, ordinary = corpus("search", 60), corpus("benign", 90)
+    subject = Subject("f", "t", "b", "", texts, np.arange(60), np.arange(60) % 3)
+    empty = FeatureSet("s", Path("s.yaml"), ModelRef("m", 128, 2), None, {}, (), "")
+    learn_one(empty, None, subject, (ordinary, ordinary, ordinary), Wish(labelled_only=only))
+    labelled = int((subject.part == 0).sum())
+    negatives = int((~texts.label & (subject.part == 0)).sum())
+    assert chosen_on == [labelled + (0 if only else negatives)]
