@@ -82,14 +82,15 @@ def test_requests_under_way_keep_their_list(live: Reloading) -> None:
     first = live.turn(0)
     live.wait(lambda s: s["watchlist"] == first)
     before, counts = dict(live.judged), {}
-    # The engine serves while this thread turns the link; which requests come behind the swap is
-    # the engine's to say, and each is held against the list that it names.
+    # The engine serves while a thread turns the link; which requests come behind the swap is the
+    # engine's to say, and each is held against the list that it names. A fast machine may be through
+    # before the engine looks at the link again, so each attempt serves more.
     for attempt in range(8):
         swap = threading.Thread(
             target=lambda a=attempt: (time.sleep(0.15), live.turn(2 + a % 2 * 2))
         )  # type: ignore[misc]
         swap.start()
-        live.serve(mix(30 + attempt, 40, 40))
+        live.serve(mix(30 + attempt, 40 * (1 + attempt), 40))
         swap.join()
         counts = {d: n - before.get(d, 0) for d, n in live.judged.items() if n > before.get(d, 0)}
         if len(counts) > 1:
