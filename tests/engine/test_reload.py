@@ -83,7 +83,7 @@ def test_requests_under_way_keep_their_list(live: Reloading) -> None:
     live.wait(lambda s: s["watchlist"] == first)
     before, counts = dict(live.judged), {}
     # The engine serves while a thread turns the link; which requests come behind the swap is the
-    # engine's to say, and each is held against the list that it names. A fast machine may be through
+    # engine's to say, and each is held against the list that it names. A fast machine may be done
     # before the engine looks at the link again, so each attempt serves more.
     for attempt in range(8):
         swap = threading.Thread(
