@@ -15,9 +15,9 @@ READY := $(VENV)/.saeguard-ready
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # The model of the feature set that the shipped policies name.
-POLICY_MODEL := demo/model
+POLICY_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: setup demo demo-model smollm2 demo-features test test-all nightly storm mutants parity compat contract soak reload-storm fuzz lsp check check-texts format bench bench-encode build docs doctor clean
+.PHONY: setup demo demo-model test test-all nightly storm mutants parity compat contract soak reload-storm fuzz lsp check check-texts format bench bench-encode build docs doctor clean
 
 setup: $(READY)
 
@@ -41,19 +41,12 @@ $(READY): pyproject.toml tests/constraints.txt
 	$(BIN)/saeguard doctor
 	touch $@
 
-demo: setup
-	$(BIN)/python -m demo.run --model demo/model --prompts demo/data/prompts.jsonl $(ARGS)
+demo: demo-model
+	$(BIN)/python -m demo.run $(ARGS)
 
+# The model of docs/demo-model.md: downloaded and converted once, half a minute.
 demo-model: setup
-	$(BIN)/python -m demo.train_model $(MODEL_ARGS)
-	$(BIN)/python -m demo.train_sae $(SAE_ARGS)
-
-# The real model of docs/demo-model.md: downloaded and converted once, half a minute.
-smollm2: setup
 	$(BIN)/saeguard demo-model
-
-demo-features: setup
-	$(BIN)/python -m demo.build_features $(ARGS)
 
 # Two lanes of one core each, then what needs both cores; the total is the last line.
 test: setup
@@ -115,7 +108,7 @@ check: setup docs
 	$(BIN)/saeguard test policies --require-tests
 
 # What `make check` skips of the policies' tests: texts, read by the model that the features are of.
-check-texts: setup
+check-texts: demo-model
 	$(BIN)/saeguard test policies --model $(POLICY_MODEL)
 
 format: setup

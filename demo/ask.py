@@ -85,7 +85,7 @@ async def ask(
         extra["vllm_xargs"] = {"saeguard_enforce": enforce}
     options: dict[str, Any] = {
         "model": model,
-        "messages": list(prompt["messages"]),
+        "messages": list(prompt["prompt"]),
         "temperature": 0,
         "seed": SEED,
         "max_tokens": max_tokens,
@@ -109,7 +109,7 @@ async def ask(
     return Answer(
         id=prompt["id"],
         behaviour=prompt["behaviour"],
-        messages=tuple(prompt["messages"]),
+        messages=tuple(prompt["prompt"]),
         streamed=stream,
         seconds=time.monotonic() - started,
         enforced=enforce,

@@ -152,7 +152,7 @@ def run(console: Console, places: Places, args: argparse.Namespace) -> None:
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Return the prompts of a file of JSON lines: `id`, `behaviour` and `messages`.
+    """Return the prompts of a file of JSON lines: `id`, `behaviour` and `prompt` (chat messages).
 
     Raises:
         DemoError: names the line and the field that is wrong.
@@ -163,7 +163,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             prompt = json.loads(line)
         except ValueError as error:
             raise DemoError(f"{path}:{number}: expected one JSON object: {error}") from error
-        for name, kind in (("id", str), ("behaviour", str), ("messages", list)):
+        for name, kind in (("id", str), ("behaviour", str), ("prompt", list)):
             if not isinstance(prompt, dict) or not isinstance(prompt.get(name), kind):
                 raise DemoError(f"{path}:{number}: expected {name} ({kind.__name__})")
         prompts.append(prompt)

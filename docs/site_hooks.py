@@ -23,7 +23,6 @@ OUTSIDE = {
     "SECURITY.md": "security.md",
     "CODE_OF_CONDUCT.md": "code-of-conduct.md",
     "benchmarks/README.md": "benchmarks.md",
-    "demo/README.md": "demo.md",
     "policies/README.md": "policies.md",
     "saeguard/vllm/CONTRACT.md": "contract.md",
 }

@@ -74,7 +74,7 @@ def test_a_failed_request_is_one_plain_error() -> None:
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        prompt = {"id": "a", "behaviour": "benign", "messages": [{"role": "user", "content": "x"}]}
+        prompt = {"id": "a", "behaviour": "benign", "prompt": [{"role": "user", "content": "x"}]}
         with pytest.raises(DemoError, match="no such policy"):
             run.send(QUIET, "t", [prompt], url=f"http://127.0.0.1:{http.server_port}", max_tokens=1)
         http.shutdown()
@@ -102,7 +102,7 @@ def test_the_prompts_show_all_behaviours_and_ordinary_requests() -> None:
     ("content", "expected"),
     [
         ("{", r"p.jsonl:1: expected one JSON object"),
-        ('{"id": "a", "behaviour": "benign"}', r"p.jsonl:1: expected messages \(list\)"),
+        ('{"id": "a", "behaviour": "benign"}', r"p.jsonl:1: expected prompt \(list\)"),
         ("", "expected prompts, found none"),
     ],
 )
