@@ -144,13 +144,15 @@ def _tests(wanted: Draft, schema: str) -> str:
         shown, first = traces(f"0x{before} {{:g}}x{high + 5}", 3.0), before + high + 4
     # As many tokens as there are, if the policy looks at the prompt; none past its first four else.
     prompt = before + high + 5 if wanted.scope == "prompt" else 4
+    # A mean of shares at the threshold may round to just above it.
+    nearly = 0.99 if wanted.reading.over else 1.0
     text = TESTS.format(
         schema=f"{schema}saeguard.test.v1.json",
         id=wanted.id,
         before=prompt,
         first=first,
         high=shown,
-        low=traces(f"0x4 {{:g}}x{high + 7}", 1.0),
+        low=traces(f"0x4 {{:g}}x{high + 7}", nearly),
     )
     if wanted.scope != "both":
         where, tokens = ("answer", 4) if wanted.scope == "prompt" else ("prompt", before + high)
