@@ -1,1 +1,1 @@
-"""The demo model: a small language model, an SAE on it, and the labelled texts they come with."""
+"""The demo: a guarded server, forty prompts, and what the guard saw."""
