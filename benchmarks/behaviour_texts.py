@@ -72,7 +72,7 @@ def files(
         behaviour: of the feature.
         feature: its name.
         texts: rows by dataset.
-        ordinary: what a topic is told from.
+        ordinary: ordinary texts, the negatives of a topic.
     """
     parts: dict[Part, list[Row]] = {"learn": [], "twins": [], "evaluation": []}
     found: dict[str, list[Row]] = {}
