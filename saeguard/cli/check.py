@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saeguard.cli.feature_folder import read_feature_sets
-from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption
+from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption, existing_file
 from saeguard.cli.report import Format, count, rendered
 from saeguard.errors import BAD_INPUT, FINDINGS, InputError
 
@@ -47,6 +48,14 @@ def verb(
     require_tests: Annotated[
         bool, typer.Option("--require-tests", help="Exit with 1 if a policy has no test file.")
     ] = False,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recording of texts, or texts with --model: a policy that none of them matches is "
+            "a warning.",
+            callback=existing_file,
+        ),
+    ] = None,
 ) -> None:
     """Check policies: their syntax, whether they can match, and the features they name.
 
@@ -68,6 +77,8 @@ def verb(
         found += of_other_model(referring, sets, model)
     if require_tests:
         found += [missing_tests(p) for p in policies if not cases_path(p.path).exists()]
+    if corpus is not None:
+        found += unmatched(referring, sets, corpus, model, feature_sets)
     findings = PolicyErrors(found).errors
     wrong, warned = (sum(f.level == level for f in findings) for level in ("error", "warning"))
     quiet = format_ == "text" and not notes
@@ -104,3 +115,35 @@ def of_other_model(
         if difference:
             message = f"the feature set is {difference}; name one that is made for this model"
             yield locate(policy).error("other-model", message, ("feature_set",))
+
+
+def unmatched(
+    policies: Sequence[Policy],
+    sets: FeatureSets,
+    corpus: Path,
+    model: Path | None,
+    feature_sets: Path,
+) -> Iterator[Finding]:
+    """Yield a warning for each policy that matches no text of a corpus.
+
+    Policies that cannot be judged have findings of their own, or are templates.
+    """
+    from saeguard.cli.inputs import open_corpus
+    from saeguard.policy.lint import resolve
+    from saeguard.policy.load import locate
+    from saeguard.policy_tools.explanation import explain_all
+    from saeguard.policy_tools.nearest import never_matched
+
+    wrong = {f.path for f in resolve(policies, sets.known, templates=sets.templates)
+             if f.level == "error"}  # fmt: skip
+    ready = [p for p in policies if p.feature_set in sets.known and p.path not in wrong]
+    if not ready:
+        return
+    recording = open_corpus(corpus, ready, model, feature_sets)
+    for policy in ready:
+        texts = range(len(recording.ids))
+        never = never_matched(explain_all(policy, sets.known, recording, texts))
+        if never is not None:
+            message = f"{corpus.name}: {never.in_words(policy, recording.ids[never.text])}"
+            finding = locate(policy).error("never-matched", message, ("condition",))
+            yield replace(finding, level="warning")

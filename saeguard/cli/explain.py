@@ -50,7 +50,10 @@ def verb(
     ] = None,
     request: Annotated[
         str | None,
-        typer.Option(help="Id of the request in the log, or of the text. Default: all."),
+        typer.Option(
+            help="Id of the request, as the client got it or as the log has it; or of the text. "
+            "Default: all."
+        ),
     ] = None,
     id_: Annotated[
         str | None, typer.Option("--id", help="Id of the policy in a folder. Default: all.")
@@ -155,18 +158,21 @@ def of_log(
     path: Path, policies: Sequence[Policy], request: str | None
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Yield each event of the policies, with its lines for a terminal."""
-    from saeguard.events.reader import read_log
+    from saeguard.events.reader import is_of_request, read_log
 
-    by_id = {policy.id: policy for policy in policies}
+    ids = list(dict.fromkeys(policy.id for policy in policies))
+    by_digest = {policy.digest: policy for policy in policies}
     seen = False
     for event in read_log(path):
-        policy = by_id.get(event.policy)
-        if policy is None or request not in (None, event.request_id):
+        if event.policy not in ids:
+            continue
+        if request is not None and not is_of_request(event.request_id, request):
             continue
         seen = True
-        yield event.model_dump(mode="json", by_alias=True), list(_event(event, policy))
+        lines = list(_event(event, by_digest.get(event.policy_digest)))
+        yield event.model_dump(mode="json", by_alias=True), lines
     if not seen:
-        raise InputError(f"{path}: there is no event of {', '.join(by_id)}"
+        raise InputError(f"{path}: there is no event of {', '.join(ids)}"
              + (f" for the request {request}" if request else ""))  # fmt: skip
 
 
@@ -181,8 +187,13 @@ def written(policy: Policy) -> dict[str, str]:
     }
 
 
-def _event(event: Event, policy: Policy) -> Iterator[str]:
-    """Yield the lines of one event."""
+def _event(event: Event, policy: Policy | None) -> Iterator[str]:
+    """Yield the lines of one event.
+
+    Args:
+        event: from the log.
+        policy: that wrote it; None if the files hold another one by now.
+    """
     score = "" if event.score is None else f" The score is {event.score:.2f}; it matches above 1."
     verdict = event.verdict.replace("_", " ").upper()
     where = ""
@@ -197,7 +208,7 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     left = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())
     yield f"Request {event.request_id}"
     yield ""
-    yield f"{event.policy}: {policy.title}"
+    yield event.policy if policy is None else f"{event.policy}: {policy.title}"
     yield f"  {event.severity} severity, {event.mode}, action {event.action}; done: {done}"
     yield ""
     yield f"{verdict}{where}.{score}"
@@ -209,6 +220,16 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     if event.approximate:
         yield "Its TopK latents were approximate: measured thresholds stood for ranks."
     yield ""
+    yield from _fired(event) if policy is None else _selections(event, policy)
+    yield ""
+    yield (
+        "An event holds each feature's highest share, not every token's. To see every token, "
+        "judge the text again: saeguard policy explain with --model, or with a recording."
+    )
+
+
+def _selections(event: Event, policy: Policy) -> Iterator[str]:
+    """Yield the lines of the selections of the policy that wrote an event."""
     rows = [("selection", "feature", "holds above", "highest", "at token", "tokens above")]
     for name, selection in policy.detect.items():
         fired = event.features.get(selection.feature)
@@ -218,16 +239,18 @@ def _event(event: Event, policy: Policy) -> Iterator[str]:
     yield from columns(rows)
     as_written = written(policy)
     yield f"Condition: {' '.join(as_written['condition'].split())}, at {as_written['for']}."
-    if event.policy_digest != policy.digest:
-        yield ""
-        yield (
-            "The policy file has changed since: the event is of digest "
-            f"{event.policy_digest[:12]}, the file of {policy.digest[:12]}."
-        )
-    yield ""
+
+
+def _fired(event: Event) -> Iterator[str]:
+    """Yield the lines of an event whose policy has changed: nothing of the policy of today."""
+    rows = [("feature", "highest", "at token", "tokens above")]
+    for name, fired in event.features.items():
+        rows.append((name, f"{fired.max:.3g}", f"{fired.at}", f"{fired.count}"))
+    yield from columns(rows)
     yield (
-        "An event holds each feature's highest share, not every token's. To see every token, "
-        "judge the text again: saeguard policy explain with --model, or with a recording."
+        "The policy file has changed since: the event is of digest "
+        f"{event.policy_digest[:12]}, which no file has now, so thresholds and condition are not "
+        "shown. Name the policies of then, such as a checkout of an earlier commit, to see them."
     )
 
 

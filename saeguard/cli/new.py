@@ -6,15 +6,21 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
 from saeguard.atomic_files import write_new
 from saeguard.cli.feature_folder import read_feature_sets
-from saeguard.cli.options import FEATURE_SETS, FeatureSetsOption
+from saeguard.cli.options import (
+    FEATURE_SETS,
+    FeatureSetsOption,
+    OptionalModel,
+    existing_file,
+)
 from saeguard.errors import InputError
 from saeguard.features.reading import PEAK, Reading, read_words
 from saeguard.policy.types import Scope
@@ -40,8 +46,24 @@ def verb(
     ],
     feature: Annotated[
         list[str] | None,
-        typer.Option(help="Feature to watch. Repeatable: then all have to hold."),
+        typer.Option(help="Feature to watch. Repeatable, with --combine."),
     ] = None,
+    combine: Annotated[
+        Literal["token", "request", "any"] | None,
+        typer.Option(
+            help="With several features: token, all at one and the same token; request, each "
+            "somewhere in the request; any, one is enough."
+        ),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts that should match, as a recording or, with --model, as a file of texts: "
+            "how many match is printed, for each way to combine the features.",
+            callback=existing_file,
+        ),
+    ] = None,
+    model: OptionalModel = None,
     folder: Annotated[Path, typer.Option(help="Folder of policies.")] = Path("policies"),
     feature_sets: FeatureSetsOption = FEATURE_SETS,
 ) -> None:
@@ -52,15 +74,24 @@ def verb(
     Existing files are never overwritten. Exit codes: 0 written, 2 the command is wrong, 3 the files
     cannot be written.
     """
+    from saeguard.cli.combine import check_combined, matching, which_is_meant
     from saeguard.policy.schema import POLICY_ID
     from saeguard.policy_tools.scaffold import Draft, draft
     from saeguard.yaml_files.section import FORMS
+
+    today = datetime.now(UTC).date()
 
     if not re.fullmatch(POLICY_ID, id_):
         raise InputError(f"{id_!r} is not a policy id; write {FORMS[POLICY_ID]}")
     sets = read_feature_sets(feature_sets)
     thresholds = chosen(sets, set_, feature or [])
     scope, reading = calibrated_for(sets, set_, thresholds)
+    wanted = Draft(id_, set_, thresholds, scope, reading)
+    counts = {} if corpus is None else matching(wanted, sets, corpus, model, feature_sets)
+    if len(thresholds) > 1 and combine is None:
+        raise InputError(which_is_meant(list(thresholds), counts))
+    wanted = replace(wanted, combine=combine or "token")
+    check_combined(wanted)
     path = folder.joinpath(*id_.split(".")).with_suffix(".yaml")
     tests = path.with_suffix(".test.yaml")
     there = [str(file) for file in (path, tests) if os.path.lexists(file)]
@@ -69,10 +100,11 @@ def verb(
             f"{' and '.join(there)}: exists already; choose another id, or edit that file"
         )
     schema = os.path.relpath(folder, path.parent)
-    wanted = Draft(id_, set_, thresholds, scope, reading)
-    texts = draft(wanted, f"{Path(schema).as_posix()}/", datetime.now(UTC).date())
+    texts = draft(wanted, f"{Path(schema).as_posix()}/", today)
     write_new(dict(zip((path, tests), texts, strict=True)) | missing_schemas(folder))
     typer.echo(f"Wrote {path} and {tests.name}. `saeguard check {path}` lists what is still to do.")
+    if counts:
+        typer.echo(f"It matches {counts[wanted.combine]} in {corpus}.")
 
 
 def chosen(sets: FeatureSets, name: str, features: list[str]) -> dict[str, float]:
@@ -93,7 +125,11 @@ def chosen(sets: FeatureSets, name: str, features: list[str]) -> dict[str, float
             hint = did_you_mean(feature, available.features)
             raise InputError(f"{name} has no feature {feature!r}; {hint}there are: "
                  f"{', '.join(available.features)}")  # fmt: skip
-    picked = list(dict.fromkeys(features)) or [next(iter(available.features))]
+    picked = list(dict.fromkeys(features))
+    if not picked and len(available.features) > 1:
+        raise InputError(f"--feature: expected a feature to watch, found none; {name} has: "
+             f"{', '.join(available.features)}")  # fmt: skip
+    picked = picked or list(available.features)
     if known is None:
         return dict.fromkeys(picked, TEMPLATE_SHARE)
     return {f: rounded_up(known.features[f].threshold) for f in picked}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from saeguard.cli.options import ModelOptions
-from saeguard.guard.judge import judge
 from saeguard.guard.scopes import ROLES
 from saeguard.policy.types import Policy
-from saeguard.policy_tools.explanation import judge_recorded
+from saeguard.policy_tools.explanation import Explanation, explain, explain_trace
+from saeguard.policy_tools.nearest import in_short
 from saeguard.policy_tools.recording import Recording, RecordingError, read_recording
 from saeguard.policy_tools.test_cases import Case, PlainText, Recorded, Trace
 from saeguard.policy_tools.test_results import Result, compare
@@ -60,7 +61,15 @@ def run(policy: Policy, case: Case) -> Result:
     assert isinstance(case.given, Trace)
     shares = {feature: np.asarray(trace) for feature, trace in case.given.shares.items()}
     roles = np.array([ROLES.index(role) for role in case.given.roles], np.uint8)
-    return compare(policy, case, judge(policy, shares, case.given.prompt_tokens, roles))
+    return explained(policy, case, explain_trace(policy, shares, case.given.prompt_tokens, roles))
+
+
+def explained(policy: Policy, case: Case, found: Explanation) -> Result:
+    """Return the result of a case that was judged; a failure names what decided its verdict."""
+    result = compare(policy, case, found.verdict)
+    if result.status not in {"failed", "todo"}:
+        return result
+    return replace(result, complaint=f"{result.complaint}; {in_short(found)}")
 
 
 def _recorded(
@@ -93,10 +102,10 @@ def _recorded(
         else:
             assert read is not None
             recording, text = read, read.text(_name(policy, case))
-        [[verdict]] = judge_recorded([policy], sets.known, recording, [text])
+        found = explain(policy, sets.known, recording, text)
     except RecordingError as error:
         return failed(str(error))
-    return compare(policy, case, verdict)
+    return explained(policy, case, found)
 
 
 def _read_texts(

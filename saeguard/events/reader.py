@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,19 @@ from saeguard.events.record_schema import LINE, Event
 
 class LogError(InputError):
     """A line of an event log is not an event; the message names file, line and field."""
+
+
+def is_of_request(logged: str, asked: str) -> bool:
+    """Return whether a request of a log is the one that is asked for.
+
+    Args:
+        logged: the engine's own id, which events hold.
+        asked: that id, or the one in the client's response: `chatcmpl-...`. vLLM makes its own of
+            it: `ID-1a2b3c4d`, `0_ID-1a2b3c4d` for each of several choices, and `ID-0-1a2b3c4d` for
+            each of several prompts (`InputProcessor.assign_request_id`, `ParentRequest`).
+    """
+    made = rf"([0-9]+_)?{re.escape(asked)}(-[0-9]+)?(-[0-9a-f]{{8}})?"
+    return logged == asked or re.fullmatch(made, logged) is not None
 
 
 def read_log(path: Path) -> Iterator[Event]:

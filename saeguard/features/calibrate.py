@@ -34,7 +34,7 @@ DIGITS = 4
 
 MEASURED = ("fpr_holdout", "tpr_holdout", "twin_rate_holdout")
 """What holds for one threshold, and is dropped if another is set without measuring it again."""
-RANGED = ("reach",)
+RANGED = ("reach", "highest")
 """What holds for one range."""
 
 Decode = Callable[[list[int]], str]
@@ -97,8 +97,12 @@ def calibrate(
     if reading is None:
         reading = read_words(str(feature.evidence.get("window", PEAK.words)))
 
+    tops: list[float] = []
+
     def peaks_of(corpus: Corpus) -> np.ndarray:
-        return peaks(corpus, values(features, feature, corpus), reading)
+        value = values(features, feature, corpus)
+        tops.append(float(value[corpus.looked].max(initial=-np.inf)))
+        return peaks(corpus, value, reading)
 
     benign = texts.benign.scoped(scope)
     quiet = peaks_of(benign)
@@ -132,6 +136,7 @@ def calibrate(
     shown = texts.holdout or texts.split
     if shown is not None:
         evidence["reach"] = _reach(features, feature, shown.scoped(scope).of_kind(kind))
+    evidence["highest"] = round(float(shares(feature, np.array(max(tops)))), DIGITS)
     if feature.clamp:
         evidence["edit"] = measure_edit(features, feature, benign)
     if decode is not None and split is not None:

@@ -8,6 +8,10 @@ from typing import Any, Protocol
 FEW = 0.02
 """A threshold that no more than this fraction of the positives exceeds catches nothing."""
 CHANCE = 0.5
+PERCENT = 5.0
+"""A share from here on is taken for a percentage."""
+ROUNDING = 1e-3
+"""Thresholds are written with three decimals, rounded up."""
 
 
 class Measured(Protocol):
@@ -73,7 +77,7 @@ def weaknesses(feature: Measured, above: float, window: str) -> Iterator[str]:
     # Calibrated without labels, the range ends where the strongest ordinary text does.
     by_ordinary = "fpr_calibration" in evidence and reach is None and caught is None
     if above > 1 and not by_ordinary:
-        yield f"{above:g} lies above the calibrated range, which ends at 1"
+        yield f"{above:g} lies above the calibrated range, which ends at 1{_percent(above)}"
     if reach is not None and above >= reach:
         yield (
             f"at most {FEW:.0%} of the positives have a token above {above:g}; the strongest "
@@ -83,6 +87,30 @@ def weaknesses(feature: Measured, above: float, window: str) -> Iterator[str]:
     same = evidence.get("window") in ("1 of 1", window)
     if caught is not None and caught <= FEW and same and above >= feature.threshold:
         yield f"at the calibrated threshold it catches {caught:.1%} of the hold-out's positives"
+
+
+def unseen(feature: Measured, above: float) -> str:
+    """Return that calibration saw no token above a threshold, empty if it did or is not known.
+
+    Args:
+        feature: calibrated; its evidence has `highest`, unless an earlier version wrote it.
+        above: the share that must be exceeded.
+    """
+    highest = _number(feature.evidence, "highest")
+    if highest is None and "fpr_calibration" in feature.evidence:
+        # The range ends at the strongest of the ordinary texts, or the threshold beyond it.
+        highest = max(1.0, feature.threshold)
+    if highest is None or above <= highest + ROUNDING:
+        return ""
+    return (
+        f"no token of the texts that it was calibrated on is above {above:g}; the strongest is at "
+        f"{highest:g}{_percent(above)}"
+    )
+
+
+def _percent(above: float) -> str:
+    """Return the advice for a share that was meant as a percentage, if it looks like one."""
+    return f"; for {above:g} % write {above / 100:g}" if above >= PERCENT else ""
 
 
 def unmeasured(evidence: Mapping[str, Any]) -> bool:

@@ -12,11 +12,12 @@ from saeguard.features.weakness import (
     Measured,
     no_better_than_random,
     unmeasured,
+    unseen,
     weaknesses,
 )
 from saeguard.policy.load import locate
 from saeguard.policy.types import Policy
-from saeguard.yaml_files.findings import Finding, show
+from saeguard.yaml_files.findings import Finding, Level, show
 from saeguard.yaml_files.reader import Loc
 
 
@@ -56,7 +57,15 @@ def weak(policy: Policy, of: Parts, may_enforce: Collection[str] = ()) -> Iterat
         window = policy.window
         mean = selection.over.kind == "whole"
         reading = Reading(window.k, window.n or 0, window.last, mean)
-        for reason in weaknesses(feature, selection.above, reading.words):
+        reasons = list(weaknesses(feature, selection.above, reading.words))
+        beyond = "" if reasons else unseen(feature, selection.above)
+        if beyond:
+            found = True
+            level: Level = "warning" if policy.accept_weak is None else "note"
+            message = f"{show(selection.feature)}: {beyond}"
+            here: Loc = ("detect", name, "above")
+            yield replace(locate(policy).error("weak-feature", message, here), level=level)
+        for reason in reasons:
             found = True
             yield _weak(policy, enforced, name, f"{show(selection.feature)}: {reason}")
         alike = no_better_than_random(feature.evidence)

@@ -9,6 +9,7 @@ import numpy as np
 from saeguard.guard.verdict import THRESHOLD
 from saeguard.policy.types import Over, Policy, Window
 from saeguard.policy_tools.explanation import Explanation
+from saeguard.policy_tools.nearest import around, explained_position
 
 AROUND = 16
 """Tokens of text shown on each side of the one explained."""
@@ -42,17 +43,6 @@ def in_words(
     if pieces is not None and at is not None:
         lines += ["", *_excerpt(found, at, pieces)]
     return lines
-
-
-def explained_position(found: Explanation) -> int | None:
-    """Return the position that explains the verdict: the first match, or the nearest."""
-    if found.match.any():
-        return int(found.match.argmax())
-    if not found.looked.any():
-        return None
-    # If no window is full, the condition's own evidence is the nearest.
-    best = found.score if np.isfinite(found.score).any() else found.evidence
-    return int(best.argmax())
 
 
 def _heading(policy: Policy) -> Iterator[str]:
@@ -134,28 +124,7 @@ def _near(found: Explanation, at: int, pieces: Sequence[str] | None) -> Iterator
     spelt = "" if pieces is None else f" {pieces[at]!r}"
     first = "It first matches" if found.match.any() else "It comes nearest"
     yield f"{first} at token {at}{spelt}:"
-    window = found.policy.window
-    tokens = range(at, at + 1)
-    if window != Window():
-        start = 0 if window.n is None else max(0, at - window.n + 1)
-        tokens = range(start, at + 1)
-        held = int((found.evidence[start : at + 1] > THRESHOLD).sum())
-        yield f"  of tokens {start} to {at} the condition holds at {held}; {window.k} are needed"
-    for name, selection in found.policy.detect.items():
-        values = found.values[name][tokens.start : tokens.stop]
-        looked = found.looked[tokens.start : tokens.stop]
-        if not looked.any():
-            continue
-        best = float(np.where(looked, values, -np.inf).max())
-        where = "" if len(tokens) == 1 else " at most"
-        if best > selection.above:
-            says = f"{best:.3g}{where}, above {selection.above:g}: holds"
-        elif best == selection.above:
-            says = f"{best:.3g}{where}, exactly its threshold: does not hold"
-        else:
-            share = f", {best / selection.above:.0%} of the way" if best > 0 else ""
-            says = f"{best:.3g}{where}, not above {selection.above:g}{share}: does not hold"
-        yield f"  {name} is {says}"
+    yield from (f"  {line}" for line in around(found, at))
 
 
 def _excerpt(found: Explanation, at: int, pieces: Sequence[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from saeguard.features.schema import FeatureSetFile
 from saeguard.guard.compiled_rules import Rules, compile_rules
-from saeguard.guard.judge import judge_text, on_tokens, score_text
+from saeguard.guard.judge import alone, judge_text, on_tokens, score_text
 from saeguard.guard.scopes import BY_ROLE
 from saeguard.guard.verdict import THRESHOLD, Verdict
 from saeguard.policy.types import Policy
@@ -71,15 +71,55 @@ def explain(
     """Judge one recorded text and keep what the verdict was reached from.
 
     Raises:
+        RecordingError: as `explain_all`.
+    """
+    return next(iter(explain_all(policy, feature_sets, recording, [text])))
+
+
+def explain_all(
+    policy: Policy,
+    feature_sets: Mapping[str, FeatureSetFile],
+    recording: Recording,
+    texts: Sequence[int],
+) -> Iterator[Explanation]:
+    """Judge recorded texts, one after the other, and keep what each verdict was reached from.
+
+    Raises:
         RecordingError: a feature was not recorded, or was made of something else; or a policy's
             scope is a role, and roles were not recorded.
     """
     shares, column = _shares([policy], feature_sets, recording)
     rules = compile_rules([policy], column)
-    here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
-    roles = _roles(rules, recording, text)
-    massive = None if recording.massive is None else recording.massive[here]
-    given = (rules, shares[here], recording.evaluable[here], prompt_tokens, roles, massive)
+    for text in texts:
+        here, prompt_tokens = recording.span(text), int(recording.prompt_tokens[text])
+        roles = _roles(rules, recording, text)
+        massive = None if recording.massive is None else recording.massive[here]
+        evaluable = recording.evaluable[here]
+        yield _explained(rules, shares[here], evaluable, prompt_tokens, roles, massive)
+
+
+def explain_trace(
+    policy: Policy,
+    shares: Mapping[str, np.ndarray],
+    prompt_tokens: int,
+    roles: np.ndarray | None = None,
+) -> Explanation:
+    """Judge one policy on the shares of its features, one value per token, all tokens evaluated."""
+    rules, traces = alone(policy, shares)
+    return _explained(rules, traces, np.ones(len(traces), bool), prompt_tokens, roles, None)
+
+
+def _explained(
+    rules: Rules,
+    shares: np.ndarray,
+    evaluable: np.ndarray,
+    prompt_tokens: int,
+    roles: np.ndarray | None,
+    massive: np.ndarray | None,
+) -> Explanation:
+    """Judge one text by the rules of one policy; for the arguments see `judge_text`."""
+    [policy] = rules.policies
+    given = (rules, shares, evaluable, prompt_tokens, roles, massive)
     scored = score_text(*given)
     terms = dict(zip(policy.detect, rules.terms.of_policy(0), strict=True))
     score = scored.score[0, :, 0]

@@ -6,12 +6,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from saeguard.features.reading import PEAK, Reading
 from saeguard.policy.types import Scope
 
 REVIEW = timedelta(days=180)
+MOST_SO_FAR = "max of the request"
+
+Combine: TypeAlias = Literal["token", "request", "any"]
+COMBINED: dict[Combine, str] = {
+    "token": "all of them at one and the same token",
+    "request": "each of them somewhere in the request, at whatever tokens",
+    "any": "one of them is enough",
+}
+"""How several features make one condition, and what that asks of a text."""
 
 POLICY = """\
 # yaml-language-server: $schema={schema}
@@ -53,6 +62,14 @@ cases:
     expect: no_match
 """
 
+APART = """\
+  - name: {name}
+    prompt_tokens: {prompt}
+    shares:
+{apart}
+    expect: {expect}
+"""
+
 ELSEWHERE = """\
   - name: only the {where} shows it
     prompt_tokens: {prompt}
@@ -87,10 +104,12 @@ class Draft:
     feature_set: str
     """By the name that policies use."""
     thresholds: Mapping[str, float]
-    """Share above which each feature holds; all of them have to."""
+    """Share above which each feature holds."""
     scope: Scope = "output"
     reading: Reading = PEAK
     """What the policy writes as `for` and `over`."""
+    combine: Combine = "token"
+    """Which of the features have to hold, and whether at one token; see `COMBINED`."""
     title: str = "TODO: what it watches for, in one line"
     owner: str = "TODO: who answers for it, such as safety@example.com"
     rationale: str = "TODO: what fires, and why that matters"
@@ -98,14 +117,17 @@ class Draft:
 
 
 def draft(wanted: Draft, schema: str, today: date) -> tuple[str, str]:
-    """Return a policy that watches for every one of some features, and its tests.
+    """Return a policy that watches for some features, and its tests.
 
     Args:
         wanted: the policy.
         schema: path of the folder with the JSON Schemas, from the policy's folder.
         today: the day of review is half a year later.
     """
-    over = f", over: {wanted.reading.over}" if wanted.reading.over else ""
+    over = wanted.reading.over
+    if len(wanted.thresholds) > 1 and wanted.combine == "request":
+        over = over or MOST_SO_FAR
+    over = f", over: {over}" if over else ""
     names = {feature: feature.lower() for feature in wanted.thresholds}
     detect = "\n".join(
         f"  {names[feature]}: {{feature: {feature}, above: {above:g}{over}}}"
@@ -121,10 +143,41 @@ def draft(wanted: Draft, schema: str, today: date) -> tuple[str, str]:
         feature_set=wanted.feature_set,
         review_by=(today + REVIEW).isoformat(),
         detect=detect,
-        condition=" and ".join(names.values()),
+        condition=_condition(list(names.values()), wanted.combine),
         window=wanted.reading.window,
     )
     return policy, _tests(wanted, schema)
+
+
+def _condition(names: Sequence[str], combine: Combine) -> str:
+    if combine == "any" and len(names) > 1:
+        return f"any of ({', '.join(names)})"
+    return " and ".join(names)
+
+
+def _apart(wanted: Draft, before: int, length: int) -> str:
+    """Return a test case whose features are strong, each at a token of its own.
+
+    With `combine: token` no token shows them all, and the case says so. No case if the calibrated
+    reading compares means or the last token, for which it does not matter which token is strong.
+    """
+    if len(wanted.thresholds) == 1 or wanted.reading.last or wanted.reading.n > 1:
+        return ""
+    if wanted.combine == "any":
+        shown = dict.fromkeys([next(iter(wanted.thresholds))], 0)
+        name, expect = "one feature alone", "match"
+    else:
+        shown = {feature: i for i, feature in enumerate(wanted.thresholds)}
+        together = wanted.combine == "token"
+        name = "every feature shows, but never two at one token"
+        expect = "no_match" if together else "match"
+    lines = [
+        f"      {feature}: 0x{before + i} {round(wanted.thresholds[feature] * 1.5, 4):g} "
+        f"0x{length - before - i - 1}"
+        for feature, i in shown.items()
+    ]
+    prompt = length if wanted.scope == "prompt" else 4
+    return APART.format(name=name, prompt=prompt, apart="\n".join(lines), expect=expect)
 
 
 def _tests(wanted: Draft, schema: str) -> str:
@@ -154,6 +207,7 @@ def _tests(wanted: Draft, schema: str) -> str:
         high=shown,
         low=traces(f"0x4 {{:g}}x{high + 7}", nearly),
     )
+    text += _apart(wanted, before, before + high + 5 + len(wanted.thresholds))
     if wanted.scope != "both":
         where, tokens = ("answer", 4) if wanted.scope == "prompt" else ("prompt", before + high)
         text += ELSEWHERE.format(where=where, prompt=tokens, high=passing)

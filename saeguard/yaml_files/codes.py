@@ -52,6 +52,7 @@ Code: TypeAlias = Literal[
     "unused-selection",
     "holds-when-quiet",
     "never-holds",
+    "never-matched",
     # the policy as a whole
     "on-error-missing",
     "clamp-missing",

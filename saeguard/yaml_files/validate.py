@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from typing import Any, TypeVar, get_args
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from saeguard.yaml_files.codes import Code
 from saeguard.yaml_files.findings import Finding, did_you_mean, show
 from saeguard.yaml_files.reader import Document, Loc
-from saeguard.yaml_files.scalars import describe
+from saeguard.yaml_files.scalars import AmbiguousError, describe, plain
 from saeguard.yaml_files.section import FORMS
 
 M = TypeVar("M", bound=BaseModel)
@@ -26,6 +27,8 @@ _TYPES = {
     "list_type": "a list",
     "model_type": "a mapping",
 }
+_SPELT = re.compile(r"(?P<number>\d{1,9}([.,]\d{1,9})?) ?(?P<percent>%)|(?P<comma>\d{1,9},\d{1,9})")
+"""A percentage, or a number with a decimal comma."""
 _BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -77,7 +80,7 @@ def _message(model: type[BaseModel], loc: Loc, error: Mapping[str, Any]) -> tupl
         code, what = "missing-key", f"the key {show(loc[-1])} is missing; add it"
     elif mistake in _TYPES:
         code, what = "wrong-type", f"found {describe(value)}, expected {_TYPES[mistake]}"
-        what += _quotes(value, mistake)
+        what += _spelling(value, mistake)
     elif mistake == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
@@ -107,13 +110,23 @@ def _form(pattern: str) -> str:
     return FORMS.get(pattern, f"text that matches {pattern}")
 
 
-def _quotes(value: object, mistake: str) -> str:
-    """Return the advice to add or remove quotes if that is all it takes."""
+def _spelling(value: object, mistake: str) -> str:
+    """Return how to write what was meant, if that can be told: with or without quotes, or sign."""
     if mistake == "string_type" and isinstance(value, int | float | date):
         return "; put it in quotes"
-    if isinstance(value, str) and mistake in {"int_type", "float_type", "date_type"}:
-        return "; write it without quotes"
-    return ""
+    if not isinstance(value, str) or mistake not in {"int_type", "float_type", "date_type"}:
+        return ""
+    meant = _SPELT.fullmatch(value.strip())
+    if meant and mistake == "float_type":
+        spelt = (meant["number"] or meant["comma"]).replace(",", ".")
+        number = float(spelt) / (100 if meant["percent"] else 1)
+        return f'; for "{value.strip()}" write {number:g}'
+    try:
+        unquoted = plain(value)
+    except AmbiguousError:
+        return ""
+    wanted = {"int_type": (int,), "float_type": (int, float), "date_type": (date,)}[mistake]
+    return "; write it without quotes" if type(unquoted) in wanted else ""
 
 
 def _keys(model: type[BaseModel], loc: Loc) -> list[str]:

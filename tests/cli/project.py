@@ -75,7 +75,11 @@ def plain(text: str) -> str:
 
 
 def record(
-    path: Path, texts: Mapping[str, Sequence[Sequence[float]]], *, spelt: bool = False
+    path: Path,
+    texts: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    spelt: bool = False,
+    of: Path = SET,
 ) -> Recording:
     """Write a recording of texts whose first two tokens are the prompt.
 
@@ -83,8 +87,9 @@ def record(
         path: where to.
         texts: by id, the shares of `shell_exec` and of `string_built` at each token.
         spelt: keep a spelling of each token.
+        of: the feature set's file.
     """
-    document = read_feature_set_file(SET)
+    document = read_feature_set_file(of)
     shares = np.concatenate([np.array(text, np.float32).T for text in texts.values()])
     lengths = np.array([len(text[0]) for text in texts.values()])
     recording = Recording(
@@ -95,7 +100,7 @@ def record(
         prompt_tokens=np.full(len(texts), 2),
         evaluable=np.concatenate([np.arange(n) > 0 for n in lengths]),
         definitions={
-            f"demo/unsafe-code/{name}": definition(document, name) for name in document.features
+            f"{document.id}/{name}": definition(document, name) for name in document.features
         },
         values=shares * 2,  # the range of both features is 0 to 2
         pieces=tuple(f" t{i}" for n in lengths for i in range(n)) if spelt else None,

@@ -17,7 +17,7 @@ from saeguard.policy.load import load_policies
 from saeguard.reload.policy_source import SourceError
 from saeguard.vllm.settings import Settings
 from saeguard.vllm.startup import load_watchlist
-from tests.cli.project import BOTH, lay_out, plain, run
+from tests.cli.project import BOTH, PLAIN, lay_out, plain, record, run
 
 ROOT = Path.cwd()
 BEYOND = {
@@ -139,11 +139,21 @@ def test_list(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("policy", "list") == 2
 
 
-@pytest.mark.parametrize("features", [[], ["shell_exec"], ["string_built", "shell_exec"]])
-def test_new(project: Path, capsys: pytest.CaptureFixture[str], features: list[str]) -> None:
+ONE_FEATURE = ("--set", "demo/unsafe-code", "--feature", "shell_exec")
+TWO_FEATURES = (*ONE_FEATURE, "--feature", "string_built")
+APART = {
+    "apart": ([0, 0, 0.9, 0, 0], [0, 0, 0, 0.9, 0]),
+    "one": ([0, 0, 0.9, 0, 0], [0] * 5),
+    "quiet": ([0] * 5, [0] * 5),
+}
+"""Texts in which both features show at different tokens, one alone, or none."""
+
+
+@pytest.mark.parametrize("combine", [None, "token", "request", "any"])
+def test_new(project: Path, capsys: pytest.CaptureFixture[str], combine: str | None) -> None:
     """What `new` writes passes `check` but for its marks, passes its tests, and is laid out."""
-    named = [word for feature in features for word in ("--feature", feature)]
-    assert run("policy", "new", "a.b-c.d", "--set", "demo/unsafe-code", *named) == 0
+    features = ONE_FEATURE if combine is None else (*TWO_FEATURES, "--combine", combine)
+    assert run("policy", "new", "a.b-c.d", *features) == 0
     files = sorted((project / "policies" / "a").rglob("*"))
     assert [f.name for f in files] == ["b-c", "d.test.yaml", "d.yaml"]
     first = files[2].read_text().splitlines()[0]
@@ -157,13 +167,71 @@ def test_new(project: Path, capsys: pytest.CaptureFixture[str], features: list[s
     assert out.endswith("1 policy read: 0 errors, 4 warnings\n")
     assert out.count("warning[to-do]: still to do: ") == 4
     assert run("test", str(files[2])) == 0
-    assert capsys.readouterr().out.endswith("3 passed, 0 failed\n")
+    cases = 3 if combine is None else 4
+    assert capsys.readouterr().out.endswith(f"{cases} passed, 0 failed\n")
     assert run("policy", "fmt", "--check", str(project / "policies" / "a")) == 0
+
+
+def test_new_asks_how_features_combine(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several features mean three things; a corpus shows what each of them matches."""
+    record(project / "r.safetensors", APART)
+
+    assert run("policy", "new", "a.b", *TWO_FEATURES) == 2
+    asked = capsys.readouterr().err
+    assert "--combine: shell_exec and string_built can be combined in 3 ways" in asked
+    assert "--combine token    all of them at one and the same token\n" in asked
+
+    assert run("policy", "new", "a.b", *TWO_FEATURES, "--corpus", "r.safetensors") == 2
+    asked = capsys.readouterr().err
+    for way, matches in (("token", 0), ("request", 1), ("any", 2)):
+        assert re.search(rf"--combine {way} .*\({matches} of 3 texts match\)", asked)
+
+    corpus = ("--corpus", "r.safetensors", "--combine", "request")
+    assert run("policy", "new", "a.b", *TWO_FEATURES, *corpus) == 0
+    assert "It matches 1 of 3 texts in r.safetensors." in capsys.readouterr().out
+
+
+def test_tests_of_new_tell_the_ways_apart(project: Path) -> None:
+    """The tests written for one way to combine features fail for a policy of another way."""
+    for way in ("token", "request", "any"):
+        assert run("policy", "new", f"a.{way}", *TWO_FEATURES, "--combine", way) == 0
+    places = [project / "policies" / "a" / way for way in ("token", "request", "any")]
+    policies = [place.with_suffix(".yaml").read_text().split("detect:")[1] for place in places]
+    for place in places:
+        path = place.with_suffix(".yaml")
+        head, own = path.read_text().split("detect:")
+        for other in policies:
+            path.write_text(f"{head}detect:{other}")
+            # What both features match in one request, one of them alone does, too.
+            same = other == own or (place.name, other) == ("request", policies[2])
+            assert run("test", str(path)) == (0 if same else 1), (place.name, other)
+        path.write_text(f"{head}detect:{own}")
+
+
+def test_check_with_a_corpus(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A policy that matches no text of a corpus is a warning that tells what to change."""
+    record(project / "r.safetensors", APART)
+    policy = project / "policies" / "p.yaml"
+    policy.write_text(PLAIN)
+
+    assert run("check", "--corpus", "r.safetensors") == 0
+    out = capsys.readouterr().out
+    assert (
+        "p.yaml:19:12: warning[never-matched]: r.safetensors: matches none of 3 texts "
+        "(shell holds in 2, untrusted holds in 1)"
+    ) in out
+    assert "in apart it comes nearest at token 2: shell is 0.9, above 0.6: holds; " in out
+    assert "untrusted is 0, not above 0.4: does not hold" in out
+    assert "in 1 texts every selection holds, but not at one token: write `over: max of" in out
+
+    over = ", over: max of the request}"
+    policy.write_text(PLAIN.replace("0.6}", f"0.6{over}").replace("0.4}", f"0.4{over}"))
+    assert run("check", "--corpus", "r.safetensors", "--strict") == 0
 
 
 def test_new_is_not_for_enforcing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With its marks, a policy cannot be enforced."""
-    assert run("policy", "new", "a.b", "--set", "demo/unsafe-code") == 0
+    assert run("policy", "new", "a.b", *ONE_FEATURE) == 0
     path = project / "policies" / "a" / "b.yaml"
     path.write_text(path.read_text().replace("mode: shadow ", "mode: enforce "))
 
@@ -177,7 +245,11 @@ def test_new_is_not_for_enforcing(project: Path, capsys: pytest.CaptureFixture[s
         (["A b", "--set", "demo/unsafe-code"], "'A b' is not a policy id"),
         (["a.b", "--set", "demo/unsafe-cod"], 'did you mean "demo/unsafe-code"?'),
         (["a.b", "--set", "demo/unsafe-code", "--feature", "shell"], "there are: shell_exec"),
-        (["p", "--set", "demo/unsafe-code"], "policies/p.yaml: exists already"),
+        (["p", *ONE_FEATURE], "policies/p.yaml: exists already"),
+        (
+            ["a.b", "--set", "demo/unsafe-code"],
+            "--feature: expected a feature to watch, found none",
+        ),
     ],
 )
 def test_new_refuses(
@@ -208,7 +280,7 @@ def test_new_leaves_nothing_half_done(
     monkeypatch.setattr(os, "link", full)
     before = sorted(project.rglob("*"))
 
-    assert run("policy", "new", "x.y.z", "--set", "demo/unsafe-code") == 3
+    assert run("policy", "new", "x.y.z", *ONE_FEATURE) == 3
     assert capsys.readouterr().err.endswith(f"{which}: No space left on device\n")
     assert sorted(project.rglob("*")) == before
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from saeguard.events.reader import is_of_request
 from saeguard.events.record_schema import LINE
 from saeguard.events.records import verdict_event
 from saeguard.guard.judge import judge
@@ -195,9 +196,57 @@ def test_explain_an_event(capsys: pytest.CaptureFixture[str]) -> None:
     assert "shell      shell_exec  0.6          0.9      2         1" in out
     assert "An event holds each feature's highest share, not every token's." in out
 
-    Path("policies/p.yaml").write_text(ONE.replace("above: 0.6", "above: 0.7"))
+
+def test_explain_an_event_of_an_earlier_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of today's policy stands beside the score of another one, whatever was changed."""
+    arguments = ["policies", "log.jsonl", "--request", "strong"]
+    changed = ONE.replace("above: 0.6", "above: 0.7").replace("title: ", "title: Now ")
+    Path("policies/p.yaml").write_text(changed)
+
     assert run("policy", "explain", *arguments) == 0
-    assert "The policy file has changed since" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "The policy file has changed since" in out
+    assert "shell_exec  0.9      2         1" in out
+    assert not any(new in out for new in ("0.7", "Now", "Condition"))
+
+    Path("policies/was.yaml").write_text(ONE.replace("mode: shadow", "mode: enforce"))
+    assert run("policy", "explain", *arguments) == 0
+    assert "0.7" not in capsys.readouterr().out
+
+    Path("policies/was.yaml").write_text(ONE)
+    Path("policies/p.yaml").write_text(changed.replace("mode: shadow", "mode: enforce"))
+    assert run("policy", "explain", *arguments) == 0
+    out = capsys.readouterr().out
+    assert "shell      shell_exec  0.6          0.9      2         1" in out
+    assert "0.7" not in out
+
+
+def test_explain_knows_the_clients_id(capsys: pytest.CaptureFixture[str]) -> None:
+    """The id in the client's response finds the request, whatever vLLM made of it."""
+    made = {"chatcmpl-b1": "chatcmpl-b1-0a1b2c3d", "chatcmpl-b2": "1_chatcmpl-b2-0a1b2c3d"}
+    text = Path("log.jsonl").read_text()
+    for id_, logged in made.items():
+        Path("log.jsonl").write_text(text.replace("strong", logged))
+        assert run("policy", "explain", "policies", "log.jsonl", "--request", id_) == 0
+        assert f"Request {logged}\n" in capsys.readouterr().out
+    assert run("policy", "explain", "policies", "log.jsonl", "--request", "chatcmpl") == 2
+
+
+@pytest.mark.parametrize(
+    ("logged", "asked", "same"),
+    [
+        ("cmpl-9-0-0a1b2c3d", "cmpl-9", True),
+        ("cmpl-9-0a1b2c3d", "cmpl-9-0a1b2c3d", True),
+        ("cmpl-9", "cmpl-9", True),
+        ("0_cmpl-9", "cmpl-9", True),
+        ("cmpl-99-0a1b2c3d", "cmpl-9", False),
+        ("cmpl-9-0-0a1b2c3d", "cmpl-9-1", False),
+        ("cmpl-9-0a1b2c3d", "cmpl.9", False),
+    ],
+)
+def test_ids_of_one_request(logged: str, asked: str, *, same: bool) -> None:
+    """Ids that vLLM makes of the client's belong to it; ids that only look alike do not."""
+    assert is_of_request(logged, asked) is same
 
 
 def test_explain_nothing(capsys: pytest.CaptureFixture[str]) -> None:

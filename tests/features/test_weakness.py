@@ -15,7 +15,7 @@ from saeguard.features.calibrate import Texts, calibrate
 from saeguard.features.edit_norm import edit_of
 from saeguard.features.load import load_feature_set, save_feature_set
 from saeguard.features.types import Term
-from saeguard.features.weakness import unmeasured, weaknesses
+from saeguard.features.weakness import unmeasured, unseen, weaknesses
 from saeguard.sae import read_decoder_rows
 from tests.features.planted import PLANTED
 from tests.features.test_calibrate import TEXTS, feature, feature_set
@@ -161,3 +161,21 @@ class TestEdit:
         measured = feature(evidence={"edit": {"per_activation": 2.0, "residual": 10.0}})
 
         assert edit_of("to", 1.0, [measured, feature()]) is None
+
+
+def test_a_threshold_beyond_all_that_calibration_saw(tmp_path: Path) -> None:
+    """Without labelled texts, too: a percentage in place of a share is noticed."""
+    ordinary = Texts(TEXTS.benign, TEXTS.check)
+    done = calibrate(feature_set(tmp_path, feature()), feature(), ordinary, fpr=0.01)
+    highest = done.evidence["highest"]
+
+    assert list(weaknesses(done, 60, "1 of 1")) == []  # which only labelled texts can tell
+    assert unseen(done, done.threshold) == ""
+    assert unseen(done, highest) == ""
+    assert unseen(done, highest + 0.01).startswith("no token of the texts")
+    assert unseen(done, 60).endswith("; for 60 % write 0.6")
+    earlier = replace(done, evidence={k: v for k, v in done.evidence.items() if k != "highest"})
+    bound = max(1, done.threshold)
+    assert unseen(earlier, 60).endswith(f"the strongest is at {bound:g}; for 60 % write 0.6")
+    assert unseen(earlier, bound) == ""
+    assert unseen(replace(done, evidence={}), 60) == ""

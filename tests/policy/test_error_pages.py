@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from saeguard.cli.check import of_other_model
+from saeguard.cli.check import of_other_model, unmatched
 from saeguard.cli.feature_folder import read_feature_sets
 from saeguard.cli.run_tests import run
 from saeguard.cli.test import gather
@@ -24,6 +24,7 @@ from saeguard.policy_tools.test_cases import cases_path, missing_tests
 from saeguard.sae import inspect
 from saeguard.yaml_files.codes import Code, page
 from saeguard.yaml_files.findings import Finding, in_order
+from tests.cli.project import record
 from tests.features.planted import save_sae
 
 PAGES = Path("docs/errors").resolve()
@@ -48,6 +49,9 @@ def project(folder: Path) -> str:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.replace(SHOWN_DIGEST, digest))
+    with chdir(folder):
+        apart = {"a": ([0, 0, 0.2, 0.9], [0, 0, 0.7, 0]), "b": ([0, 0.1, 0, 0], [0, 0.2, 0, 0])}
+        record(Path("unsafe.safetensors"), apart, of=SET)
     return digest
 
 
@@ -66,7 +70,8 @@ def change(folder: Path, diff: str, digest: str) -> None:
 
 def checked(arguments: list[str]) -> list[Finding]:
     """Return what `saeguard check` with these arguments says in the present folder."""
-    paths = [Path(a) for a in arguments if not a.startswith("--") and a != "llama"]
+    given = {"llama", "unsafe.safetensors"}
+    paths = [Path(a) for a in arguments if not a.startswith("--") and a not in given]
     policies, found = read_policies(*(paths or [Path("policies")]))
     sets = read_feature_sets(Path("feature_sets"))
     referring = [p for p in policies if p.feature_set not in sets.broken]
@@ -76,6 +81,8 @@ def checked(arguments: list[str]) -> list[Finding]:
             found += of_feature_set(policy, sets.known[policy.feature_set])
     if "--model" in arguments:
         found += of_other_model(referring, sets, Path("llama"))
+    if "--corpus" in arguments:
+        found += unmatched(referring, sets, Path("unsafe.safetensors"), None, Path("feature_sets"))
     if "--require-tests" in arguments:
         found += [missing_tests(p) for p in policies if not cases_path(p.path).exists()]
     return found

@@ -68,6 +68,20 @@ def test_a_response_says_what_fired(server: Server) -> None:
     assert "test.quiet" not in {v["policy"] for v in said["verdicts"]}
 
 
+def test_a_response_says_what_was_not_judged(server: Server) -> None:
+    """With one token, which nothing reads, policies of the output are no clean verdicts."""
+    said = server.chat(max_tokens=1).saeguard
+    found = [e["verdict"] for e in server.told(said["request_id"])]
+    assert said["not_evaluated"] == found.count("not_evaluated") > 0
+    assert said["flagged"] is not None  # others look at the prompt
+
+    skipped = said["coverage"]["skipped"]
+    assert skipped["not_forwarded"] == 1
+    both = server.chat(n=2, max_tokens=1, temperature=1.0).saeguard
+    assert both["not_evaluated"] == 2 * said["not_evaluated"]
+    assert all(server.told(id_) for id_ in both["request_id"])
+
+
 def test_shadow_and_log_stay_with_the_operator(server: Server) -> None:
     """A matching shadow policy is in the events and not in the response."""
     response = server.chat()

@@ -50,12 +50,20 @@ def summarise(found: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Any] 
         return dict(parts[0][1])
     return {
         **{key: value for key, value in parts[0][1].items() if key != MESSAGE},
-        "flagged": any(p["flagged"] for _, p in parts),
+        "flagged": _any(p["flagged"] for _, p in parts),
         "action": strongest_action(p["action"] for _, p in parts),
         "verdicts": [{"choice": i, **v} for i, p in parts for v in p["verdicts"]],
         "coverage": [{"choice": i, **p["coverage"]} for i, p in parts],
         "errors": sum(p["errors"] for _, p in parts),
+        "not_evaluated": sum(p["not_evaluated"] for _, p in parts),
+        "request_id": [p["request_id"] for _, p in parts],
     }
+
+
+def _any(flagged: Iterable[bool | None]) -> bool | None:
+    """Return whether a choice is flagged; None if none is and one of them was not judged."""
+    found = set(flagged)
+    return True if True in found else None if None in found else False
 
 
 def replace_texts(choices: Iterable[Any], found: Mapping[int, Mapping[str, Any]]) -> None:

@@ -218,7 +218,7 @@ class EngineGuard:
         if self.readings is not None:
             reading = self.readings.pop(request_id, request.num_prompt_tokens)
             return reading_response(reading, digest)
-        return response(verdicts, coverage_record(coverage), digest)
+        return response(verdicts, coverage_record(coverage), digest, request_id=request_id)
 
     def response_so_far(self, request_id: str) -> Mapping[str, Any] | None:
         """Return the response as of now, for requests that the API server may end on its own."""
@@ -229,7 +229,8 @@ class EngineGuard:
         admission = self.admitted[request_id]
         verdicts = self._verdicts(request, admission, forget=False)
         coverage = admission.pin.version.ledger.coverage(request_id, request.num_tokens)
-        return response(verdicts, coverage_record(coverage), admission.pin.version.watchlist.digest)
+        digest = admission.pin.version.watchlist.digest
+        return response(verdicts, coverage_record(coverage), digest, request_id=request_id)
 
     def _verdicts(self, request: Any, admission: Admission, *, forget: bool) -> Verdicts:
         ledger = admission.pin.version.ledger

@@ -7,7 +7,7 @@ from typing import Any
 
 from saeguard.events.records import verdict_record
 from saeguard.guard.readings import Reading
-from saeguard.guard.request_verdicts import Verdicts
+from saeguard.guard.request_verdicts import OUTCOMES, Verdicts
 from saeguard.policy.types import strongest_action
 from saeguard.vllm.messages import COUNTS, KEY, MESSAGE, STATE, VALUES
 from saeguard.vllm.patches import assumes, reads
@@ -61,19 +61,25 @@ def reading_response(reading: Reading | None, watchlist: str) -> Mapping[str, An
     return {VALUES: values, STATE: state, "watchlist": watchlist}
 
 
-def response(verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str) -> Mapping[str, Any]:
+def response(
+    verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str, *, request_id: str
+) -> Mapping[str, Any]:
     """Return the `saeguard` object of a response: the acting verdicts that the client may see.
+
+    `flagged` is null if no policy could judge the request, so that nobody takes it for clean.
 
     Args:
         verdicts: of one request.
         coverage: of the request, as a dictionary.
         watchlist: digest of the watch list that judged it.
+        request_id: the engine's own, as events hold it.
     """
+    errors, unseen = verdicts.errors(), _not_evaluated(verdicts)
     shown = [v for v in verdicts.acting() if v.acted in VISIBLE]
     stops = sorted((v.first_token or 0, v.message) for v in shown if v.message is not None)
     return {
         **({MESSAGE: stops[0][1]} if stops else {}),
-        "flagged": bool(shown),
+        "flagged": bool(shown) if shown or errors + unseen < len(verdicts) else None,
         "action": strongest_action(v.acted for v in shown),
         "verdicts": [
             {key: value for key, value in verdict_record(v).items() if key in SHOWN_TO_CLIENTS}
@@ -82,6 +88,13 @@ def response(verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str) ->
         ],
         "coverage": coverage,
         "policies": len(verdicts),
-        "errors": verdicts.errors(),
+        "errors": errors,
+        "not_evaluated": unseen,
         "watchlist": watchlist[:12],
+        "request_id": request_id,
     }
+
+
+def _not_evaluated(verdicts: Verdicts) -> int:
+    """Return the number of verdicts that looked at no token."""
+    return int((verdicts.outcome[verdicts.which] == OUTCOMES.index("not_evaluated")).sum())
