@@ -118,6 +118,7 @@ def judge(events: Path, good: dict[str, int], seen: soak.Seen) -> dict[str, Any]
         event = json.loads(line)
         if event["event"] == "policy.reload":
             reloads.append(event)
+        if event["event"] in {"policy.reload", "request"}:
             continue
         assert event["event"] == "verdict", event
         covered = event["coverage"]

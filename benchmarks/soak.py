@@ -3,7 +3,8 @@
 `python -m benchmarks.soak --minutes 30`. A random model behind `saeguard serve` with a KV cache too
 small for its load; clients of random kinds that come in waves: short and long prompts that share
 beginnings, streams, several choices, stops by policy, clamps, clients that walk away. At the end
-every request has one event for each policy, and what `/metrics` adds up is what the events say.
+every request has its own line and one for each policy, and what `/metrics` adds up is what the
+events say.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def start(root: Path, guarded: models.Guarded, port: int, *more: str) -> subproc
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
     command = ["serve", str(guarded.model), "--policies", str(guarded.policies)]
     command += ["--feature-sets", str(guarded.feature_sets), "--events", str(root / "events.jsonl")]
+    command += ["--event-lines", "all"]
     command += ["--request-may-enforce", "test.stop", "--request-may-enforce", "test.clamp"]
     command += ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "2048"]
     command += ["--max-num-seqs", "8", "--block-size", "32", "--num-gpu-blocks-override", "80"]
@@ -195,13 +197,20 @@ def judge(events: Path, seen: Seen, counted: dict[str, float], policies: int) ->
         AssertionError: an event is missing or twice, or tokens are not accounted for.
     """
     by_request: dict[str, list[dict[str, Any]]] = {}
+    ended: dict[str, dict[str, Any]] = {}
     for line in events.read_text().splitlines():
         event = json.loads(line)
+        if event["event"] == "request":
+            assert event["request_id"] not in ended, event
+            ended[event["request_id"]] = event
+            continue
         assert event["event"] == "verdict", event
         covered = event["coverage"]
         assert covered["evaluated"] + sum(covered["skipped"].values()) == covered["tokens"], event
         by_request.setdefault(event["request_id"], []).append(event)
+    assert set(ended) == set(by_request)
     for request_id, found in by_request.items():
+        assert ended[request_id]["verdicts"] == Counter(e["verdict"] for e in found)
         assert len({e["policy"] for e in found}) == len(found) == policies, request_id
     # The engine's own ids: a sample's number before the API's id, a random part behind it.
     lost = seen.ids - {name.split("_")[-1].rsplit("-", 1)[0] for name in by_request}

@@ -91,6 +91,7 @@ def serve_command(
         "--policies", str(places.policies),
         "--feature-sets", str(places.feature_sets),
         "--events", str(places.events),
+        "--event-lines", "all",
         *(word for policy in enforce for word in ("--request-may-enforce", policy)),
         "--host", "127.0.0.1",
         "--port", str(port),

@@ -158,7 +158,7 @@ class Guarded:
         """Return the `saeguard` object of `--additional-config`."""
         # Without `reload`, which starts a process of its own for each engine.
         folders = {"policies": str(self.policies), "feature_sets": str(self.feature_sets)}
-        return {**folders, "reload": False, **more}
+        return {**folders, "reload": False, "event_lines": "all", **more}
 
 
 def write_feature_set(

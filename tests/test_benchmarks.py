@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,8 +101,16 @@ def test_match(tmp_path: Path) -> None:
 
 
 def test_ending() -> None:
-    """The end of a request is timed, and the writing of its events."""
-    assert "10 policies: " in run("ending", "--policies", "10")
+    """The end of a request is timed; its log grows with the policies by `event_lines: all` only."""
+    printed = run("ending", "--policies", "4", "8")
+    size = {
+        (int(policies), lines): int(n)
+        for policies, lines, n in re.findall(
+            r"(\d+) policies.*lines (\w+):.*; (\d+) bytes", printed
+        )
+    }
+    assert size[4, "matches"] == size[8, "matches"]
+    assert size[8, "all"] > 1.8 * size[4, "all"] > 1.8 * size[4, "matches"] > 0
 
 
 def test_check() -> None:

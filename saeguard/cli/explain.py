@@ -159,21 +159,36 @@ def of_log(
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Yield each event of the policies, with its lines for a terminal."""
     from saeguard.events.reader import is_of_request, read_log
+    from saeguard.events.record_schema import Request
 
     ids = list(dict.fromkeys(policy.id for policy in policies))
     by_digest = {policy.digest: policy for policy in policies}
-    seen = False
+    seen, judged = False, 0
     for event in read_log(path):
-        if event.policy not in ids:
+        mine = request is None or is_of_request(event.request_id, request)
+        if isinstance(event, Request):
+            judged += mine
             continue
-        if request is not None and not is_of_request(event.request_id, request):
+        if event.policy not in ids or not mine:
             continue
         seen = True
         lines = list(_event(event, by_digest.get(event.policy_digest)))
         yield event.model_dump(mode="json", by_alias=True), lines
     if not seen:
-        raise InputError(f"{path}: there is no event of {', '.join(ids)}"
-             + (f" for the request {request}" if request else ""))  # fmt: skip
+        raise InputError(_no_event(path, ids, request, judged))
+
+
+def _no_event(path: Path, policies: Sequence[str], request: str | None, judged: int) -> str:
+    """Return why a log has no event of the policies, of `judged` requests that it has lines of."""
+    found = f"{path}: there is no event of {', '.join(policies)}"
+    found += f" for the request {request}" if request else ""
+    if not judged:
+        return found
+    return (
+        f"{found}. The log has the line of {count(judged, 'request')}, and lines of verdicts that "
+        "match or are errors, so these policies did neither, or did not apply. To have a line for "
+        "every verdict, serve with --event-lines all"
+    )
 
 
 def written(policy: Policy) -> dict[str, str]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from saeguard.policy_tools.policy_diff import Pair
     from saeguard.policy_tools.verdict_diff import Shift
 
+V2 = "saeguard.event/v2"
+"""Schema of logs with a line for each verdict, and none for a request as a whole."""
 SHOWN = 20
 """The text output names at most so many requests; JSON names all."""
 NO_VERDICT = (
@@ -110,6 +112,7 @@ def of_recording(
 def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[str, Any]:
     """Judge events by the new policies, as far as their scores and shares decide."""
     from saeguard.events.reader import read_log
+    from saeguard.events.record_schema import Request
     from saeguard.policy_tools.policy_diff import pairs
     from saeguard.policy_tools.verdict_diff import Shift
 
@@ -118,7 +121,12 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
     changed: list[Shift] = []
     unread: Counter[str] = Counter()
     approximate: Counter[str] = Counter()
+    quiet = listed = 0
     for event in read_log(path):
+        if isinstance(event, Request):
+            quiet += event.verdicts.no_match + event.verdicts.not_evaluated
+            continue
+        listed += event.schema_ != V2 and event.verdict in {"no_match", "not_evaluated"}
         pair = both.get(event.policy_digest)
         if pair is None:
             unread[f"{event.policy} {event.policy_digest[:12]}"] += 1
@@ -131,11 +139,12 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
                 Shift(event.request_id, pair.name, event.verdict, after, event.score, score,
                       event.first_token)
             )  # fmt: skip
-    if not unread and not any(tally.values()):
+    if not quiet and not unread and not any(tally.values()):
         raise InputError(f"{path}: {NO_VERDICT}")
     unasked = [pair.name for pair in pairs(old, new) if pair.old is None]
     return _report(tally, changed, []) | {
         "unread": dict(unread),
+        "without_line": max(0, quiet - listed),
         "not_in_log": unasked,
         "approximate_events": dict(+approximate),
     }
@@ -192,6 +201,12 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{count(n, 'event')} of {policy}: TopK latents were approximate: measured thresholds "
             "stood for ranks"
+        )
+    if n := report.get("without_line"):
+        yield (
+            f"{count(n, 'verdict')} without a match, of any policy, with no line of their own: the "
+            "log has lines of matches and errors only, so what another policy would find there is "
+            "unknown. `saeguard serve --event-lines all` writes a line for each"
         )
     for policy, n in report.get("unread", {}).items():
         yield f"{count(n, 'event')} of {policy} skipped: no policy under --was has this digest"

@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -35,6 +35,13 @@ def verb(
     events: Annotated[
         Path | None, typer.Option(help="Append events to this file, as JSON lines.")
     ] = None,
+    event_lines: Annotated[
+        Literal["matches", "all"],
+        typer.Option(
+            help="Verdicts with a line of their own, beside one line a request: matches and "
+            "errors, or all."
+        ),
+    ] = "matches",
     request_may_enforce: Annotated[
         list[str] | None,
         typer.Option(help="Id of a shadow policy that a request may have enforced. Repeatable."),
@@ -72,6 +79,7 @@ def verb(
     settings: dict[str, Any] = {
         "policies": str(policies.resolve()),
         "feature_sets": str(feature_sets.resolve()),
+        "event_lines": event_lines,
         "request_may_enforce": list(request_may_enforce or ()),
     }
     for name, path in (("events", events), ("state", state), ("access", access)):

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "requests": ("Requests that ended under the guard.", ()),
     "tokens": ("Tokens of ended requests: evaluated, or the reason why not.", ("state",)),
@@ -35,7 +33,7 @@ KINDS = tuple(
     for mode in ("shadow", "enforce")
     for outcome in ("match", "no_match", "error", "not_evaluated")
 )
-"""Kinds of verdicts, in the order in which `Verdicts.tally` numbers them."""
+"""Kinds of verdicts, in the order in which `Verdicts.unusual` numbers them."""
 GAUGES: dict[str, str] = {
     "policies_current": "1 while the policies of the files are in use; 0 after a refused reload.",
 }
@@ -48,8 +46,8 @@ class Counts:
     def __init__(self) -> None:
         """Start at zero."""
         self._new: Counter[tuple[str, ...]] = Counter()
-        self._verdicts: dict[int, tuple[Any, np.ndarray]] = {}
-        """By id of a watch list's policies: the policies, and their verdicts [policies, kinds]."""
+        self._alike: dict[tuple[Any, ...], tuple[Any, list[int]]] = {}
+        """Requests whose verdicts differ in unusual ones only: one of them, and their number."""
         self._seen: Counter[tuple[str, ...]] = Counter()
         self._stands: dict[str, int] = {}
         self._changed: dict[str, int] = {}
@@ -60,13 +58,13 @@ class Counts:
         self.add("tokens", "evaluated", n=coverage.evaluated)
         for reason, n in coverage.skipped.items():
             self.add("tokens", reason, n=n)
-        policies = verdicts.rules.policies
-        which, kind = verdicts.tally()
-        found = self._verdicts.get(id(policies))
-        if found is None:
-            empty = np.zeros((len(policies), len(KINDS)), np.int64)
-            found = self._verdicts[id(policies)] = policies, empty
-        found[1][which, kind] += 1
+        # The arrays of one decision are shared by its requests, and kept here: ids are not reused.
+        alike = id(verdicts.rules), id(verdicts.which), verdicts.base
+        self._alike.setdefault(alike, (verdicts, [0]))[1][0] += 1
+        for i, expected, kind in verdicts.unusual():
+            policy = verdicts.rules.policies[i].id
+            self.add("verdicts", policy, *KINDS[expected], n=-1)
+            self.add("verdicts", policy, *KINDS[kind])
         for v in verdicts.acting():
             self.add("actions", v.policy, v.mode, v.acted)
 
@@ -88,11 +86,13 @@ class Counts:
 
     def take(self) -> list[list[Any]]:
         """Return `[name, *labels, n]` for everything that changed, and start at zero."""
-        for policies, numbers in self._verdicts.values():
-            for i, kind in np.argwhere(numbers).tolist():
-                self.add("verdicts", policies[i].id, *KINDS[kind], n=int(numbers[i, kind]))
-        self._verdicts.clear()
-        taken = [[*key, n] for key, n in self._new.items()]
+        for verdicts, (n,) in self._alike.values():
+            policies = verdicts.rules.policies
+            kinds = verdicts.expected_kinds().tolist()
+            for i, kind in zip(verdicts.which.tolist(), kinds, strict=True):
+                self.add("verdicts", policies[i].id, *KINDS[kind], n=n)
+        self._alike.clear()
+        taken = [[*key, n] for key, n in self._new.items() if n]
         taken += [[name, value] for name, value in self._changed.items()]
         self._new.clear()
         self._changed.clear()

@@ -1,4 +1,4 @@
-"""Read the verdicts of an event log, line by line."""
+"""Read what an event log says of requests, line by line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from saeguard.errors import InputError
-from saeguard.events.record_schema import LINE, Event
+from saeguard.events.record_schema import LINE, Event, Request
 
 
 class LogError(InputError):
@@ -29,8 +29,8 @@ def is_of_request(logged: str, asked: str) -> bool:
     return logged == asked or re.fullmatch(made, logged) is not None
 
 
-def read_log(path: Path) -> Iterator[Event]:
-    """Yield the verdicts of an event log in the order of its lines.
+def read_log(path: Path) -> Iterator[Event | Request]:
+    """Yield the verdicts and the requests of an event log in the order of its lines.
 
     An incomplete last line is skipped, since a server may be writing it.
 
@@ -53,5 +53,5 @@ def read_log(path: Path) -> Iterator[Event]:
                 if first["type"] == "union_tag_not_found":
                     message = 'the key "event" is missing; is this an event log?'
                 raise LogError(f"{path}:{number}: {field}: {message}") from error
-            if isinstance(event, Event):
+            if isinstance(event, Event | Request):
                 yield event

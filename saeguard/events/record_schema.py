@@ -72,8 +72,10 @@ class Coverage(Part):
 class Line(Part):
     """The keys of every line of the event log, besides `event`, its kind."""
 
-    schema_: Literal["saeguard.event/v2"] = Field(
-        alias="schema", description="Version of this schema."
+    schema_: Literal["saeguard.event/v2", "saeguard.event/v3"] = Field(
+        alias="schema",
+        description="Version of this schema. v3 adds the line of a request; every line of v2 is "
+        "one of v3, too.",
     )
     model: str = Field(description="Name under which the model is served.")
     time: AwareDatetime | None = Field(
@@ -133,6 +135,32 @@ class Event(Ended):
     )
 
 
+class Outcomes(Part):
+    """A request's verdicts, counted; one that is missing did not occur."""
+
+    match: int = Field(0, ge=1, description="Verdicts that match.")
+    no_match: int = Field(0, ge=1, description="Verdicts without a match.")
+    error: int = Field(0, ge=1, description="Verdicts that could not read a token.")
+    not_evaluated: int = Field(0, ge=1, description="Verdicts without an evaluated token.")
+
+
+class Request(Ended):
+    """A request that ended, as a whole: the last of its lines."""
+
+    event: Literal["request"] = Field(description="Kind of the line.")
+    watchlist: str = Field(
+        description="First 12 digits of the sha256 over policies, feature sets and checkpoints."
+    )
+    policies: int = Field(ge=0, description="Policies that judged it.")
+    verdicts: Outcomes = Field(
+        description="Their verdicts. Each match and each error has a line of its own; the others "
+        "have one under `event_lines: all` only."
+    )
+    coverage: Coverage = Field(
+        description="How much of the request was looked at, whatever the policies' scopes."
+    )
+
+
 class Mismatch(Ended):
     """A request whose coverage does not add up: a fault of the guard, never silent."""
 
@@ -178,13 +206,13 @@ class Refusal(Line):
     reason: str = Field(description="The message of the 400.")
 
 
-LINE: TypeAdapter[Event | Mismatch | Reload | Refusal] = TypeAdapter(
-    Annotated[Event | Mismatch | Reload | Refusal, Field(discriminator="event")]
+LINE: TypeAdapter[Event | Request | Mismatch | Reload | Refusal] = TypeAdapter(
+    Annotated[Event | Request | Mismatch | Reload | Refusal, Field(discriminator="event")]
 )
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of one event line, the content of `event.v2.json`."""
+    """Return the JSON Schema of one event line, the content of `event.v3.json`."""
     return {"$schema": URL, "$id": SCHEMA, **LINE.json_schema(by_alias=True)}
 
 

@@ -1,7 +1,8 @@
 """Turn verdicts into plain records: for the event log, for responses and for `saeguard scan`.
 
-Event lines have the schema `saeguard.event/v2`, which `record_schema` describes. No record holds
-prompt, output or token text.
+Event lines have the schema `saeguard.event/v3`, which `record_schema` describes. A request leaves
+one line of its own, and one for each verdict that is a match or an error; with `event_lines: all`,
+one for each verdict. No record holds prompt, output or token text.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-SCHEMA = "saeguard.event/v2"
+SCHEMA = "saeguard.event/v3"
 
 
 def verdict_record(verdict: Any) -> dict[str, Any]:
@@ -68,9 +69,44 @@ def verdict_event(
     }
 
 
-def verdict_events(verdicts: Iterable[Any], **request: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the event of each of a request's verdicts; see `verdict_event` for the arguments."""
-    return (verdict_event(verdict, **request) for verdict in verdicts)
+def request_event(
+    verdicts: Any,
+    *,
+    request_id: str,
+    model: str,
+    watchlist: str,
+    finished: str,
+    tenant: str | None = None,
+) -> Mapping[str, Any]:
+    """Return the event of a request: its `guard.request_verdicts.Verdicts`, counted."""
+    return {
+        "event": "request",
+        "schema": SCHEMA,
+        "request_id": request_id,
+        "model": model,
+        "tenant": tenant,
+        "watchlist": watchlist[:12],
+        "policies": len(verdicts),
+        "verdicts": verdicts.outcomes(),
+        "coverage": coverage_record(verdicts.coverage),
+        "finished": finished,
+    }
+
+
+def ended_events(
+    verdicts: Any, policies: Iterable[int] | None, **request: Any
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the events of a request that ended: those of verdicts, then its own.
+
+    Args:
+        verdicts: the request's `guard.request_verdicts.Verdicts`.
+        policies: those whose verdicts have an event; None for all.
+        request: see `request_event`.
+    """
+    found = verdicts if policies is None else map(verdicts.of_policy, policies)
+    for verdict in found:
+        yield verdict_event(verdict, **request)
+    yield request_event(verdicts, **request)
 
 
 def mismatch_event(

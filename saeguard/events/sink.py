@@ -38,7 +38,7 @@ class _Lines(io.FileIO):
 
 
 def _as_bytes(_logger: Any, _method: str, event: Any) -> bytes:
-    return json.dumps(event).encode()
+    return json.dumps(event, separators=(",", ":")).encode()
 
 
 class Sink:

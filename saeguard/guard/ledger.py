@@ -14,7 +14,7 @@ from saeguard.guard.hits import Hit, matched, unread
 from saeguard.guard.prefix.blocks import PrefixBlocks
 from saeguard.guard.prefix.store import PrefixStore, PrefixView
 from saeguard.guard.readings import Readings
-from saeguard.guard.request_verdicts import Verdicts, add, coverages, verdicts_of
+from saeguard.guard.request_verdicts import Verdicts, verdicts_of, whole_coverage
 from saeguard.guard.scopes import of_prompt
 from saeguard.guard.state import State, blank, copy_slot, grown, make_state, write_slot
 from saeguard.guard.verdict import Coverage
@@ -230,7 +230,7 @@ class Ledger:
 
     def coverage(self, request_id: str, tokens: int) -> Coverage:
         """Return the coverage of all tokens of a request, whatever the policies' scopes."""
-        return add(coverages(self._state, self._slot[request_id], tokens))
+        return whole_coverage(self._state, self._slot[request_id], tokens)
 
     def next_position(self, request_id: str) -> int:
         """Return a request's first position that was neither evaluated nor skipped yet."""

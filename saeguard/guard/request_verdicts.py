@@ -10,68 +10,71 @@ from typing import get_args, overload
 import numpy as np
 
 from saeguard.guard.compiled_rules import Rules
-from saeguard.guard.evaluate import (
-    CACHED,
-    ERROR,
-    EVALUATED,
-    MASSIVE,
-    SPECIAL,
-    UNTRACKED,
-    roles_at,
-)
-from saeguard.guard.scopes import MEMBERS, ROLES
-from saeguard.guard.state import State
-from saeguard.guard.verdict import THRESHOLD, Coverage, Fired, Outcome, Reason, Verdict, balanced
+from saeguard.guard.evaluate import CACHED, ERROR, EVALUATED, MASSIVE, SPECIAL, UNTRACKED
+from saeguard.guard.scopes import MEMBERS, OUTPUT, ROLES, SCOPES, TEMPLATE
+from saeguard.guard.state import FATES, State
+from saeguard.guard.verdict import THRESHOLD, Coverage, Fired, Outcome, Reason, Verdict
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-_REASONS: dict[int, Reason] = {
-    SPECIAL: "special_token",
-    MASSIVE: "massive_norm",
-    CACHED: "prefix_cached",
-    ERROR: "error",
-    UNTRACKED: "untracked",
-}
+MATCH, NO_MATCH, READ_ERROR, NOT_EVALUATED = range(len(OUTCOMES))
+NOT_FORWARDED, ABORTED, TOKENS = range(FATES, FATES + 3)
+"""Columns of `fates_of` behind the ledger's own: two more reasons, and all tokens."""
+_REASONS: tuple[tuple[int, Reason], ...] = (
+    (SPECIAL, "special_token"),
+    (MASSIVE, "massive_norm"),
+    (CACHED, "prefix_cached"),
+    (ERROR, "error"),
+    (UNTRACKED, "untracked"),
+    (NOT_FORWARDED, "not_forwarded"),
+    (ABORTED, "aborted"),
+)
+_WHOLE = SCOPES.index("both")
+_LOOKS = np.ascontiguousarray(MEMBERS.T.astype(np.int64))
+"""[scopes, roles] 1 if the scope looks at the role."""
 
 
-_MEMBERS = [np.flatnonzero(looks).tolist() for looks in MEMBERS.T]
-"""By scope: the roles that it looks at."""
+def fates_of(s: State, slot: int, tokens: int) -> list[list[int]]:
+    """Return what became of the tokens of each scope, for a request of `tokens` tokens.
 
-
-def coverages(s: State, slot: int, tokens: int) -> list[Coverage]:
-    """Return the coverage of each role of a request of `tokens` tokens, in the order of `ROLES`."""
+    Returns:
+        [scopes][fates]: the ledger's `EVALUATED` to `MASSIVE`, then `NOT_FORWARDED` to `TOKENS`.
+    """
     after = min(int(s.next[slot]), tokens)
-    whole, left = (_count(s, slot, first, tokens) for first in (0, after))
     # The last token is never forwarded; other missing tokens were cut off by an abort.
-    last = _count(s, slot, max(after, tokens - 1), tokens)
-    found = []
-    for role, counts in enumerate(s.counts[slot].tolist()):
-        skipped: dict[Reason, int] = {
-            reason: counts[what] for what, reason in _REASONS.items() if counts[what]
-        }
-        if last[role]:
-            skipped["not_forwarded"] = last[role]
-        if left[role] - last[role]:
-            skipped["aborted"] = left[role] - last[role]
-        found.append(Coverage(whole[role], counts[EVALUATED], skipped))
-    return found
+    last = max(after, tokens - 1)
+    counts = np.empty((len(ROLES), TOKENS + 1), np.int64)
+    counts[:, :FATES] = s.counts[slot]
+    counts[:, NOT_FORWARDED] = _count(s, slot, last, tokens)
+    counts[:, ABORTED] = _count(s, slot, after, last)
+    counts[:, TOKENS] = _count(s, slot, 0, tokens)
+    fates: list[list[int]] = (_LOOKS @ counts).tolist()
+    return fates
 
 
 def _count(s: State, slot: int, first: int, end: int) -> list[int]:
     """Return the number of tokens of each role at positions `first` to `end - 1`."""
+    counts = [0] * len(ROLES)
     if first >= end:
-        return [0] * len(ROLES)
-    role = roles_at(s, np.array([slot]), np.arange(first, end)[None])
-    counts: list[int] = np.bincount(role[0], minlength=len(ROLES)).tolist()
+        return counts
+    prompt, roles = int(s.prompt[slot]), s.roles[slot]
+    asked = max(0, min(end, prompt) - first)
+    if roles is None:
+        counts[TEMPLATE] = asked
+    elif asked:
+        counts = np.bincount(roles[first : first + asked], minlength=len(ROLES)).tolist()
+    counts[OUTPUT] = end - first - asked
     return counts
 
 
-def add(parts: Sequence[Coverage]) -> Coverage:
-    """Return the sum of several coverages."""
-    skipped: dict[Reason, int] = {}
-    for part in parts:
-        for reason, n in part.skipped.items():
-            skipped[reason] = skipped.get(reason, 0) + n
-    return Coverage(sum(p.tokens for p in parts), sum(p.evaluated for p in parts), skipped)
+def coverage_of(fates: Sequence[int]) -> Coverage:
+    """Return the coverage of one scope, from its row of `fates_of`."""
+    skipped = {reason: fates[what] for what, reason in _REASONS if fates[what]}
+    return Coverage(fates[TOKENS], fates[EVALUATED], skipped)
+
+
+def whole_coverage(s: State, slot: int, tokens: int) -> Coverage:
+    """Return the coverage of all tokens of a request, whatever the policies' scopes."""
+    return coverage_of(fates_of(s, slot, tokens)[_WHOLE])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,8 +106,11 @@ class Verdicts(Sequence[Verdict]):
     """[Q] tokens above the threshold of each term; `peak` and `peak_at` are by term too."""
     peak: np.ndarray
     peak_at: np.ndarray
-    coverages: tuple[Coverage, ...]
-    """By scope; then by scope again, for policies whose sample leaves the request out."""
+    fates: Sequence[Sequence[int]]
+    """By scope: what became of its tokens, see `fates_of`."""
+    base: tuple[int, ...]
+    """By scope, then once more for policies whose sample leaves the request out: index into
+    `OUTCOMES` of a policy that did not match."""
     waived: Mapping[int, str] = field(default_factory=dict)
     """By policy: id of the exception that waived its action."""
 
@@ -135,34 +141,79 @@ class Verdicts(Sequence[Verdict]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    @property
+    def coverage(self) -> Coverage:
+        """Return the coverage of all tokens of the request, whatever the policies' scopes."""
+        return coverage_of(self.fates[_WHOLE])
+
     def acting(self) -> list[Verdict]:
         """Return the verdicts whose action was taken."""
-        return [self.of_policy(i) for i in self.which[self.acts[self.which]].tolist()]
+        return [self.of_policy(i) for i in self._among(self.acts)]
+
+    def matched_policies(self) -> list[int]:
+        """Return the policies that match."""
+        return self._among(self.first >= 0)
+
+    def telling(self) -> list[int]:
+        """Return the policies that match or could not read a token."""
+        if READ_ERROR in self.base:
+            return self._among((self.outcome == MATCH) | (self.outcome == READ_ERROR))
+        return self.matched_policies()
 
     def errors(self) -> int:
         """Return the number of verdicts that are errors."""
-        return int((self.outcome[self.which] == OUTCOMES.index("error")).sum())
+        return len(self._among(self.outcome == READ_ERROR)) if READ_ERROR in self.base else 0
+
+    def outcomes(self) -> dict[Outcome, int]:
+        """Return the number of verdicts of each outcome that occurs."""
+        counts = np.bincount(self.outcome[self.which], minlength=len(OUTCOMES)).tolist()
+        return {outcome: n for outcome, n in zip(OUTCOMES, counts, strict=True) if n}
 
     def balanced(self) -> bool:
         """Return whether evaluated and skipped tokens add up in every verdict."""
-        return all(map(balanced, self.coverages))
+        return all(sum(fates) == 2 * fates[TOKENS] for fates in self.fates)
 
-    def tally(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the policies that have verdicts, and for each its `events.metrics.KINDS` index."""
+    def expected_kinds(self) -> np.ndarray:
+        """Return the `events.metrics.KINDS` index of each of `which`, as if none were unusual."""
+        outcome = np.array(self.base)[self.rules.scope]
+        return (len(OUTCOMES) * self._counts_as_enforced() + outcome)[self.which]
+
+    def unusual(self) -> list[tuple[int, int, int]]:
+        """Return each policy that matches or is not sampled, its expected and its own kind."""
+        policies = self._among((self.first >= 0) | ~self.sampled)
+        if not policies:
+            return []
+        mode = len(OUTCOMES) * self._counts_as_enforced()
+        return [
+            (i, int(mode[i]) + self.base[self.rules.scope[i]], int(mode[i]) + int(self.outcome[i]))
+            for i in policies
+        ]
+
+    def _counts_as_enforced(self) -> np.ndarray:
+        """Return [P] bool: the policy is enforced for the request, waived or not."""
         enforced = self.enforced.copy()
         enforced[list(self.waived)] = True
-        return self.which, (len(OUTCOMES) * enforced + self.outcome)[self.which]
+        return enforced
 
-    def decided(self, applies: Sequence[bool], waived: Mapping[int, str]) -> Verdicts:
-        """Return the verdicts of the applicable policies, with exceptions that waive actions."""
-        return replace(self, which=np.flatnonzero(applies), waived=waived)
+    def decided(self, which: np.ndarray, waived: Mapping[int, str]) -> Verdicts:
+        """Return the verdicts of the policies `which`, with exceptions that waive actions."""
+        return replace(self, which=which, waived=waived)
+
+    def _among(self, chosen: np.ndarray) -> list[int]:
+        """Return the policies of `chosen` [P] bool that have verdicts."""
+        found = np.flatnonzero(chosen)
+        if len(found) and len(self.which) < len(chosen):
+            found = found[np.isin(found, self.which)]
+        policies: list[int] = found.tolist()
+        return policies
 
     def of_policy(self, i: int) -> Verdict:
         """Build the verdict of policy `i`."""
         policy = self.rules.policies[i]
         matched = bool(self.first[i] >= 0)
         acts, sampled = bool(self.acts[i]), bool(self.sampled[i])
-        coverage = self.coverages[self.rules.scope[i] + (0 if sampled else len(_MEMBERS))]
+        fates = self.fates[self.rules.scope[i]]
+        coverage = coverage_of(fates) if sampled else _left_out(fates[TOKENS])
         enforced = bool(self.enforced[i]) or i in self.waived
         return Verdict(
             policy=policy.id,
@@ -204,32 +255,19 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
         slot: of the request.
         tokens: prompt and output tokens; those never forwarded count as not evaluated.
     """
-    of_place = coverages(s, slot, tokens)
-    looked = [add([of_place[i] for i in members]) for members in _MEMBERS]
-    by_scope = (*looked, *(Coverage(c.tokens, 0, _all(c.tokens)) for c in looked))
+    fates = fates_of(s, slot, tokens)
     sampled, enforced, first = s.sampled[slot].copy(), s.enforced[slot].copy(), s.first[slot].copy()
     held, ends = s.matched[slot].copy(), rules.last.policy
     at_end = (s.score[slot, ends] > THRESHOLD) & (s.last[slot] >= 0)
     first[ends] = np.where(at_end, s.last[slot], -1)
     held[ends] = at_end
-    which = rules.scope + np.where(sampled, 0, len(looked))
     matched = first >= 0
-    without = np.array(
-        [
-            OUTCOMES.index(
-                "error"
-                if c.skipped.get("error")
-                else "no_match"
-                if c.evaluated
-                else "not_evaluated"
-            )
-            for c in by_scope
-        ]
-    )
+    base = (*map(_without_match, fates), *(NOT_EVALUATED for _ in fates))
+    by_scope = np.array(base)
     return Verdicts(
         rules=rules,
         which=np.arange(len(rules.policies)),
-        outcome=np.where(matched, OUTCOMES.index("match"), without[which]),
+        outcome=np.where(matched, MATCH, by_scope[rules.scope + len(fates) * ~sampled]),
         acts=matched & enforced & (s.acted[slot] | ~rules.clamps),
         enforced=enforced,
         sampled=sampled,
@@ -239,9 +277,18 @@ def verdicts_of(rules: Rules, s: State, slot: int, tokens: int) -> Verdicts:
         fired=s.fired[slot].copy(),
         peak=s.peak[slot].copy(),
         peak_at=s.peak_at[slot].copy(),
-        coverages=by_scope,
+        fates=fates,
+        base=base,
     )
 
 
-def _all(tokens: int) -> dict[Reason, int]:
-    return {"not_sampled": tokens} if tokens else {}
+def _without_match(fates: Sequence[int]) -> int:
+    """Return the outcome of a policy that did not match, as an index into `OUTCOMES`."""
+    if fates[ERROR]:
+        return READ_ERROR
+    return NO_MATCH if fates[EVALUATED] else NOT_EVALUATED
+
+
+def _left_out(tokens: int) -> Coverage:
+    """Return the coverage of a policy whose sample leaves the request out."""
+    return Coverage(tokens, 0, {"not_sampled": tokens} if tokens else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +44,11 @@ class Settings(BaseModel):
     policies: str = Field("", description="A policy file, or a directory of them.")
     feature_sets: str = Field("feature_sets", description="Directory of feature sets.")
     events: str | None = Field(None, description="File the events are appended to, JSON lines.")
+    event_lines: Literal["matches", "all"] = Field(
+        "matches",
+        description="Which verdicts have a line of their own in the event log, beside the line of "
+        "each request: `matches`: those that match or are errors. `all`: every one.",
+    )
     event_queue: int = Field(65536, ge=1, description="Events that may wait for the writer.")
     memory_mib: int = Field(1024, ge=1, description="Most MiB that the prefix store may take.")
     request_may_enforce: tuple[str, ...] = Field(

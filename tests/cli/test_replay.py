@@ -10,8 +10,8 @@ import pytest
 
 from saeguard.events.reader import is_of_request
 from saeguard.events.record_schema import LINE
-from saeguard.events.records import verdict_event
-from saeguard.guard.judge import judge
+from saeguard.events.records import ended_events, verdict_event
+from saeguard.guard.judge import alone, judge, judge_text
 from tests.cli.project import BOTH, BY_THRESHOLD, ONE, SET, lay_out, record, run
 from tests.policy.example import read_policy
 
@@ -119,6 +119,50 @@ def test_bad_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert "log.jsonl:1: verdict.schema: Field required" in capsys.readouterr().err
     assert run("policy", "replay", "gone.jsonl", "--policies", "new", "--was", "policies") == 2
     assert run("policy", "replay", "log.jsonl", "--policies", "new") == 2
+
+
+def write_few_lines() -> None:
+    """Write the log as a server does by default: lines of matches, and of requests."""
+    policy, _ = read_policy(Path("policies/p.yaml"))
+    assert policy
+    lines = []
+    for name, trace in SHARES.items():
+        rules, shares = alone(policy, dict.fromkeys(("shell_exec", "string_built"), trace))
+        found = judge_text(rules, shares, np.ones(len(shares), bool), 2)
+        about = {"request_id": name, "model": "tiny", "watchlist": "0", "finished": "stop"}
+        lines += ended_events(found, found.telling(), **about)
+    Path("log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_verdicts_without_a_line_are_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A log of matches says so of the others; they are never counted as unchanged."""
+    write_few_lines()
+    changed(("above: 0.6", "above: 0.4"))
+    command = ("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies")
+
+    assert run(*command, "--format", "json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["policies"][0]["verdicts"] == {"match -> match": 1}
+    assert report["without_line"] == 1
+    assert run(*command) == 0
+    assert "1 verdict without a match, of any policy, with no line" in capsys.readouterr().out
+
+    write_log()
+    assert run(*command, "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out)["without_line"] == 0
+
+
+def test_explain_a_verdict_without_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """The message tells a request that the log knows from one that it does not know."""
+    write_few_lines()
+    command = ("policy", "explain", "policies/p.yaml", "log.jsonl", "--request")
+
+    assert run(*command, "strong") == 0
+    assert "MATCH" in capsys.readouterr().out
+    assert run(*command, "weak") == 2
+    assert "The log has the line of 1 request" in capsys.readouterr().err
+    assert run(*command, "gone") == 2
+    assert "The log has" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "\n", "refusal"])

@@ -207,9 +207,11 @@ def compile_policies(settings: dict[str, Any]) -> WatchList:
 
 
 def events_by_request(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the events of a log by request id and policy."""
+    """Return the verdicts of a log by request id and policy."""
     events: dict[str, dict[str, dict[str, Any]]] = {}
     for line in path.read_text().splitlines():
         event = json.loads(line)
+        if event["event"] != "verdict":
+            continue
         events.setdefault(event["request_id"].split("-")[0], {})[event["policy"]] = event
     return events

@@ -59,7 +59,8 @@ def serve_and_check(
     assert any(r["cached"] for r in served.results)
     assert served.left == 0
     lines = (root / "events.jsonl").read_text().splitlines()
-    told = Counter((e["request_id"], e["policy"]) for e in map(json.loads, lines))
+    events = [e for e in map(json.loads, lines) if e["event"] == "verdict"]
+    told = Counter((e["request_id"], e["policy"]) for e in events)
     assert set(told.values()) == {1}, "each policy concludes once of each request"
     assert len(told) == len(served.results) * len(watchlist.policies)
     return served

@@ -161,13 +161,22 @@ class Live:
             lines = file.readlines()
             self._read = file.tell()
         events: dict[str, dict[str, Any]] = {}
+        requests: dict[str, dict[str, Any]] = {}
         for event in map(json.loads, lines):
             if event["event"] == "policy.reload":
                 self.reloads.append(event)
                 continue
+            if event["event"] == "request":
+                assert event["request_id"] not in requests
+                requests[event["request_id"]] = event
+                continue
             assert event["event"] == "verdict", event
             events.setdefault(event["request_id"], {})[event["policy"]] = event
-        assert set(events) == set(answer["ended"])
+        assert set(events) == set(requests) == set(answer["ended"])
+        for request_id, event in requests.items():
+            mine = events[request_id].values()
+            assert event["verdicts"] == Counter(e["verdict"] for e in mine)
+            assert event["coverage"] == _whole_coverage(events[request_id])
         for request_id, ended in answer["ended"].items():
             self.check(ended, events[request_id])
         return answer

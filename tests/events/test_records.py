@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard.events.record_schema import Event, Skipped, json_schema
-from saeguard.events.records import SCHEMA, mismatch_event, verdict_event
+from saeguard.events.record_schema import LINE, Event, Skipped, json_schema
+from saeguard.events.records import SCHEMA, ended_events, mismatch_event, verdict_event
 from saeguard.events.sink import Sink
 from saeguard.guard.judge import judge_text
+from saeguard.guard.request_verdicts import Verdicts
 from saeguard.guard.verdict import Coverage, Outcome, Reason, Verdict
 from saeguard.policy.types import Action, Mode, Severity
 from tests.guard.watchlists import (
@@ -30,14 +32,14 @@ from tests.guard.watchlists import (
 )
 
 SHIPPED = json.loads(
-    resources.files("saeguard.events").joinpath("event.v2.json").read_text(encoding="utf-8")
+    resources.files("saeguard.events").joinpath("event.v3.json").read_text(encoding="utf-8")
 )
 VALIDATOR = jsonschema.Draft202012Validator(
     SHIPPED, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
 )
 
 
-def verdicts(seed: int) -> list[Verdict]:
+def verdicts(seed: int) -> Verdicts:
     """Return random verdicts, errors and texts without tokens in scope among them."""
     rng = seeded(seed)
     tokens = rng.randint(1, 10)
@@ -51,15 +53,17 @@ def verdicts(seed: int) -> list[Verdict]:
     return judge_text(watchlist.rules, watchlist.shares(f), evaluable, prompt, roles)
 
 
+REQUEST = {"request_id": "7-ab12", "model": "demo", "watchlist": "0" * 64, "finished": "stop"}
+
+
 def written(verdict: Verdict, **more: Any) -> dict[str, Any]:
     """Return a verdict's event."""
-    said = {"request_id": "7-ab12", "model": "demo", "watchlist": "0" * 64, "finished": "stop"}
-    return dict(verdict_event(verdict, **{**said, **more}))
+    return dict(verdict_event(verdict, **{**REQUEST, **more}))
 
 
 def test_the_shipped_schema_is_current() -> None:
-    """`event.v2.json` is what the model of an event says; see the message for how to renew it."""
-    renew = "python -m saeguard.events.record_schema > saeguard/events/event.v2.json"
+    """`event.v3.json` is what the model of an event says; see the message for how to renew it."""
+    renew = "python -m saeguard.events.record_schema > saeguard/events/event.v3.json"
     assert json_schema() == SHIPPED, renew
 
 
@@ -81,6 +85,31 @@ def test_every_event_is_valid(seed: int) -> None:
         event = written(verdict)
         VALIDATOR.validate(json.loads(json.dumps(event, allow_nan=False)))
         Event.model_validate(event)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(derandomize=True, deadline=None, max_examples=100)
+def test_a_request_has_lines_of_what_it_found(seed: int) -> None:
+    """One for each match and error, or for every verdict, and its own last, which counts all."""
+    found = verdicts(seed)
+    outcomes = Counter(v.outcome for v in found)
+    few = list(ended_events(found, found.telling(), **REQUEST))
+    every = list(ended_events(found, None, **REQUEST))
+
+    for lines in (few, every):
+        for line in lines:
+            VALIDATOR.validate(json.loads(json.dumps(line, allow_nan=False)))
+        assert [line["event"] for line in lines] == ["verdict"] * (len(lines) - 1) + ["request"]
+        assert lines[-1]["verdicts"] == outcomes
+        assert lines[-1]["policies"] == len(found)
+    assert [e["verdict"] for e in every[:-1]] == [v.outcome for v in found]
+    assert few[:-1] == [e for e in every[:-1] if e["verdict"] in {"match", "error"}]
+
+
+def test_lines_of_the_version_before_are_read() -> None:
+    """A log that was begun before an upgrade stays readable; the reader takes both versions."""
+    for event in map(written, verdicts(0)):
+        assert LINE.validate_python({**event, "schema": "saeguard.event/v2"})
 
 
 def test_a_written_line_is_valid(tmp_path: Path) -> None:

@@ -499,13 +499,18 @@ def test_what_is_counted_is_what_the_verdicts_say() -> None:
     ]
     watchlist = make_watchlist(policies)
     counts, expected = Counts(), Counter[tuple[str, ...]]()
-    for values in ([0, 9], [0, np.nan], [0, 0]):
+    applies = np.flatnonzero([p.id != "absent" for p in policies])
+    for values in ([0, 9], [0, np.nan], [0, 0], [0, 0], [0, 9]):
         ledger = Ledger(watchlist)
         text = text_of(values)
         ledger.admit("r", 1, enforced=[p.mode == "enforce" and p.id != "waived" for p in policies])
         ledger.ingest(forward_pass([(text, 0, text.f)]), np.array([2]))
-        said = ledger.finish("r", 3).decided([p.id != "absent" for p in policies], {1: "why"})
+        said = ledger.finish("r", 3).decided(applies, {1: "why"})
         assert said.errors() == sum(v.outcome == "error" for v in said)
+        assert said.outcomes() == Counter(v.outcome for v in said)
+        assert [policies[i].id for i in said.telling()] == [
+            v.policy for v in said if v.outcome in {"match", "error"}
+        ]
         assert said.acting() == [v for v in said if v.acted]
         assert {v.policy: v.exception for v in said}["waived"] == "why"
         expected.update((v.policy, v.mode, v.outcome) for v in said)

@@ -88,6 +88,7 @@ def _serve(arguments: list[str], root: Path) -> dict[str, Any]:
     port = free_port()
     # What a random model on this machine needs beside; every word of the page stays.
     small = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    small += ["--event-lines", "all"]  # of this text the policy may find nothing
     command = [sys.executable, "-m", *arguments, *small, "--host", "127.0.0.1", "--port", str(port)]
     env = {"HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"}
     with started(command, port, root / "server.log", cwd=root, **env) as (process, client):
@@ -100,11 +101,10 @@ def _serve(arguments: list[str], root: Path) -> dict[str, Any]:
         )
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-    [event] = [
-        e
-        for e in map(json.loads, (root / "events.jsonl").read_text().splitlines())
-        if e["event"] == "verdict"
-    ]
+    lines = list(map(json.loads, (root / "events.jsonl").read_text().splitlines()))
+    [event] = [e for e in lines if e["event"] == "verdict"]
+    [whole] = [e for e in lines if e["event"] == "request"]
+    assert whole["verdicts"] == {event["verdict"]: 1}
     [choice] = body.choices
     assert choice.model_extra is not None
     assert body.model_extra is not None

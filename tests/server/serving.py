@@ -48,13 +48,20 @@ class Server:
         return list(map(json.loads, lines))
 
     def told(self, request_id: str | None = None) -> list[dict[str, Any]]:
-        """Return the verdicts, those of one request once they have all been written."""
+        """Return the verdicts, those of one request once its own line, the last, is written."""
+        return [e for e in self._ended(request_id) if e["event"] == "verdict"]
+
+    def request_lines(self, request_id: str | None = None) -> list[dict[str, Any]]:
+        """Return the lines of requests, that of one request once it is written."""
+        return [e for e in self._ended(request_id) if e["event"] == "request"]
+
+    def _ended(self, request_id: str | None) -> list[dict[str, Any]]:
         for _ in range(200):
-            found = [e for e in self.lines() if e["event"] == "verdict"]
+            found = self.lines()
             if request_id is None:
                 return found
             found = [e for e in found if request_id in e.get("request_id", "")]
-            if len(found) >= self.policies:
+            if any(e["event"] == "request" for e in found):
                 break
             time.sleep(0.1)
         return found

@@ -24,6 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start two engine cores."""
     root = tmp_path_factory.mktemp("data-parallel")
     more = ("--data-parallel-size", "2", "--max-model-len", "512", "--enforce-eager")
+    more += ("--event-lines", "all")
     with serving(root, models.make_guarded(root), *more) as running:
         yield running
 

@@ -113,6 +113,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     )
     more = ["--state", str(root / "state"), "--access", str(root / "access.yaml")]
     more += ["--verify", str(root / "key.pub"), "--enforce-eager", "--max-model-len", "512"]
+    more += ["--event-lines", "all"]
     before = engines.compile_policies
 
     def known(settings: dict[str, Any]) -> Any:
@@ -181,7 +182,7 @@ def test_a_tenant_cannot_be_forged_on_any_route(live: Live) -> None:
         httpx.post(base + route, json={"model": "tiny", **body, **xargs}, timeout=60)
     live.ask()
     forged = [e for e in live.server.lines() if e.get("tenant") == "red-team"]
-    assert {e["event"] for e in forged} <= {"verdict", "request.refused"}
+    assert {e["event"] for e in forged} <= {"request", "verdict", "request.refused"}
     assert all(e["exception"] == "drill" for e in forged if e.get("policy") == "drilled")
     since = [e for e in live.server.told() if e["event"] == "verdict"][-8:]
     assert {e["tenant"] for e in since} == {None}
@@ -244,4 +245,4 @@ def test_every_line_is_of_the_schema(live: Live) -> None:
         event = json.loads(line)
         jsonschema.validate(event, json_schema())
         kinds.add(event["event"])
-    assert kinds == {"verdict", "policy.reload", "request.refused"}
+    assert kinds == {"request", "verdict", "policy.reload", "request.refused"}

@@ -187,7 +187,7 @@ def test_totals_are_at_metrics(server: Server) -> None:
     assert moved("saeguard_verdicts_total,mode=enforce,policy=test.quiet,verdict=no_match") == 1
     assert moved("saeguard_actions_total,action=flag,mode=enforce,policy=test.p0") == 1
     assert "saeguard_ledger_mismatches_total" not in after
-    assert after["saeguard_events_total,state=produced"] >= server.policies
+    assert moved("saeguard_events_total,state=produced") >= 2  # of the request, and of its match
 
 
 def test_an_aborted_stream_is_accounted_for(server: Server) -> None:
@@ -195,12 +195,12 @@ def test_an_aborted_stream_is_accounted_for(server: Server) -> None:
     stream = server.chat(stream=True, max_tokens=3500)  # seconds, whatever else runs
     first = next(iter(stream))
     stream.close()
-    new = server.told(first.id)
-    assert {e["policy"] for e in new} >= {"test.p0", "test.quiet"}
-    for event in new:
-        assert event["finished"] == "abort"
-        covered = event["coverage"]
-        assert covered["tokens"] == covered["evaluated"] + sum(covered["skipped"].values())
+    assert {e["policy"] for e in server.told(first.id)} >= {"test.p0"}
+    [event] = server.request_lines(first.id)
+    assert event["finished"] == "abort"
+    assert sum(event["verdicts"].values()) == event["policies"] == server.policies
+    covered = event["coverage"]
+    assert covered["tokens"] == covered["evaluated"] + sum(covered["skipped"].values())
 
 
 def test_a_blind_server_ends(server: Server, tmp_path: Path) -> None:
@@ -233,10 +233,15 @@ def test_many_at_once_then_a_clean_end(server: Server) -> None:
     assert all(a.saeguard["policies"] == server.policies for a in answers)
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(60)
-    found = server.told()
+    found, lines = server.told(), server.request_lines()
+    assert all(e["verdict"] == "match" for e in found)
     for answer in answers:
         mine = [e for e in found if answer.id in e["request_id"]]
-        assert len({e["policy"] for e in mine}) == len(mine) == server.policies
+        [whole] = [e for e in lines if answer.id in e["request_id"]]
+        assert len({e["policy"] for e in mine}) == len(mine) == whole["verdicts"]["match"]
+        assert sum(whole["verdicts"].values()) == whole["policies"] == server.policies
+        assert whole["coverage"] == answer.saeguard["coverage"]
+        assert {v["policy"] for v in answer.saeguard["verdicts"]} <= {e["policy"] for e in mine}
     deadline = time.monotonic() + 20
     while (left := alive(server.process.pid)) and time.monotonic() < deadline:
         time.sleep(0.2)

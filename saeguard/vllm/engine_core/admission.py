@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import date
 
+import numpy as np
+
 from saeguard.policy.access import Access, Decision, decide
 from saeguard.reload.versions import Pin
 
@@ -24,6 +26,8 @@ class Admission:
     """Id and mode of each policy that clamps the request if it matches."""
     recomputes: bool
     """Whether cached tokens without a record for its version are computed again."""
+    which: np.ndarray
+    """The policies that apply, as indices; requests with the same decision share the array."""
 
     @property
     def clamps(self) -> str:
@@ -66,6 +70,7 @@ def admission_of(
         )
         acting = [p for p, acts in zip(policies, decision.enforced, strict=True) if acts]
         clamps = frozenset((p.id, p.mode) for p in acting if p.action == "clamp")
-        settled = decision, clamps, any(p.uncached == "recompute" for p in acting)
+        recomputes = any(p.uncached == "recompute" for p in acting)
+        settled = decision, clamps, recomputes, np.flatnonzero(decision.applies)
         known[key] = settled
     return Admission(pin, tenant, *settled)

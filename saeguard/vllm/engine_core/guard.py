@@ -203,10 +203,10 @@ class EngineGuard:
         admission = self.admitted.pop(request_id)
         self._roles.pop(request_id, None)
         ledger = admission.pin.version.ledger
-        coverage = ledger.coverage(request_id, request.num_tokens)
         # Rows may be scheduled and not judged yet; others may read the KV that these rows leave.
         more = reason in EARLY or ledger.next_position(request_id) < request.num_computed_tokens
         verdicts = self._verdicts(request, admission, forget=not more)
+        coverage = verdicts.coverage
         if more:
             self.departed[request_id] = request
         if request_id.startswith(SELF_TEST):
@@ -228,14 +228,14 @@ class EngineGuard:
         self.passes.catch_up()
         admission = self.admitted[request_id]
         verdicts = self._verdicts(request, admission, forget=False)
-        coverage = admission.pin.version.ledger.coverage(request_id, request.num_tokens)
+        coverage = coverage_record(verdicts.coverage)
         digest = admission.pin.version.watchlist.digest
-        return response(verdicts, coverage_record(coverage), digest, request_id=request_id)
+        return response(verdicts, coverage, digest, request_id=request_id)
 
     def _verdicts(self, request: Any, admission: Admission, *, forget: bool) -> Verdicts:
         ledger = admission.pin.version.ledger
         found = ledger.finish(request.request_id, request.num_tokens, forget=forget)
-        return found.decided(admission.decision.applies, admission.decision.waived)
+        return found.decided(admission.which, admission.decision.waived)
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget departed requests; no forward pass with them is under way any more."""

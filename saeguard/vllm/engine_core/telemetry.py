@@ -14,9 +14,9 @@ import structlog
 from saeguard.events.metrics import Counts
 from saeguard.events.records import (
     coverage_record,
+    ended_events,
     mismatch_event,
     reload_event,
-    verdict_events,
 )
 from saeguard.events.sink import Sink
 from saeguard.guard.request_verdicts import Verdicts
@@ -39,6 +39,7 @@ class Telemetry:
         self.sink = (
             Sink(Path(settings.events), capacity=settings.event_queue) if settings.events else None
         )
+        self.every_verdict = settings.event_lines == "all"
         self.counts = Counts()
         self._reported = -REPORT_S
         """When running totals were last reported."""
@@ -65,8 +66,9 @@ class Telemetry:
             )
             self._put(partial(mismatch_event, coverage, **about, finished=reason))
         if self.sink is not None:
-            events = partial(verdict_events, verdicts, **about, finished=reason)
-            self.sink.put_all(events, len(verdicts))
+            policies = None if self.every_verdict else verdicts.telling()
+            events = partial(ended_events, verdicts, policies, **about, finished=reason)
+            self.sink.put_all(events, 1 + len(verdicts if policies is None else policies))
 
     def reloaded(self, report: Report) -> None:
         """Log a reload and write its event; the reloader's thread calls this."""
