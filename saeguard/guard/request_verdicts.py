@@ -176,7 +176,8 @@ class Verdicts(Sequence[Verdict]):
     def expected_kinds(self) -> np.ndarray:
         """Return the `events.metrics.KINDS` index of each of `which`, as if none were unusual."""
         outcome = np.array(self.base)[self.rules.scope]
-        return (len(OUTCOMES) * self._counts_as_enforced() + outcome)[self.which]
+        kinds: np.ndarray = (len(OUTCOMES) * self._counts_as_enforced() + outcome)[self.which]
+        return kinds
 
     def unusual(self) -> list[tuple[int, int, int]]:
         """Return each policy that matches or is not sampled, its expected and its own kind."""
