@@ -11,8 +11,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,15 +51,8 @@ class PartFiles:
         self.items = 0
         """Number of whole items."""
         self._files = ExitStack()
-        found = self._earlier(about, resume=resume)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / ABOUT).write_text(json.dumps(dict(about), indent=1) + "\n")
+        found = self._files.enter_context(begin(self.folder, about, resume=resume))
         self._index = self._open(INDEX)
-        try:
-            fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._files.close()
-            raise InputError(f"{self.folder}: another process writes there; wait for it") from error
         self._section = [self._open(name) for name in self.sections]
         self._ends = self._cut_to_whole_items() if found else [0] * len(self.sections)
 
@@ -107,31 +100,6 @@ class PartFiles:
     def _open(self, name: str) -> IO[bytes]:
         return self._files.enter_context((self.folder / name).open("ab"))
 
-    def _earlier(self, about: Mapping[str, Any], *, resume: bool) -> bool:
-        """Return whether an earlier run left items that this one goes on with."""
-        file = self.folder / ABOUT
-        if not file.is_file():
-            return False
-        if not resume:
-            raise InputError(
-                f"{self.folder}: an earlier run was cut off; go on with --resume, or remove the "
-                "folder to begin anew"
-            )
-        try:
-            before = json.loads(file.read_text())
-        except ValueError as error:
-            raise InputError(f"{file}: {error}; remove the folder to begin anew") from error
-        now = json.loads(json.dumps(dict(about)))
-        differing = sorted(key for key in before.keys() | now if before.get(key) != now.get(key))
-        if differing:
-            key = differing[0]
-            raise InputError(
-                f"--resume: {self.folder} was made with another {key}: found {before.get(key)!r}, "
-                f"expected {now.get(key)!r}; give the same as then, or remove the folder to begin "
-                "anew"
-            )
-        return True
-
     def _cut_to_whole_items(self) -> list[int]:
         """Cut the sections to the items that all of them hold, and return where they end."""
         width = 8 * len(self.sections)
@@ -145,3 +113,55 @@ class PartFiles:
         for file, end in zip(self._section, last, strict=True):
             file.truncate(end)
         return list(last)
+
+
+@contextmanager
+def begin(folder: Path, about: Mapping[str, Any], *, resume: bool) -> Iterator[bool]:
+    """Hold the folder of a result that grows, and yield whether an earlier run began it.
+
+    Args:
+        folder: made if it is missing.
+        about: what the result depends on; a run goes on only with the same.
+        resume: go on with what an earlier run left, if it left anything.
+
+    Raises:
+        InputError: an earlier run left something and `resume` is not set, it was about something
+            else, or another process is writing there.
+    """
+    found = _earlier(folder, about, resume=resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ABOUT).open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another process writes there; wait for it") from error
+        held.truncate(0)
+        held.write(json.dumps(dict(about), indent=1) + "\n")
+        held.flush()
+        yield found
+
+
+def _earlier(folder: Path, about: Mapping[str, Any], *, resume: bool) -> bool:
+    """Return whether an earlier run left items that this one goes on with."""
+    file = folder / ABOUT
+    if not file.is_file():
+        return False
+    if not resume:
+        raise InputError(
+            f"{folder}: an earlier run was cut off; go on with --resume, or remove the "
+            "folder to begin anew"
+        )
+    try:
+        before = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file}: {error}; remove the folder to begin anew") from error
+    now = json.loads(json.dumps(dict(about)))
+    differing = sorted(key for key in before.keys() | now if before.get(key) != now.get(key))
+    if differing:
+        key = differing[0]
+        raise InputError(
+            f"--resume: {folder} was made with another {key}: found {before.get(key)!r}, "
+            f"expected {now.get(key)!r}; give the same as then, or remove the folder to begin "
+            "anew"
+        )
+    return True

@@ -24,6 +24,7 @@ VERBS = {
     "scan": "Judge a file of texts with a Hugging Face model, without vLLM.",
     "evaluate": "Measure policies on labelled texts, beside floors and baselines.",
     "features": "Find latents that detect a behaviour, and set their thresholds.",
+    "browse": "Look at latents, features, policies and events on a page.",
     "sae": "Inspect, download, convert, train and evaluate SAE checkpoints.",
     "demo-model": "Download SmolLM2-135M-Instruct and save it as a plain Llama.",
     "policy": "Write, test, compare, explain and sign policies.",

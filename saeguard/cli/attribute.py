@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saeguard.atomic_files import write_atomically
+from saeguard.cli import attribute_prompt
+from saeguard.cli.attribute_prompt import AgainstOption, StepsOption, TargetOption
+from saeguard.cli.on_prompt import CompletionOption, IndexOption, load_all
 from saeguard.cli.options import (
     DeviceOption,
     DtypeOption,
+    JsonOption,
     ModelOption,
+    ModelOptions,
+    SaeOption,
+    SetOption,
     existing_file,
-    existing_folder,
+    sae_and_set,
 )
 from saeguard.errors import InputError
 
@@ -22,41 +29,86 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from saeguard.effect.attribute import Candidate, Effect, Scored
+    from saeguard.sae import SaeInfo
 
 
 def verb(
     model: ModelOption,
-    sae: Annotated[
-        Path, typer.Option(help="Folder of an SAE checkpoint.", callback=existing_folder)
-    ],
+    set_: SetOption = None,
+    sae: SaeOption = None,
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="Prompts with completions of both labels (JSON lines), to choose on.",
             callback=existing_file,
         ),
-    ],
+    ] = None,
     holdout: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="The same of other templates (JSON lines), to try the edits on.",
             callback=existing_file,
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Report to write, JSON.")],
-    top: Annotated[int, typer.Option(help="Latents to try for each kind of edit.", min=1)] = 6,
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="For --data: report to write, JSON.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="One prompt in place of --data: what each latent and token does to it."),
+    ] = None,
+    completion: CompletionOption = "",
+    target: TargetOption = None,
+    against: AgainstOption = None,
+    steps: StepsOption = 0,
+    most: Annotated[int, typer.Option(help="For --prompt: entries to show.", min=1)] = 20,
+    index: IndexOption = None,
+    top: Annotated[
+        int, typer.Option(help="For --data: latents to try for each kind of edit.", min=1)
+    ] = 6,
     most_texts: Annotated[
         int, typer.Option(help="Texts to read of each file; the first ones.", min=2)
     ] = 400,
     longest: Annotated[int, typer.Option(help="Leave out texts of more tokens.", min=2)] = 512,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Rank latents by their effect on preferring label 1, and try the best ones.
+    """Rank latents by their effect on a prompt's next token, or on preferring label 1.
 
-    Chosen on --data by gradient times activation; each edit is then made and measured on --holdout.
-    The effect is in nats per token; negative: the edit makes label 1 less likely than label 0.
+    With --prompt, the effect of each latent and token on the logit of --target less that of
+    --against, by gradient times activation; `features ablate` checks it. With --data, the same on
+    pairs of completions: each edit is then made and measured on --holdout. The effect is in nats
+    per token; negative: the edit makes label 1 less likely than label 0.
     """
+    options = ModelOptions(dtype, device)
+    if prompt is not None:
+        if data is not None or holdout is not None or out is not None:
+            raise InputError("--prompt: expected no --data, --holdout or --out beside it")
+        loaded = load_all(model, sae, set_, index, options)
+        attribute_prompt.attribute(
+            loaded, prompt, completion, target, against, steps, most, as_json=as_json
+        )
+        return
+    if data is None or holdout is None or out is None:
+        raise InputError(
+            "there is nothing to attribute; give --prompt and --target, or --data, --holdout and "
+            "--out"
+        )
+    _pairs(
+        model, sae_and_set(sae, set_)[0], (data, holdout), out, top, most_texts, longest, options
+    )
+
+
+def _pairs(
+    model: Path,
+    info: SaeInfo,
+    files: tuple[Path, Path],
+    out: Path,
+    top: int,
+    most_texts: int,
+    longest: int,
+    options: ModelOptions,
+) -> None:
+    """Rank latents on the pairs of the first file, and try the best on those of the second."""
     from tqdm import tqdm
 
     from saeguard.effect.attribute import (
@@ -68,11 +120,12 @@ def verb(
     )
     from saeguard.effect.prompts import read_prompts
     from saeguard.hf.model import load_model
-    from saeguard.sae import inspect
 
-    info = inspect(sae)
+    data, holdout = files
     if info.k is not None:
-        raise InputError(f"{sae}: its latents compete (TopK), so that none has an effect by itself")
+        raise InputError(
+            f"{info.path}: its latents compete (TopK), so that none has an effect by itself"
+        )
     asked = [read_prompts(path, completion=True) for path in (data, holdout)]
     shared = {p.template for p in asked[0]} & {p.template for p in asked[1]}
     if shared:
@@ -80,7 +133,7 @@ def verb(
             f"{holdout}: shares {len(shared)} templates with {data}, such as {min(shared)!r}; "
             "expected others, so that nothing is measured on what it was chosen on"
         )
-    lm = load_model(model, dtype=dtype, device=device)
+    lm = load_model(model, **options._asdict())
     search, held = (
         read_scored(lm, _first_questions(prompts, most_texts), longest) for prompts in asked
     )

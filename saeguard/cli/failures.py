@@ -15,12 +15,16 @@ INTERRUPTED = 130
 """128 and the number of SIGINT, as shells count."""
 EXTRAS = {
     "cryptography": "saeguard[sign]",
+    "duckdb": "saeguard[browse]",
     "jinja2": "saeguard[features]",
     "scipy": "saeguard[features]",
     "sklearn": "saeguard[features]",
     "tqdm": "saeguard[features]",
     "transformers": "saeguard[features]",
+    "starlette": "saeguard[browse]",
     "torch": "torch",
+    "umap": "saeguard[browse]",
+    "uvicorn": "saeguard[browse]",
     "vllm": "vllm",
 }
 """What to install for a package that not every command needs."""

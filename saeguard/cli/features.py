@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from saeguard.cli import attribute, clamp_effect, fired, learn, search_features
+from saeguard.cli import (
+    attribute,
+    attribute_prompt,
+    clamp_effect,
+    coactivate,
+    fired,
+    index,
+    learn,
+    neighbours,
+    search_features,
+    steer,
+)
 from saeguard.cli.failures import Verbs
 from saeguard.cli.features_report import print_norms, print_thresholds, print_unlabelled
 from saeguard.cli.inputs import load_after
@@ -37,8 +48,13 @@ verb = typer.Typer(
 
 verb.command("learn")(learn.verb)
 verb.command("search")(search_features.verb)
+verb.command("index")(index.verb)
 verb.command("fired")(fired.verb)
 verb.command("attribute")(attribute.verb)
+verb.command("ablate")(attribute_prompt.ablate)
+verb.command("steer")(steer.verb)
+verb.command("neighbours")(neighbours.verb)
+verb.command("coactivate")(coactivate.verb)
 verb.command("clamp-effect")(clamp_effect.verb)
 
 

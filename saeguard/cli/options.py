@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from saeguard.errors import InputError
+
+if TYPE_CHECKING:
+    from saeguard.features.types import FeatureSet
+    from saeguard.sae import SaeInfo
 
 FEATURE_SETS = Path("feature_sets")
 
@@ -127,3 +131,39 @@ DtypeOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+SetOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--set",
+        help="Feature-set file: its SAE, special tokens and attention sinks; its features are "
+        "named.",
+        callback=existing_file,
+    ),
+]
+SaeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--sae", help="Folder of an SAE checkpoint, in place of --set.", callback=existing_folder
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def sae_and_set(sae: Path | None, set_: Path | None) -> tuple[SaeInfo, FeatureSet | None]:
+    """Return the SAE that `--sae` or `--set` names, and the set.
+
+    Raises:
+        InputError: neither or both are given, or the set has no SAE.
+    """
+    from saeguard.features.load import load_feature_set, sae_of
+    from saeguard.sae import inspect
+
+    if (sae is None) == (set_ is None):
+        raise InputError(
+            "--set and --sae: expected one of them; give the feature set if you have one"
+        )
+    if sae is not None:
+        return inspect(sae), None
+    assert set_ is not None
+    features = load_feature_set(set_)
+    return sae_of(features).inspect(), features

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from saeguard.atomic_files import write_atomically
+from saeguard.cli import search_prompt
 from saeguard.cli.features_report import print_findings, print_norms
 from saeguard.cli.inputs import load_after
+from saeguard.cli.on_prompt import CompletionOption, IndexOption
 from saeguard.cli.options import (
     DeviceOption,
     DtypeOption,
+    JsonOption,
     ModelOption,
     ModelOptions,
+    SetOption,
     existing_file,
     existing_folder,
 )
@@ -29,18 +33,40 @@ if TYPE_CHECKING:
 def verb(
     model: ModelOption,
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="Labelled texts (JSON lines) to choose on.", callback=existing_file),
-    ],
+    ] = None,
     holdout: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="Labelled texts (JSON lines) of other templates, to measure on.",
             callback=existing_file,
         ),
-    ],
-    behaviour: Annotated[str, typer.Option(help="Name of the behaviour, for the report.")],
-    out: Annotated[Path, typer.Option(help="Report to write, JSON.")],
+    ] = None,
+    behaviour: Annotated[
+        str | None, typer.Option(help="Name of the behaviour, for the report.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="For --data: report to write, JSON.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompt in place of --data: latents that fire on it. Repeatable: on all of them."
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="With --prompt: prompt on which they must not fire. Repeatable."),
+    ] = None,
+    completion: CompletionOption = "",
+    by: Annotated[
+        Literal["strength", "specific", "position"],
+        typer.Option(
+            help="With --prompt: strongest first; those first that are so strong on the fewest "
+            "tokens of --index or --benign; or token by token."
+        ),
+    ] = "strength",
+    index: IndexOption = None,
+    set_: SetOption = None,
     sae: Annotated[
         Path | None,
         typer.Option(
@@ -61,14 +87,15 @@ def verb(
     benign: Annotated[
         Path | None,
         typer.Option(
-            help="Ordinary texts (JSON lines), as further negatives to choose on.",
+            help="Ordinary texts (JSON lines), as further negatives to choose on, or as the "
+            "background of --prompt.",
             callback=existing_file,
         ),
     ] = None,
     scope: Annotated[
         Literal["prompt", "output", "both"], typer.Option(help="Tokens to look at.")
     ] = "output",
-    top: Annotated[int, typer.Option(help="Number of single latents to report.", min=1)] = 20,
+    top: Annotated[int, typer.Option(help="Number of single latents to show.", min=1)] = 20,
     group_size: Annotated[
         int, typer.Option(help="Highest number of latents in a group.", min=1)
     ] = 8,
@@ -100,12 +127,27 @@ def verb(
     ] = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Rank single latents, a weighted group and linear probes as detectors of a behaviour.
+    """Rank latents on prompts, or latents, groups and probes as detectors of a behaviour.
 
-    Everything is chosen on --data; AUROC and its 95 % interval are measured on --holdout. Exit
-    code 1: --write-set was given, and nothing was found.
+    With --prompt, what fires on it, or on all of several and on none of --without. With --data,
+    everything is chosen on it; AUROC and its 95 % interval are measured on --holdout. Exit code 1:
+    --write-set was given, and nothing was found.
     """
+    if prompt:
+        if data is not None or holdout is not None or write_set is not None:
+            raise InputError("--prompt: expected no --data, --holdout or --write-set beside it")
+        search_prompt.search(
+            model, sae, set_, index, benign,
+            search_prompt.Wanted(prompt, without or [], completion, by, top),
+            ModelOptions(dtype, device), as_json=as_json,
+        )  # fmt: skip
+        return
+    if data is None or holdout is None or behaviour is None or out is None:
+        raise InputError(
+            "there is nothing to search; give --prompt, or --data, --holdout, --behaviour and --out"
+        )
     from saeguard.features.corpus import norms_of, with_ordinary
     from saeguard.features.found import (
         choose,

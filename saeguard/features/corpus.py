@@ -97,9 +97,14 @@ class Corpus:
 
     def scoped(self, scope: Scope) -> Corpus:
         """Return the corpus read in another scope, without the texts that have no token in it."""
-        changed = replace(self, scope=scope)
-        counts = np.bincount(changed.owner, weights=changed.looked, minlength=len(self))
-        return changed if counts.all() else changed.select(counts > 0)
+        changed, kept = replace(self, scope=scope), self.scoped_texts(scope)
+        return changed if kept.all() else changed.select(kept)
+
+    def scoped_texts(self, scope: Scope) -> np.ndarray:
+        """Return which texts have a token in a scope, [texts] bool."""
+        looked = replace(self, scope=scope).looked
+        out: np.ndarray = np.bincount(self.owner, weights=looked, minlength=len(self)) > 0
+        return out
 
     def select(self, texts: np.ndarray) -> Corpus:
         """Return the texts at which the mask [texts] is true."""

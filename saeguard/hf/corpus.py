@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def make_corpus(
     exclude_tokens: Sequence[int],
     name: str = "texts",
     cache: Path | None = None,
+    done: Callable[[int], object] | None = None,
 ) -> Corpus:
     """Record `texts`, in their order.
 
@@ -61,6 +62,7 @@ def make_corpus(
         exclude_tokens: ids that are not evaluated.
         name: shown on the progress bar.
         cache: folder that keeps what was recorded, see `record_cached`.
+        done: called with 1 for each text, in place of a progress bar.
     """
     tokens = [text.tokens for text in texts]
     layers = sorted(set(layers))
@@ -71,8 +73,11 @@ def make_corpus(
         desc=Path(name).name,
         total=len(texts),
         unit="text",
+        disable=done is not None,
     ):
         torch.cat([residuals[n] for n in layers], 1, out=x[end[i] - len(tokens[i]) : end[i]])
+        if done is not None:
+            done(1)
     ids = np.concatenate([np.array(t, np.int64) for t in tokens])
     return Corpus(
         x=x,

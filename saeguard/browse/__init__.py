@@ -1,0 +1,1 @@
+"""The page on which to look at latents, features, policies and events."""
