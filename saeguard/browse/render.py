@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import jinja2
 
-from saeguard.browse.shown import visible
+from saeguard.browse.shown import unhidden, visible
 from saeguard.browse.site import Site
 from saeguard.latents.build import index_facts
 
@@ -43,6 +43,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(HERE / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=unhidden,
         trim_blocks=True,
         lstrip_blocks=True,
     )

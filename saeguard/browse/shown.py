@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from markupsafe import Markup
+
 from saeguard.latents.index import Example
 
 STEPS = 10
@@ -33,6 +35,13 @@ def visible(text: str, longest: int = LONGEST) -> str:
     kept = text[:longest]
     out = "".join(_visible(character) for character in kept)
     return out if len(text) <= longest else f"{out}\u2026 ({len(text):,} characters)"
+
+
+def unhidden(value: object) -> object:
+    """Return what a template prints, with hidden characters of a plain string made visible."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(c if c in "\n\t" else _visible(c) for c in value)
 
 
 def _visible(character: str) -> str:

@@ -279,7 +279,7 @@ def _judged(site: Site, number: int) -> dict[str, Any]:
         )
         if both:
             curves.append((area, name, share[here], label[here]))
-    curves.sort(key=lambda curve: -abs(curve[0] - 0.5))
+    curves.sort(key=lambda curve: -abs((curve[0] or 0.0) - 0.5))
     roc = None
     if curves:
         lines = [

@@ -97,7 +97,7 @@ def _background(loaded: Loaded, path: Path | None) -> list[OnPrompt]:
 
 
 def _row(found: Found, prompts: Sequence[OnPrompt]) -> dict[str, Any]:
-    peaks = [
+    peaks: list[dict[str, Any]] = [
         {"activation": round(value, 4), "at": at, "token": prompt.pieces[at]}
         for (value, at), prompt in zip(found.peaks, prompts, strict=True)
     ]

@@ -71,15 +71,13 @@ def steer(
     if not texts:
         tokens = (*prompt, *plain[0])
         texts = [Scored(tokens, len(prompt), 1, "answer", "answer")]
-    changes: list[tuple[float | None, float | None, Change | None]] = [(None, None, None)]
-    for scale, activation in arms:
-        edit = setting(info, {latent: activation}, lm.model.device)
-        changes.append((scale, activation, _sparing(edit, bound)))
+    special = np.isin(np.array(prompt), np.array(excluded, np.int64))
     out = []
-    for scale, activation, change in changes:
+    for scale, activation in ((None, None), *arms):
+        change: Change | None = None
         drawn = plain
-        if change is not None:
-            special = np.isin(np.array(prompt), np.array(excluded, np.int64))
+        if activation is not None:
+            change = _sparing(setting(info, {latent: activation}, lm.model.device), bound)
             drawn = _sample(lm, info, prompt, _sparing_first(change, special), sampling)
         loss = -float(log_probabilities(lm, texts, info.layer, change, excluded).mean())
         words = tuple(lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn)

@@ -161,4 +161,5 @@ def _bins(rows: Columns) -> Columns:
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
+    out: np.ndarray = np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
+    return out

@@ -155,18 +155,27 @@ class Index:
         """
         self.check_latent(latent)
         (row,) = self.rows("SELECT * FROM latent WHERE latent = ?", latent)
-        *facts, bins, counts = row
+        number, tokens, texts, density, mean, highest, bins, counts = row
         histogram = tuple(
             (2 ** (b / BINS), 2 ** ((b + 1) / BINS), n) for b, n in zip(bins, counts, strict=True)
         )
-        return Stats(*facts, histogram)
+        return Stats(number, tokens, texts, density, mean, highest, histogram)
 
     def examples(self, latent: int) -> list[Example]:
         """Return the texts that are shown of a latent, band by band, strongest first."""
         rows = self.rows("SELECT * FROM example WHERE latent = ? ORDER BY band, place", latent)
         return [
-            Example(*facts, tuple(tokens), tuple(zip(at, values, strict=True)))
-            for _, *facts, tokens, at, values in rows
+            Example(
+                band,
+                place,
+                text,
+                at,
+                value,
+                start,
+                tuple(tokens),
+                tuple(zip(fired_at, fired_value, strict=True)),
+            )
+            for _, band, place, text, at, value, start, tokens, fired_at, fired_value in rows
         ]
 
     def lens(self, latent: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:

@@ -140,7 +140,7 @@ def test_only_this_page_may_ask(client: TestClient, site: Site) -> None:
     for wrong, why in (
         ({"prompt": 3}, "prompt: "),
         ({"prompt": "a", "more": 1}, "more: "),
-        ({"prompt": ""}, "no token"),
+        ({"prompt": ""}, "every token is special"),
         ({"prompt": "a", "latent": 64}, "there is no latent 64"),
     ):
         answer = client.post("/api/try", json=wrong)
