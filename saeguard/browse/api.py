@@ -15,8 +15,12 @@ MOST_BYTES = 8 * LONGEST
 """Of a request's body."""
 
 
-class _RefusedError(Exception):
-    """A request is not answered: its status, and why."""
+class _RefusedError(SaeguardError):
+    """A request is not answered."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
 
 
 async def places(site: Site, request: Request) -> Response:
@@ -36,8 +40,7 @@ async def read(site: Site, live: Live | None, request: Request) -> Response:
         highest = None if asked.latent is None else site.index.stats(asked.latent).highest
         return JSONResponse(await run_in_threadpool(live.read, asked, highest))
     except _RefusedError as error:
-        status, why = error.args
-        return JSONResponse({"error": why}, status)
+        return JSONResponse({"error": str(error)}, error.status)
     except SaeguardError as error:
         return JSONResponse({"error": str(error)}, 400)
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from saeguard.browse.shown import shown, visible, words
 from saeguard.browse.site import Site
+from saeguard.errors import InputError
 from saeguard.evaluation import svg
 from saeguard.features.stats import auroc
 from saeguard.latents.bands import band_name
@@ -28,7 +29,7 @@ EXAMPLES = 12
 """Texts of a feature that are shown."""
 
 
-class NotThereError(LookupError):
+class NotThereError(InputError):
     """There is no such latent, feature, policy or event."""
 
 

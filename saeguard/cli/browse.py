@@ -88,12 +88,13 @@ def _site(index: Path, set_: Path | None, policies: Path | None, events: Path | 
     """
     from saeguard.browse.site import Site
     from saeguard.events.reader import read_log
+    from saeguard.events.record_schema import Event
     from saeguard.features.load import load_feature_set, sae_of
     from saeguard.latents.index import Index
     from saeguard.policy.load import load_policies
 
     opened = Index(index)
-    log = [] if events is None else list(read_log(events))
+    log = [] if events is None else [e for e in read_log(events) if isinstance(e, Event)]
     if set_ is None:
         if policies is not None:
             raise InputError("--policies: give the --set that they read, too")

@@ -8,6 +8,8 @@ from pathlib import Path
 from saeguard.browse.live import Live
 from saeguard.browse.site import Site
 from saeguard.events.reader import read_log
+from saeguard.events.record_schema import Event
+from saeguard.events.records import SCHEMA
 from saeguard.features.load import load_feature_set
 from saeguard.hf.text_files import check_file
 from saeguard.latents.build import build_index
@@ -24,7 +26,7 @@ BIDI = "abc\u202efed"
 def event(policy: str, request: str, verdict: str = "match") -> dict[str, object]:
     """Return a line of an event log."""
     return {
-        "schema": "saeguard.event/v2", "event": "verdict", "model": "tiny", "watchlist": "0" * 64,
+        "schema": SCHEMA, "event": "verdict", "model": "tiny", "watchlist": "0" * 64,
         "request_id": request, "tenant": None, "finished": "stop", "policy": policy,
         "policy_digest": "0" * 64, "mode": "shadow", "severity": "low", "verdict": verdict,
         "action": "flag", "acted": None, "score": 1.4, "threshold": 1.0, "first_token": 3,
@@ -59,5 +61,11 @@ def make_site(made: Made, root: Path) -> tuple[Site, Live]:
         event("noise.gone", "r3", "no_match"),
     ]
     log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    site = Site(Index(index), made.info, features, load_policies(folder), list(read_log(log)))
+    site = Site(
+        Index(index),
+        made.info,
+        features,
+        load_policies(folder),
+        [e for e in read_log(log) if isinstance(e, Event)],
+    )
     return site, Live(made.lm, made.info, features)
