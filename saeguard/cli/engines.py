@@ -45,6 +45,18 @@ VllmArgsOption = Annotated[
         "'--max-model-len 4096 --max-num-seqs 512'.",
     ),
 ]
+TruncateOption = Annotated[
+    bool,
+    typer.Option(
+        "--truncate",
+        help="Cut the end off texts that are longer than the model takes; the result says of how "
+        "many tokens.",
+    ),
+]
+SkipOption = Annotated[
+    bool,
+    typer.Option("--skip", help="Leave out lines that are wrong, and list them at the end."),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")]
 
 
@@ -127,19 +139,44 @@ def part_files(
 
     if resume and not texts.sha256:
         raise InputError(f"--resume: {texts.path}: texts from a pipe cannot be read again")
-    read_by = {"engine": choice.name, "dtype": choice.dtype, "model": str(model.resolve())}
+    treated = {name: True for name in ("skip", "truncate") if getattr(texts, name)}
+    read_by = {
+        **treated,
+        "engine": choice.name,
+        "dtype": choice.dtype,
+        "model": str(model.resolve()),
+    }
     parts = PartFiles(out, sections, {"texts": texts.sha256, **read_by, **about}, resume=resume)
     try:
         yield parts
     except BaseException:
+        typer.echo(_what_is_kept(parts, texts), err=True)
         if not texts.sha256:
             parts.remove()
-        elif parts.items:
-            kept = f"{parts.items} of {texts.count} texts are kept in {parts.folder}"
-            typer.echo(f"{kept}; --resume goes on", err=True)
         raise
     finally:
         parts.close()
+
+
+def _what_is_kept(parts: PartFiles, texts: TextFile) -> str:
+    """Return what a run that was cut off leaves behind."""
+    if not texts.sha256:
+        return "nothing is kept: texts from a pipe cannot be read again"
+    if not parts.items:
+        return f"no text of {texts.count} was finished, so nothing is kept"
+    return f"{parts.items} of {texts.count} texts are kept in {parts.folder}; --resume goes on"
+
+
+def left_out(texts: TextFile) -> Iterator[str]:
+    """Yield what a result lacks of its texts: lines that were skipped, and ends that were cut."""
+    if texts.left_out:
+        yield from texts.mistakes
+        yield f"{texts.path}: {len(texts.left_out)} lines are wrong and were left out"
+    if texts.cut:
+        yield (
+            f"{texts.path}: {texts.cut} texts were cut to {texts.most} tokens; what follows was "
+            "not read"
+        )
 
 
 def progress(read: Iterable[T], texts: TextFile, parts: PartFiles) -> Iterator[T]:
@@ -164,7 +201,6 @@ def open_engine(
     tokenizer: Any,
     feature_sets: Path,
     features: Sequence[str],
-    texts: TextFile | None = None,
 ) -> Engine:
     """Load a model into the chosen engine, to read `features` of texts.
 
@@ -174,7 +210,6 @@ def open_engine(
         tokenizer: the model's.
         feature_sets: folder of feature sets.
         features: `feature_set/feature` of each.
-        texts: that will be read, to refuse one that is too long at once.
 
     Raises:
         InputError, CannotRunError: the model, a feature set or the engine does not work.
@@ -197,12 +232,4 @@ def open_engine(
 
     preflight(Console(stderr=True))
     options = choice.options()
-    engine = open_vllm(model, feature_sets, features, dtype=choice.dtype, options=options)
-    if texts is not None and texts.longest > engine.longest:
-        engine.close()
-        raise InputError(
-            f"{texts.path}:{texts.longest_at}: {texts.longest} tokens; this engine takes "
-            f"{engine.longest}, since vLLM samples one more; shorten the text, or raise "
-            "--max-model-len in --vllm-args if the model takes more"
-        )
-    return engine
+    return open_vllm(model, feature_sets, features, dtype=choice.dtype, options=options)

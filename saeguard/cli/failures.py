@@ -15,8 +15,9 @@ INTERRUPTED = 130
 """128 and the number of SIGINT, as shells count."""
 EXTRAS = {
     "cryptography": "saeguard[sign]",
-    "duckdb": "saeguard[browse]",
+    "duckdb": "saeguard[tables]",
     "jinja2": "saeguard[features]",
+    "pyarrow": "saeguard[tables]",
     "scipy": "saeguard[features]",
     "sklearn": "saeguard[features]",
     "tqdm": "saeguard[features]",

@@ -13,8 +13,11 @@ from saeguard.cli.engines import (
     EngineOption,
     ExecutorOption,
     ResumeOption,
+    SkipOption,
     TensorParallelOption,
+    TruncateOption,
     VllmArgsOption,
+    left_out,
     open_engine,
     part_files,
     progress,
@@ -34,7 +37,8 @@ def verb(
     texts: Annotated[
         Path,
         typer.Argument(
-            help="JSON lines with an id, and a text or a prompt and completion.",
+            help="JSON lines, CSV or Parquet: an id, and a text, or a prompt or messages with a "
+            "completion.",
             callback=existing_file,
         ),
     ],
@@ -57,6 +61,8 @@ def verb(
     tensor_parallel_size: TensorParallelOption = 1,
     distributed_executor_backend: ExecutorOption = None,
     vllm_args: VllmArgsOption = "",
+    truncate: TruncateOption = False,
+    skip: SkipOption = False,
     resume: ResumeOption = False,
 ) -> None:
     """Record the value of every feature at every token of some texts; by default without the text.
@@ -97,14 +103,15 @@ def verb(
             f"wide and has {shape.num_layers} layers; name one with --set"
         )
     tokenizer = load_tokenizer(model)
-    file = check_file(texts, tokenizer)
+    file = check_file(texts, tokenizer, truncate=truncate, skip=skip)
     columns = definitions([feature_sets / f"{name}.yaml" for name in names])
     features = list(columns)
     about = {"features": columns, "text kept": with_text}
     with (
         part_files(out, SECTIONS, file, choice, model, about, resume) as parts,
-        closing(open_engine(choice, model, tokenizer, feature_sets, features, file)) as reader,
+        closing(open_engine(choice, model, tokenizer, feature_sets, features)) as reader,
     ):
+        file = file.fitted(reader.longest)
         rest = file.read(parts.items)
         read = recorded(reader, features, tokenizer, rest, with_text=with_text)
         for text in progress(read, file, parts):
@@ -112,4 +119,6 @@ def verb(
         marks = role_marks_of(tokenizer)
         no_roles = marks if isinstance(marks, str) else ""
         count, tokens = write(parts, columns, model=name_of(model), no_roles=no_roles)
+    for line in left_out(file):
+        typer.echo(line, err=True)
     typer.echo(f"{count} texts, {tokens} tokens, {len(columns)} features written to {out}")

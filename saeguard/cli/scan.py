@@ -16,8 +16,11 @@ from saeguard.cli.engines import (
     EngineOption,
     ExecutorOption,
     ResumeOption,
+    SkipOption,
     TensorParallelOption,
+    TruncateOption,
     VllmArgsOption,
+    left_out,
     open_engine,
     part_files,
     progress,
@@ -47,7 +50,8 @@ def verb(
     texts: Annotated[
         Path,
         typer.Argument(
-            help="JSON lines with an id, and a text or a prompt and completion.",
+            help="JSON lines, CSV or Parquet: an id, and a text, or a prompt or messages with a "
+            "completion.",
             callback=existing_file,
         ),
     ],
@@ -61,6 +65,8 @@ def verb(
     tensor_parallel_size: TensorParallelOption = 1,
     distributed_executor_backend: ExecutorOption = None,
     vllm_args: VllmArgsOption = "",
+    truncate: TruncateOption = False,
+    skip: SkipOption = False,
     resume: ResumeOption = False,
 ) -> None:
     """Judge every text by every policy, by the rules that serve, and write the verdicts.
@@ -81,15 +87,18 @@ def verb(
     watchlist = _watchlist(policies, feature_sets)
     tokenizer = load_tokenizer(model)
     role_marks_for(tokenizer, watchlist)  # raises before the model is loaded
-    file = check_file(texts, tokenizer)
+    file = check_file(texts, tokenizer, truncate=truncate, skip=skip)
     about = {"watch list": watchlist.digest}
     features = watchlist.features
     with (
         part_files(out, [VERDICTS], file, choice, model, about, resume) as parts,
-        closing(open_engine(choice, model, tokenizer, feature_sets, features, file)) as reader,
+        closing(open_engine(choice, model, tokenizer, feature_sets, features)) as reader,
     ):
+        file = file.fitted(reader.longest)
         found = _judge(reader, watchlist, tokenizer, file, parts)
         parts.finish(parts.path(VERDICTS))
+    for line in left_out(file):
+        typer.echo(line, err=True)
     typer.echo(f"{found['match']} of {file.count} texts match a policy. Wrote {out}.")
     if found["error"]:
         typer.echo(f"{found['error']} texts hold tokens that could not be read.", err=True)
@@ -131,7 +140,8 @@ def _judge(
     for text, seen in progress(see_texts(reader, watchlist, tokenizer, rest), file, parts):
         records = [verdict_record(verdict) for verdict in seen.judge(watchlist.rules)]
         found.update({record["verdict"] for record in records})
-        parts.add("".join(json.dumps({"id": text.id} | r) + "\n" for r in records).encode())
+        about = {"id": text.id} | ({"tokens_cut": text.cut} if text.cut else {})
+        parts.add("".join(json.dumps(about | r) + "\n" for r in records).encode())
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saeguard.errors import InputError
-from saeguard.hf.texts import Line, read_lines
+from saeguard.hf.text_lines import Line, read_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,11 @@ def read_prompts(path: Path, *, completion: bool = False, tests: bool = False) -
     found = []
     extra = dict(_tests(path)) if tests else {}
     for number, line in read_lines(path):
-        if line.prompt is None:
-            raise InputError(f"{path}:{number}: prompt: missing; every line needs one here")
-        if completion and not line.completion:
+        if line.text is not None:
+            raise InputError(
+                f"{path}:{number}: found text, expected prompt or messages; every line needs one"
+            )
+        if completion and not line.answer:
             raise InputError(f"{path}:{number}: completion: missing or empty; it is scored here")
         if tests and not extra.get(line.id):
             raise InputError(
@@ -64,14 +66,14 @@ def read_prompts(path: Path, *, completion: bool = False, tests: bool = False) -
 
 
 def _prompt(line: Line, tests: Sequence[str]) -> Prompt:
-    given = line.prompt
+    given = line.asked
     messages: tuple[Mapping[str, str], ...]
     if isinstance(given, str):
         messages = ({"role": "user", "content": given},)
     else:
         messages = tuple(message.model_dump() for message in given or ())
     template = line.template or line.id
-    return Prompt(line.id, template, messages, line.completion or "", line.label, tuple(tests))
+    return Prompt(line.id, template, messages, line.answer, line.label, tuple(tests))
 
 
 def _tests(path: Path) -> Mapping[str, Sequence[str]]:
@@ -84,8 +86,8 @@ def _tests(path: Path) -> Mapping[str, Sequence[str]]:
         tests = row.get("tests", []) if isinstance(row, dict) else []
         if not isinstance(tests, list) or not all(isinstance(t, str) for t in tests):
             raise InputError(f"{path}:{number}: tests: found {tests!r}; expected a list of texts")
-        if isinstance(row, dict) and isinstance(row.get("id"), str):
-            found[row["id"]] = tests
+        if isinstance(row, dict) and isinstance(row.get("id"), str | int):
+            found[str(row["id"])] = tests
     return found
 
 

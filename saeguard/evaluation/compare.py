@@ -18,7 +18,7 @@ from saeguard.evaluation.figures import Detector
 from saeguard.evaluation.judging import CHUNK, Keys
 from saeguard.evaluation.store import Store
 from saeguard.hf.model import LanguageModel
-from saeguard.hf.texts import Line
+from saeguard.hf.text_lines import Line
 from saeguard.policy.types import Policy
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from saeguard.errors import InputError
-from saeguard.hf.texts import Line, Text, read_lines, text_of
+from saeguard.hf.text_lines import Line, read_lines
+from saeguard.hf.texts import Text, text_of
 
 Part: TypeAlias = Literal["output", "prompt", "both"]
 """Which part of a text a detector reads: as policies' scopes, with all roles of a prompt as one."""
@@ -180,8 +181,7 @@ def chunks(lines: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def spelt(line: Line, part: Part) -> str:
     """Return one part of a text as it stands in its file; messages follow their roles."""
-    output = line.text if line.text is not None else line.completion or ""
-    prompt = line.prompt or ""
+    output, prompt = line.answer, line.asked
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{message.role}: {message.content}" for message in prompt)
     if part == "both":

@@ -14,7 +14,8 @@ from saeguard.features.corpus import Corpus
 from saeguard.features.room import allocate
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.residual_cache import record_cached
-from saeguard.hf.texts import Text, TextError, read_texts
+from saeguard.hf.text_rows import TextError
+from saeguard.hf.texts import Text, read_texts
 
 
 def read_corpus(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from saeguard.atomic_files import write_atomically
 from saeguard.hf.labelled import behaviour_of
-from saeguard.hf.texts import TextError
+from saeguard.hf.text_rows import TextError
 
 
 def write_held_out(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saeguard.features.found import feature_name
-from saeguard.hf.texts import Text, TextError, read_texts
+from saeguard.hf.text_rows import TextError
+from saeguard.hf.texts import Text, read_texts
 
 Per = Literal["file", "behaviour", "kind"]
 

@@ -16,8 +16,8 @@ from saeguard.hf.residuals import record
 from saeguard.hf.scan import Seen, activations, role_marks_for
 from saeguard.hf.texts import Text
 
-TEXTS = 1024
-"""Most texts that are sorted by length together."""
+TEXTS = 256
+"""Most texts that are sorted by length together; a run that is cut off repeats at most so many."""
 
 TextReading: TypeAlias = tuple[Text, Reading]
 
@@ -28,6 +28,8 @@ class Engine(Protocol):
     features: tuple[str, ...]
     """`feature_set/feature` of each column of a reading."""
     shape: ModelShape
+    longest: int | None
+    """Most tokens of a text; None if the tokenizer's bound is the only one."""
 
     def read(self, texts: Iterable[Text]) -> Iterator[TextReading]:
         """Yield every text with its reading, in order; only few texts are held at a time.
@@ -42,6 +44,8 @@ class Engine(Protocol):
 
 class TransformersEngine:
     """Reads texts with a Transformers model, batched by length."""
+
+    longest: int | None = None
 
     def __init__(self, lm: LanguageModel, readings: WatchList) -> None:
         """Take a model, and the features to read of it.

@@ -1,28 +1,25 @@
-"""Read texts from JSON lines, and tokenise them as the server would.
+"""Read texts from JSON lines, CSV or Parquet, and tokenise them as the server would.
 
-A line has an `id` and either `text`, or `prompt` (a string, or a list of chat messages) with an
-optional `completion`. Chat messages go through the model's chat template with its generation
-prompt, and the completion's tokens follow. A `text`, or a completion after an empty prompt,
-follows the tokenizer's own prefix (BOS) and counts as output.
+A row has an `id` and one of `text`, `prompt` (a string, or a list of chat messages) and `messages`;
+the last two may have a `completion`. If `messages` end with the assistant's and there is no
+completion, that message is the completion. Chat messages go through the model's chat template with
+its generation prompt, and the completion's tokens follow. A `text`, or a completion after an empty
+prompt, follows the tokenizer's own prefix (BOS) and counts as output.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from saeguard.errors import InputError
-
-_UNION_MEMBERS = ("str", "list[Message]")
+from saeguard.hf.text_lines import Line, Message, Mistakes, entries, refuse_repeated
+from saeguard.hf.text_rows import TextError
 
 
-class TextError(InputError):
-    """A line of an input file is wrong; the message names file, line and field."""
+class TooLongError(TextError):
+    """A text has more tokens than the model takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,38 +35,8 @@ class Text:
     kind: str = ""
     template: str = ""
     """Texts of one template are near copies, and are resampled together."""
-
-
-class Message(BaseModel):
-    """One message of a chat."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    role: str = Field(min_length=1)
-    content: str
-
-
-class Line(BaseModel):
-    """One line of a file of texts; keys that are not named here are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    id: str = Field(min_length=1)
-    text: str | None = None
-    prompt: str | list[Message] | None = None
-    completion: str | None = None
-    label: Literal[0, 1] = 0
-    kind: str = ""
-    template: str = ""
-    behaviour: str = ""
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Line:
-        if (self.text is None) == (self.prompt is None):
-            raise ValueError("give either `text`, or `prompt` with `completion`")
-        if self.text is not None and self.completion is not None:
-            raise ValueError("`completion` goes with `prompt`, not with `text`")
-        return self
+    cut: int = 0
+    """Number of tokens that were cut off its end, since the model takes no more."""
 
 
 def read_texts(path: str | Path, tokenizer: Any) -> list[Text]:
@@ -79,11 +46,32 @@ def read_texts(path: str | Path, tokenizer: Any) -> list[Text]:
         TextError: a line is malformed, an id occurs twice, or a text is longer than the model's
             context.
     """
-    return [text_of(path, number, line, tokenizer) for number, line in read_lines(path)]
+    texts, mistakes = [], Mistakes(path)
+    seen: dict[str, int] = {}
+    for number, line in entries(Path(path)):
+        try:
+            if isinstance(line, TextError):
+                raise line
+            refuse_repeated(path, number, line.id, seen)
+            texts.append(text_of(path, number, line, tokenizer))
+        except TextError as error:
+            mistakes.add(error)
+    mistakes.refuse()
+    return texts
 
 
-def text_of(path: str | Path, number: int, line: Line, tokenizer: Any) -> Text:
+def text_of(
+    path: str | Path, number: int, line: Line, tokenizer: Any, *, most: int | None = None
+) -> Text:
     """Tokenise one line of `path`.
+
+    Args:
+        path: of the file.
+        number: of the line.
+        line: its content.
+        tokenizer: the model's.
+        most: cut the end off a text of more tokens; None refuses a text that the model does not
+            take.
 
     Raises:
         TextError: it gives no token, or more than the model takes, or the chat template refuses it.
@@ -95,13 +83,15 @@ def text_of(path: str | Path, number: int, line: Line, tokenizer: Any) -> Text:
     if not prompt and not completion:
         raise TextError(f"{path}:{number}: the text gives no token")
     limit = getattr(tokenizer, "model_max_length", None)
-    if limit and len(prompt) + len(completion) > limit:
-        raise TextError(
-            f"{path}:{number}: {len(prompt) + len(completion)} tokens; the model takes {limit}"
-        )
     tokens = (*prompt, *completion)
-    template = line.template or line.id
-    return Text(line.id, tokens, len(prompt), line.label, line.kind, template)
+    if most is None and limit and len(tokens) > limit:
+        raise TooLongError(
+            f"{path}:{number}: {len(tokens)} tokens; the model takes {limit}; shorten the text"
+        )
+    kept = tokens[:most]
+    template, cut = line.template or line.id, len(tokens) - len(kept)
+    before = min(len(prompt), len(kept))
+    return Text(line.id, kept, before, line.label, line.kind, template, cut)
 
 
 def make_text(
@@ -147,8 +137,7 @@ def _tokenise(line: Line, tokenizer: Any) -> tuple[list[int], list[int]]:
     def ids(text: str, *, special: bool) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    completion = line.text if line.text is not None else line.completion or ""
-    prompt = line.prompt or ""
+    completion, prompt = line.answer, line.asked
     if isinstance(prompt, str):
         # A prompt that spells BOS out already must not get a second one.
         bos = tokenizer.bos_token
@@ -158,49 +147,3 @@ def _tokenise(line: Line, tokenizer: Any) -> tuple[list[int], list[int]]:
         [message.model_dump() for message in prompt], tokenize=False, add_generation_prompt=True
     )
     return ids(rendered, special=False), ids(completion, special=False)
-
-
-def read_lines(path: str | Path) -> Iterator[tuple[int, Line]]:
-    """Yield the number and content of each line of `path`; one line is in memory at a time.
-
-    Raises:
-        TextError: a line is malformed, or an id occurs twice.
-    """
-    seen: dict[str, int] = {}
-    for number, line in unchecked_lines(Path(path)):
-        if line.id in seen:
-            raise TextError(f"{path}:{number}: id: {line.id!r} is already on line {seen[line.id]}")
-        seen[line.id] = number
-        yield number, line
-
-
-def unchecked_lines(path: Path) -> Iterator[tuple[int, Line]]:
-    """Yield the number and content of each line that is not blank; ids may repeat.
-
-    Raises:
-        TextError: the file cannot be read, or a line is malformed.
-    """
-    for number, raw in _raw_lines(path):
-        if not raw.strip():
-            continue
-        try:
-            yield number, Line.model_validate(json.loads(raw))
-        except ValidationError as error:
-            # Of the errors of a union's members, the one that got furthest was meant.
-            deepest = max(error.errors(), key=lambda e: len(e["loc"]))
-            names = [str(part) for part in deepest["loc"] if part not in _UNION_MEMBERS]
-            field = ".".join(names) or "line"
-            message = deepest["msg"].removeprefix("Value error, ")
-            raise TextError(f"{path}:{number}: {field}: {message}") from error
-        except (ValueError, RecursionError) as error:
-            raise TextError(f"{path}:{number}: not JSON: {error}") from error
-
-
-def _raw_lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            yield from enumerate(file, 1)
-    except OSError as error:
-        raise TextError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8; expected JSON lines, one text a line") from error

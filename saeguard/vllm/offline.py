@@ -21,7 +21,8 @@ from saeguard.errors import CannotRunError, InputError
 from saeguard.features.model_fit import ModelShape, check_fit, read_shape
 from saeguard.guard.readings import Reading, most_tokens
 from saeguard.guard.watchlist import WatchList
-from saeguard.hf.texts import Text, TextError
+from saeguard.hf.text_rows import TextError
+from saeguard.hf.texts import Text
 from saeguard.vllm import contract
 from saeguard.vllm.attributes import CHOICE_VERDICTS
 from saeguard.vllm.messages import KEY, STATE, VALUES
@@ -79,7 +80,7 @@ class VllmEngine:
         self._engine = engine
         self._digest = readings.digest
         config = engine.vllm_config
-        self.longest = int(config.model_config.max_model_len) - 1
+        self.longest: int | None = int(config.model_config.max_model_len) - 1
         """Most tokens of a text."""
         self._ended = Event()
         _wake_if_it_dies(engine.engine_core, self._ended)
@@ -129,7 +130,7 @@ class VllmEngine:
         self._engine.engine_core.shutdown()
 
     def _check(self, text: Text) -> None:
-        if len(text.tokens) > self.longest:
+        if self.longest is not None and len(text.tokens) > self.longest:
             raise TextError(
                 f"{text.id}: {len(text.tokens)} tokens; this engine takes {self.longest}, since "
                 "vLLM samples one more; shorten the text or raise --max-model-len"

@@ -19,7 +19,7 @@ from saeguard.evaluation.datasets import (
     read_datasets,
     spelt,
 )
-from saeguard.hf.texts import TextError
+from saeguard.hf.text_rows import TextError
 from tests.tiny import tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}]

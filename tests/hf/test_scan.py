@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -259,3 +264,63 @@ def test_bfloat16_is_near(setup: Setup) -> None:
         assert after["coverage"] == before["coverage"]
         assert after["score"] == pytest.approx(before["score"], rel=0.2, abs=0.5)
     assert setup.lines() != exact
+
+
+WRONG = [{"id": "b"}, {"id": "long", "text": "y" * 300}]
+
+
+def test_what_is_left_out_is_told(setup: Setup) -> None:
+    """Lines that are skipped are listed at the end, and verdicts say how much was cut off."""
+    assert setup.run(*ROWS, *WRONG).exit_code == 2
+    result = setup.run(*ROWS, *WRONG, options=["--skip"])
+    assert result.exit_code == 0, result.output
+    assert "in.jsonl:6: line: give either" in result.output
+    assert "in.jsonl: 2 lines are wrong and were left out" in result.output
+    assert [line["id"] for line in setup.lines()] == [row["id"] for row in ROWS]
+
+    result = setup.run(*ROWS, *WRONG[1:], options=["--truncate"])
+    assert "1 texts were cut to 256 tokens; what follows was not read" in result.output
+    [*short, long] = setup.lines()
+    assert (long["id"], long["tokens_cut"]) == ("long", 45)
+    assert all("tokens_cut" not in line for line in short)
+
+
+def test_a_run_that_skips_goes_on(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines left out do not count, wherever the run was cut off."""
+    rows = [ROWS[0], WRONG[0], *ROWS[1:3], WRONG[1], *ROWS[3:]]
+    setup.run(*rows, options=["--skip"])
+    whole = setup.out.read_text()
+    setup.out.unlink()
+    with monkeypatch.context() as patch:
+        failing(patch, after=3)
+        assert "3 of 5 texts are kept in" in setup.run(*rows, options=["--skip"]).output
+    other = ["--resume", "--skip", "--truncate"]
+    assert "another truncate" in setup.run(*rows, options=other).output
+    again = setup.run(*rows, options=["--resume", "--skip"])
+    assert again.exit_code == 0, again.output
+    assert setup.out.read_text() == whole
+
+
+def test_ctrl_c(setup: Setup) -> None:
+    """An interrupt keeps what is done and tells how to go on; the result is that of one run."""
+    texts = [{"id": i, "text": "x" * (1 + i % 40)} for i in range(1500)]
+    assert setup.run(*texts[:1]).exit_code == 0
+    setup.out.unlink()
+    path = setup.folder / "in.jsonl"
+    path.write_text("".join(f"{json.dumps(text)}\n" for text in texts))
+    command = [
+        sys.executable, "-m", "saeguard", "scan", str(path), "--model", str(setup.folder / "model"),
+        "--policies", str(setup.folder / "policies"), "--feature-sets", str(setup.folder / "sets"),
+        "--out", str(setup.out),
+    ]  # fmt: skip
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    index = setup.out.with_name("verdicts.jsonl.part") / "index"
+    while running.poll() is None and not (index.exists() and index.stat().st_size):
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert re.search(r"\d+ of 1500 texts are kept in .*; --resume goes on", said)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
+    assert "of 1500 texts match" in done.stdout
+    assert [line["id"] for line in setup.lines()] == [str(text["id"]) for text in texts]
