@@ -22,6 +22,7 @@ VERBS = {
     "check": "Check policy files; every mistake comes with file, line and column.",
     "test": "Run the tests that lie beside the policies.",
     "scan": "Judge a file of texts with a Hugging Face model, without vLLM.",
+    "events": "Ask the event log what fired, for whom, and what was not looked at.",
     "evaluate": "Measure policies on labelled texts, beside floors and baselines.",
     "features": "Find latents that detect a behaviour, and set their thresholds.",
     "browse": "Look at latents, features, policies and events on a page.",

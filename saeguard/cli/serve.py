@@ -18,10 +18,12 @@ from saeguard.cli.serve_checks import (
     CONFIG,
     check_model_named_once,
     check_paths,
+    edits_in_words,
     split_additional,
     startup_report,
 )
 from saeguard.errors import COULD_NOT_RUN, CannotRunError, InputError, SaeguardError
+from saeguard.start_report import begin as begin_start
 
 SETTING = re.compile(r"(?:additional-config: )?\bsaeguard\.([a-z_]+)(?:\.[a-z_]+)?(?=[:, ])")
 """How errors of the guard name a setting; on this command line it is an option."""
@@ -110,6 +112,13 @@ def verb(
     preflight(console)
     config = json.dumps({**additional, "saeguard": settings})
     command = [sys.executable, "-m", *server(model), CONFIG, config, *rest]
+    begin_start(
+        {
+            "watches": report[0],
+            "events": str(events.resolve()) if events else "nowhere; --events FILE writes them",
+            "edits": edits_in_words(settings),
+        }
+    )
     # A reload signal that comes too early must not end the server; it listens once it serves.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The server takes this process over, signals included.

@@ -142,8 +142,9 @@ def startup_report(settings: dict[str, Any], options: Sequence[str] = ()) -> lis
     check_templates(options, watchlist.policies)
     lines = [
         (
-            f"{len(watchlist.policies)} policies, {len(watchlist.features)} features, "
-            f"watch list {watchlist.digest[:12]}, {watchlist.nbytes() / 2**20:.2f} MiB of weights"
+            f"{len(watchlist.policies)} policies ({_modes(watchlist.policies)}), "
+            f"{len(watchlist.features)} features, watch list {watchlist.digest[:12]}, "
+            f"{watchlist.nbytes() / 2**20:.2f} MiB of weights"
         )
     ]
     lines += [
@@ -157,6 +158,19 @@ def startup_report(settings: dict[str, Any], options: Sequence[str] = ()) -> lis
     lines += [f"feature set {name}: {found}" for name, found in sorted(watchlist.sinks.items())]
     lines += [f"{p.mode:8} {p.action:6} {p.severity:9} {p.id}" for p in watchlist.policies]
     return lines
+
+
+def _modes(policies: Sequence[Policy]) -> str:
+    enforced = sum(policy.mode == "enforce" for policy in policies)
+    return f"{enforced} enforced, {len(policies) - enforced} in shadow"
+
+
+def edits_in_words(settings: dict[str, Any]) -> str:
+    """Return what becomes of edits of the policy files while the server runs."""
+    signed = " if they are signed" if "verify" in settings else ""
+    state = settings.get("state")
+    ask = f"; `saeguard reload {state}` reports them" if state else ""
+    return f"of {settings['policies']} come into use while serving{signed}{ask}"
 
 
 def check_enforceable(ids: Sequence[str], policies: Sequence[Policy]) -> None:

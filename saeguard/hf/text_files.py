@@ -171,8 +171,8 @@ def check_file(
         if held is not None:
             held.append(text)
     repeated = set[int]()
-    for number, error in _repeated(path, np.frombuffer(ids, np.uint64), numbers, held):
-        mistakes.add(error)
+    for number, again in _repeated(path, np.frombuffer(ids, np.uint64), numbers, held):
+        mistakes.add(again)
         repeated.add(number)
     if not skip:
         mistakes.refuse(f"{REMEDY}{LONG if long else ''}")

@@ -43,7 +43,7 @@ class Line(BaseModel):
     id: Annotated[str, BeforeValidator(_as_text)] = Field(min_length=1)
     text: str | None = None
     prompt: str | list[Message] | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Annotated[list[Message] | None, Field(min_length=1)] = None
     completion: str | None = None
     label: Literal[0, 1] = 0
     kind: str = ""

@@ -32,6 +32,9 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import wrapt
 
+from saeguard.errors import SaeguardError
+from saeguard.start_report import failed
+
 Original: TypeAlias = Callable[..., Any]
 """Calls the patched method, with the arguments that are given by name in place of vLLM's."""
 Wrapper = TypeVar("Wrapper", bound=Callable[..., Any])
@@ -160,15 +163,15 @@ def _user() -> str:
 _installed = False
 
 
-def install() -> None:
-    """Install every registered wrapper once; later calls do nothing.
+def install() -> bool:
+    """Install every registered wrapper once; later calls do nothing and return False.
 
     A module of vLLM's that is not imported yet is patched when it is, so that a process imports
     only what it uses.
     """
     global _installed  # noqa: PLW0603 - plugins are loaded several times in a process
     if _installed:
-        return
+        return False
     _installed = True
     by_module: dict[str, list[Internal]] = defaultdict(list)
     for internal in INTERNALS:
@@ -176,6 +179,7 @@ def install() -> None:
             by_module[internal.module].append(internal)
     for module, internals in by_module.items():
         wrapt.register_post_import_hook(partial(_patch_module, internals), module)
+    return True
 
 
 def _patch_module(internals: list[Internal], module: ModuleType) -> None:
@@ -237,13 +241,17 @@ def _around(wrapper: Callable[..., Any], places: tuple[_Place, ...]) -> Callable
             return wrapped(*args, **kwargs)
 
         given = len(args)
-        if leads and given == len(places):
-            return wrapper(original, instance, *args)
-        values = [
-            args[position] if position < given else kwargs.get(name, default)
-            for name, position, default in places
-        ]
-        return wrapper(original, instance, *values)
+        try:
+            if leads and given == len(places):
+                return wrapper(original, instance, *args)
+            values = [
+                args[position] if position < given else kwargs.get(name, default)
+                for name, position, default in places
+            ]
+            return wrapper(original, instance, *values)
+        except SaeguardError as error:
+            failed(error)
+            raise
 
     return call
 

@@ -15,9 +15,11 @@ def register() -> None:
         ImportError: a dependency is missing or broken; the server must not start.
     """
     from saeguard.vllm import patches
+    from saeguard.vllm.api_server import ready
 
     load_patches()
-    patches.install()
+    if patches.install():
+        ready.attend()
 
 
 def load_patches() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from saeguard import start_report
 from saeguard.cli import serve
 from saeguard.cli.serve_checks import startup_report
 from tests import models
@@ -54,6 +56,8 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(os, "execv", lambda _, command: commands.append(" ".join(command)))
     monkeypatch.setattr(serve, "preflight", lambda _: None)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv(start_report.VARIABLE, "")  # which the command sets for the server
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return commands
 

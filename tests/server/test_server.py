@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from tests import models
+from tests.cli.project import plain
 from tests.server.serving import Server, alive, command, environment, free_port, serving
 
 pytestmark = [pytest.mark.server, pytest.mark.engine]
@@ -80,6 +81,18 @@ def test_a_response_says_what_was_not_judged(server: Server) -> None:
     both = server.chat(n=2, max_tokens=1, temperature=1.0).saeguard
     assert both["not_evaluated"] == 2 * said["not_evaluated"]
     assert all(server.told(id_) for id_ in both["request_id"])
+
+
+def test_a_start_ends_in_a_box(server: Server) -> None:
+    """It says what is watched, what it costs, and where events go."""
+    log = server.log.read_text()
+    [said] = log.split("saeguard is ready")[1:]
+    box = plain(said[: said.index("\u256f")])
+    assert f"{server.policies} policies (" in box
+    assert "at layer 1" in box
+    assert "microseconds for a pass of" in box
+    assert str(server.events) in box.replace(" ", "")
+    assert f"{server.client.base_url}".removesuffix("/v1/") in box
 
 
 def test_shadow_and_log_stay_with_the_operator(server: Server) -> None:
@@ -219,7 +232,9 @@ def test_a_blind_server_ends(server: Server, tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode != 0
-    assert "saeguard self-test: the tap at layer 1 ran 0 times" in done.stdout + done.stderr
+    *_, why = (done.stdout + done.stderr).split("saeguard: the server did not start")
+    assert "saeguard self-test: the tap at layer 1 ran 0 times" in plain(why)
+    assert len(why.splitlines()) < 20, "the error is not the last thing printed"
 
 
 def test_many_at_once_then_a_clean_end(server: Server) -> None:

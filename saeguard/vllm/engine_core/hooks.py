@@ -12,6 +12,7 @@ import structlog
 
 from saeguard.guard.roles import chat_template
 from saeguard.guard.roles.assign import RoleMarks
+from saeguard.start_report import failed
 from saeguard.vllm.attributes import ADMISSION, ENGINE_GUARD
 from saeguard.vllm.engine_core import prefix_cache, reload, selftest, step
 from saeguard.vllm.engine_core.guard import EngineGuard
@@ -138,7 +139,8 @@ def run_busy_loop(original: Original, core: Any) -> Any:
     """
     try:
         _test_once(core)
-    except Exception:
+    except Exception as error:
+        failed(error)  # before the parent ends, which prints it
         parent = multiprocessing.parent_process()
         if parent is not None and parent.pid is not None:
             log.exception("saeguard: the server ends, because it would be unguarded")

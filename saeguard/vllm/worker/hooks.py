@@ -8,6 +8,7 @@ import numpy as np
 import structlog
 import torch
 
+from saeguard.start_report import rank_ready
 from saeguard.vllm import contract
 from saeguard.vllm.attributes import FORWARD_PASS, WORKER_GUARD, WORKER_UPDATE
 from saeguard.vllm.messages import EAGER, SELF_TEST, SERVED
@@ -175,17 +176,21 @@ def end(runner: Any, guard: WorkerGuard) -> None:
 def _log_ready(runner: Any, guard: WorkerGuard) -> None:
     rows = runner.scheduler_config.max_num_seqs
     held, microseconds = measure_cost(guard, rows)
+    cost = {
+        "layers": [tap.layer for tap in guard.taps],
+        "held_mib": round(held, 3),
+        "pass_us": round(microseconds, 1),
+        "pass_rows": rows,
+    }
     log.info(
         "saeguard ready",
         policies=len(guard.watchlist.policies),
         watch_list=guard.watchlist.digest[:12],
-        layers=[tap.layer for tap in guard.taps],
         room_for_rows=guard.watchlist.encoder_rows,
         clamps=guard.clamps,
-        held_mib=round(held, 3),
-        pass_us=round(microseconds, 1),
-        pass_rows=rows,
+        **cost,
     )
+    rank_ready(cost)
 
 
 def hand_over(guard: WorkerGuard, result: Any) -> Any:
