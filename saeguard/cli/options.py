@@ -98,6 +98,27 @@ def model_of_option(
     return model_folder(path, _option(parameter))
 
 
+def feature_sets_of_option(
+    context: typer.Context, parameter: typer.CallbackParam, path: Path
+) -> Path:
+    """Return the folder of feature sets: the one that is named, or else the nearest one.
+
+    By default it is `feature_sets` here, in a folder above, or above a path that was given. So a
+    command works from inside the folder of a policy, too.
+    """
+    name = parameter.name or ""
+    source = context.get_parameter_source(name)
+    if source is None or source.name != "DEFAULT" or path.is_dir():
+        return path
+    given = [value for value in context.params.values() if isinstance(value, Path | list)]
+    places = [p for value in given for p in (value if isinstance(value, list) else [value])]
+    for start in [Path(), *(p for p in places if isinstance(p, Path))]:
+        for above in start.absolute().parents:
+            if (above / path).is_dir():
+                return Path(os.path.relpath(above / path))
+    return path
+
+
 class ModelOptions(NamedTuple):
     """How the options of a command have a model loaded."""
 
@@ -105,7 +126,14 @@ class ModelOptions(NamedTuple):
     device: str = "auto"
 
 
-FeatureSetsOption = Annotated[Path, typer.Option("--feature-sets", help="Folder of feature sets.")]
+FeatureSetsOption = Annotated[
+    Path,
+    typer.Option(
+        "--feature-sets",
+        help="Folder of feature sets. Default: the nearest one, here or in a folder above.",
+        callback=feature_sets_of_option,
+    ),
+]
 ModelOption = Annotated[
     Path,
     typer.Option(

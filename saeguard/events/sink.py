@@ -59,7 +59,8 @@ class Sink:
         self._log = structlog.wrap_logger(
             structlog.BytesLogger(self._file),
             processors=[
-                structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+                # Whole seconds, since jq's fromdateiso8601 takes no others.
+                structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%SZ", utc=True, key="time"),
                 _as_bytes,
             ],
             wrapper_class=structlog.BoundLogger,

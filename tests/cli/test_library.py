@@ -139,6 +139,19 @@ def test_list(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("policy", "list") == 2
 
 
+def test_from_anywhere(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inside the folder of a policy, and outside the project, its feature sets are found."""
+    for here, policy in ((project / "policies", "p.yaml"), (project.parent, f"{project}/policies")):
+        monkeypatch.chdir(here)
+        assert run("check", policy) == 0, capsys.readouterr()
+        assert run("policy", "list", policy) == 0
+        assert run("check", policy, "--feature-sets", "feature_sets") == 2  # which is not here
+    monkeypatch.chdir(project / "policies")
+    assert run("policy", "new", "a.b", "--folder", ".", *ONE_FEATURE) == 0
+
+
 ONE_FEATURE = ("--set", "demo/unsafe-code", "--feature", "shell_exec")
 TWO_FEATURES = (*ONE_FEATURE, "--feature", "string_built")
 APART = {
