@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.5
 """Seconds between two looks at a log that is followed."""
+CLEAR = "\x1b[2J\x1b[H"
+"""Empties a terminal."""
 
 
 def verb(
@@ -135,9 +137,7 @@ def _follow(tables: LogTables, path: Path, answer: Callable[[], str]) -> None:
         while True:
             now = answer()
             if now != last:
-                if sys.stdout.isatty():
-                    typer.clear()
-                typer.echo(now, nl=False)
+                typer.echo(f"{CLEAR if sys.stdout.isatty() else ''}{now}", nl=False)
                 last = now
             while not (lines := follower.read()):
                 time.sleep(LOOK_S)

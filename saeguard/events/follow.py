@@ -12,7 +12,7 @@ class Follower:
     def __init__(self, path: Path) -> None:
         """Start at the end of the last whole line that is there now."""
         self._path = path
-        self._file = path.open("rb")
+        self._file: IO[bytes] = path.open("rb")
         self._rest = b""
         content = self._file.read()
         self._rest = content[content.rfind(b"\n") + 1 :]

@@ -186,7 +186,8 @@ def run(tables: LogTables, query: str, values: Sequence[Any] = ()) -> Answer:
 
 
 def _condition(view: str, chosen: Chosen) -> tuple[str, list[Any]]:
-    parts, values = ["true"], []
+    parts: list[str] = ["true"]
+    values: list[Any] = []
     for column, limit in (("time >=", chosen.since), ("time <", chosen.until)):
         if limit is not None:
             parts.append(f"{column} ?")
