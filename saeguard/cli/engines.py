@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from saeguard.cli.report import count
 from saeguard.errors import CannotRunError, InputError
 
 if TYPE_CHECKING:
@@ -171,11 +172,11 @@ def left_out(texts: TextFile) -> Iterator[str]:
     """Yield what a result lacks of its texts: lines that were skipped, and ends that were cut."""
     if texts.left_out:
         yield from texts.mistakes
-        yield f"{texts.path}: {len(texts.left_out)} lines are wrong and were left out"
+        yield f"{texts.path}: wrong, and left out: {count(len(texts.left_out), 'line')}"
     if texts.cut:
         yield (
-            f"{texts.path}: {texts.cut} texts were cut to {texts.most} tokens; what follows was "
-            "not read"
+            f"{texts.path}: cut to {texts.most} tokens: {count(texts.cut, 'text')}; what follows "
+            "was not read"
         )
 
 

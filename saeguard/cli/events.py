@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from saeguard.cli.event_output import Form, shown, write
+from saeguard.cli.report import count
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
@@ -111,18 +112,19 @@ def verb(
         typer.echo(shown(found, form), nl=False)
     else:
         write(found, form, out)
-        typer.echo(f"{len(found.rows)} rows written to {out}")
+        typer.echo(f"{count(len(found.rows), 'row')} written to {out}")
     _warn(tables)
 
 
 def _warn(tables: LogTables) -> None:
     if tables.unread:
-        typer.echo(f"{tables.unread} lines are not events and were passed over", err=True)
+        lines = count(tables.unread, "line")
+        typer.echo(f"not an event, and passed over: {lines}", err=True)
     mismatches = tables.count("SELECT count(*) FROM lines WHERE event = 'ledger_mismatch'")
     if mismatches:
         typer.echo(
-            f"{mismatches} requests whose tokens do not add up: a fault of the guard "
-            "(event ledger_mismatch)",
+            f"a fault of the guard (event ledger_mismatch): the tokens of "
+            f"{count(mismatches, 'request')} do not add up",
             err=True,
         )
 

@@ -85,7 +85,7 @@ class Never:
         says = f"matches none of {self.texts} texts ({counts}); in {id_} {in_short(self.nearest)}"
         if self.each and _asks_for_one_token(policy):
             says += (
-                f"; in {self.each} texts every selection holds, but not at one token: write "
+                f"; in {self.each} of them every selection holds, but not at one token: write "
                 "`over: max of the request` in each if they may hold at different tokens"
             )
         return says

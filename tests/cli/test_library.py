@@ -235,7 +235,7 @@ def test_check_with_a_corpus(project: Path, capsys: pytest.CaptureFixture[str]) 
     ) in out
     assert "in apart it comes nearest at token 2: shell is 0.9, above 0.6: holds; " in out
     assert "untrusted is 0, not above 0.4: does not hold" in out
-    assert "in 1 texts every selection holds, but not at one token: write `over: max of" in out
+    assert "in 1 of them every selection holds, but not at one token: write `over: max of" in out
 
     over = ", over: max of the request}"
     policy.write_text(PLAIN.replace("0.6}", f"0.6{over}").replace("0.4}", f"0.4{over}"))

@@ -153,7 +153,7 @@ def test_lines_that_are_no_events(log: Path, capsys: pytest.CaptureFixture[str])
     assert found.count("SELECT count(*) FROM lines") > before
     assert found.unread == 1
     assert run("events", "policies", str(log)) == 0
-    assert "1 lines are not events and were passed over" in capsys.readouterr().err
+    assert "not an event, and passed over: 1 line\n" in capsys.readouterr().err
 
     Path("other.jsonl").write_text('{"text": "x"}\n')
     assert run("events", "policies", "other.jsonl") == 2
@@ -165,7 +165,7 @@ def test_a_fault_of_the_guard_is_always_told(log: Path, capsys: pytest.CaptureFi
     with log.open("a") as file:
         file.write('{"event": "ledger_mismatch", "schema": "saeguard.event/v2"}\n')
     assert run("events", "reloads", str(log)) == 0
-    assert "1 requests whose tokens do not add up" in capsys.readouterr().err
+    assert "the tokens of 1 request do not add up" in capsys.readouterr().err
 
 
 def test_forms(log: Path, capsys: pytest.CaptureFixture[str]) -> None:

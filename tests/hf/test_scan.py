@@ -275,11 +275,11 @@ def test_what_is_left_out_is_told(setup: Setup) -> None:
     result = setup.run(*ROWS, *WRONG, options=["--skip"])
     assert result.exit_code == 0, result.output
     assert "in.jsonl:6: line: give either" in result.output
-    assert "in.jsonl: 2 lines are wrong and were left out" in result.output
+    assert "in.jsonl: wrong, and left out: 2 lines" in result.output
     assert [line["id"] for line in setup.lines()] == [row["id"] for row in ROWS]
 
     result = setup.run(*ROWS, *WRONG[1:], options=["--truncate"])
-    assert "1 texts were cut to 256 tokens; what follows was not read" in result.output
+    assert "cut to 256 tokens: 1 text; what follows was not read" in result.output
     [*short, long] = setup.lines()
     assert (long["id"], long["tokens_cut"]) == ("long", 45)
     assert all("tokens_cut" not in line for line in short)
