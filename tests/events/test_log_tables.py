@@ -19,7 +19,7 @@ from saeguard.events.log_tables import COLUMNS, LogTables, log_files
 from saeguard.events.questions import GROUPS, QUESTIONS, Chosen, ask, moment
 from saeguard.events.record_schema import LINE, json_schema
 from tests.cli.project import run
-from tests.events.sample_log import V2, new_lines, old_lines, outcomes, text_of, write_sample
+from tests.events.sample_log import new_lines, old_lines, outcomes, text_of, write_sample
 
 pytest.importorskip("duckdb")
 
@@ -48,7 +48,7 @@ def test_the_sample_is_a_log() -> None:
     assert len(known) > 40
     for line in known:
         keys = parts[line["event"]]
-        LINE.validate_python({k: v for k, v in line.items() if k in keys} | {"schema": V2})
+        LINE.validate_python({k: v for k, v in line.items() if k in keys})
 
 
 def test_every_key_is_a_column() -> None:

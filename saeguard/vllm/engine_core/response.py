@@ -7,7 +7,7 @@ from typing import Any
 
 from saeguard.events.records import verdict_record
 from saeguard.guard.readings import Reading
-from saeguard.guard.request_verdicts import OUTCOMES, Verdicts
+from saeguard.guard.request_verdicts import Verdicts
 from saeguard.policy.types import strongest_action
 from saeguard.vllm.messages import COUNTS, KEY, MESSAGE, STATE, VALUES
 from saeguard.vllm.patches import assumes, reads
@@ -74,7 +74,7 @@ def response(
         watchlist: digest of the watch list that judged it.
         request_id: the engine's own, as events hold it.
     """
-    errors, unseen = verdicts.errors(), _not_evaluated(verdicts)
+    errors, unseen = verdicts.errors(), verdicts.outcomes().get("not_evaluated", 0)
     shown = [v for v in verdicts.acting() if v.acted in VISIBLE]
     stops = sorted((v.first_token or 0, v.message) for v in shown if v.message is not None)
     return {
@@ -93,8 +93,3 @@ def response(
         "watchlist": watchlist[:12],
         "request_id": request_id,
     }
-
-
-def _not_evaluated(verdicts: Verdicts) -> int:
-    """Return the number of verdicts that looked at no token."""
-    return int((verdicts.outcome[verdicts.which] == OUTCOMES.index("not_evaluated")).sum())
