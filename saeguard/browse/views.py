@@ -24,6 +24,8 @@ LISTED = 60
 """Latents of one list."""
 SCORES = 2000
 """Scores of one group that the page gets; more are thinned to so many quantiles."""
+DIGITS = 4
+"""Of a share on the page; all are compared as rounded."""
 CURVES = 6
 EXAMPLES = 12
 """Texts of a feature that are shown."""
@@ -318,7 +320,7 @@ def _texts(
         {
             "id": visible(rows[int(i)][0]),
             "file": site.files[int(site.file_of_text[i])],
-            "share": float(s),
+            "share": round(float(s), DIGITS),
             "label": int(positive),
             "words": visible("".join(site.index.pieces(rows[int(i)][1])), 600),
         }
@@ -329,7 +331,7 @@ def _texts(
 def _thinned(values: np.ndarray) -> list[float]:
     if len(values) > SCORES:
         values = np.quantile(values, np.linspace(0, 1, SCORES))
-    out: list[float] = np.round(values.astype(float), 4).tolist()
+    out: list[float] = np.round(values.astype(float), DIGITS).tolist()
     return out
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saeguard.cli import sae_latents
 from saeguard.cli.evaluate_sae import evaluate
 from saeguard.cli.failures import Verbs
 from saeguard.cli.options import (
@@ -18,6 +19,7 @@ from saeguard.cli.options import (
     ModelOptions,
     OptionalModel,
     existing_file,
+    existing_folder,
 )
 from saeguard.cli.sae_report import facts_of, measure, records_of, show
 from saeguard.cli.train import train
@@ -77,6 +79,20 @@ def inspect(
     latents: Annotated[
         int, typer.Option(help="Number of watched latents to compute the memory for.", min=1)
     ] = 64,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            help="Index that `features index` made: dead latents, and how often the others fire.",
+            callback=existing_file,
+        ),
+    ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another SAE of the model: which latents both have, and which split.",
+            callback=existing_folder,
+        ),
+    ] = None,
     layer: _Layer = None,
     k: _K = None,
     norm_factor: _Factor = None,
@@ -104,6 +120,10 @@ def inspect(
         facts["ranks"] = ranks or EXACT_RANKS
     if sinks is not None:
         facts["attention_sinks"] = sinks
+    if index is not None:
+        facts["latents_on_corpus"] = sae_latents.density_of(index, info)
+    if beside is not None:
+        facts["beside"] = sae_latents.beside(beside, info)
     if as_json:
         typer.echo(json.dumps(facts | (records_of(found) if found else {}), indent=2))
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from saeguard.cli.options import ModelOptions
+from saeguard.cli.sae_latents import in_rows
 from saeguard.errors import InputError
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def show(facts: dict[str, Any], found: Measured | None) -> None:
         rows["L0"] = (
             "no file states it; --text and --model measure it, --l0 gives the published value"
         )
+    rows |= in_rows(facts)
     # A path and a digest are for copying, so neither is wrapped.
     typer.echo(facts["path"])
     table = Table(show_header=False)
