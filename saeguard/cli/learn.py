@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
@@ -13,18 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from saeguard.atomic_files import write_atomically, write_new
+from saeguard.atomic_files import write_atomically
 from saeguard.cli import evaluate
 from saeguard.cli.features_report import print_norms
-from saeguard.cli.new import missing_schemas, rounded_up
+from saeguard.cli.learnt import named_apart, print_learnt, print_table, write_policy
 from saeguard.cli.options import DeviceOption, DtypeOption, ModelOption, existing_folder
 from saeguard.cli.search_features import layers_to_read
 from saeguard.errors import FINDINGS, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from saeguard.features.learn import Learned, Wish
     from saeguard.features.types import FeatureSet
 
 
@@ -101,6 +97,20 @@ def verb(
             "for subtle behaviours whose labelled texts are all of one sort.",
         ),
     ] = False,
+    topic: Annotated[
+        bool,
+        typer.Option(
+            "--topic",
+            help="Learn two features: the behaviour beside its twins (the negatives), and the "
+            "topic beside ordinary texts. The policy asks for both.",
+        ),
+    ] = False,
+    twin_fpr: Annotated[
+        float,
+        typer.Option(
+            help="With --topic, share of twins above the behaviour's threshold.", min=0, max=1
+        ),
+    ] = 0.05,
     accept_weak: Annotated[
         bool,
         typer.Option("--accept-weak", help="Keep features that are no better than chance."),
@@ -131,7 +141,7 @@ def verb(
             raise InputError(f"{option}: {path}: there is no such file or folder; name one")
     ordinary_files, files = text_files(benign), text_files(data, [benign])
     tokenizer = load_tokenizer(model)
-    groups = read_groups(data, files, tokenizer, per)
+    groups = named_apart(read_groups(data, files, tokenizer, per), topic=topic)
     ordinary = [t for file in ordinary_files for t in read_texts(file, tokenizer)]
     lm = load_model(model, tokenizer, dtype=dtype, device=device)
     features = set_at(new_set(set_, lm.shape, lm.path, info, lm.special_tokens))
@@ -147,7 +157,7 @@ def verb(
     print_norms(*sinks)
     wish = Wish(
         scope, form, fpr, layers=tuple(probed), seed=seed, accept_weak=accept_weak,
-        labelled_only=labelled_only,
+        labelled_only=labelled_only, topic=topic, twin_fpr=twin_fpr,
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
     written: list[Path] = []
@@ -155,7 +165,7 @@ def verb(
         typer.echo(f"[{number}/{len(groups)}] {subject.name}", err=True)
         features, learnt = learn(features, info, subject, calm, wish, tokenizer.decode)
         rows.append(learnt.report())
-        _print(learnt, features)
+        print_learnt(learnt, features)
         if learnt.feature is not None:
             save_feature_set(features, set_)
             written += write_policy(learnt, load_feature_set(set_), policies, wish, owner, lm.name)
@@ -173,6 +183,8 @@ def verb(
             "layers": list(read_layers),
             "dtype": dtype,
             "labelled_only": labelled_only,
+            "topic": topic,
+            "twin_fpr": twin_fpr if topic else None,
         },
         "ordinary_texts": [len(part) for part in calm],
         "max_norm": sinks[0],
@@ -181,7 +193,7 @@ def verb(
         "policies": [str(path) for path in written],
     }
     write_atomically(out, json.dumps(report) + "\n")
-    _print_table(rows)
+    print_table(rows)
     if not any(row["learnt"] for row in rows):
         typer.echo(f"Nothing was learnt; {out} says why for each.", err=True)
         raise typer.Exit(FINDINGS)
@@ -202,68 +214,3 @@ def verb(
 def root_of(features: FeatureSet) -> Path:
     """Return the folder below which policies name a feature set."""
     return features.path.parents[features.id.count("/")]
-
-
-def write_policy(
-    learnt: Learned, features: FeatureSet, folder: Path, wish: Wish, owner: str, model: str
-) -> list[Path]:
-    """Write a shadow policy with tests for a learnt feature; return its path, nothing if kept.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
-    from saeguard.policy_tools.learned_policy import paths_of, texts_of
-
-    at = paths_of(learnt, folder)
-    assert learnt.feature is not None
-    if any(os.path.lexists(path) for path in (at.policy, at.tests)):
-        typer.echo(f"  {at.policy} is kept as it is; compare its threshold", err=True)
-        return []
-    at.policy.parent.mkdir(parents=True, exist_ok=True)
-    texts = texts_of(
-        learnt,
-        features,
-        rounded_up(learnt.feature.threshold),
-        wish,
-        at,
-        owner=owner,
-        schema=f"{Path(os.path.relpath(folder, at.policy.parent)).as_posix()}/",
-        model=model,
-        today=datetime.now(UTC).date(),
-    )
-    write_new(texts | missing_schemas(folder))
-    return [at.policy]
-
-
-def _print(learnt: Learned, features: FeatureSet) -> None:
-    if learnt.feature is None:
-        typer.echo(f"  nothing: {learnt.reason}", err=True)
-        if learnt.subject.name in features.features:
-            typer.echo(f"  {features.path} still holds the feature of an earlier run", err=True)
-    elif learnt.reason:
-        typer.echo(f"  warning: {learnt.reason}", err=True)
-
-
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("feature", "form", "AUROC hold-out (95 %)", "random latents", "threshold",
-                  "caught", "ordinary above")  # fmt: skip
-    for row in rows:
-        evidence = row["evidence"]
-        if evidence is None:
-            table.add_row(row["feature"], "-", row["reason"], "", "", "", "")
-            continue
-        low, high = evidence["holdout"]["interval"]
-        control = evidence["compared"].get("random_group")
-        table.add_row(
-            row["feature"],
-            evidence["form"].partition(":")[0],
-            f"{evidence['holdout']['auroc']:.3f} ({low:.3f} to {high:.3f})",
-            f"{control['auroc']:.3f}" if control else "",
-            f"{row['threshold']:g}",
-            f"{evidence['tpr_holdout']['rate']:.1%}",
-            f"{evidence['fpr_holdout']['rate']:.2%}",
-        )
-    Console().print(table)

@@ -32,7 +32,9 @@ AROUND = 14
 """Tokens shown on each side of a snippet's strongest one."""
 DIGITS = 4
 
-MEASURED = ("fpr_holdout", "tpr_holdout", "twin_rate_holdout")
+MEASURED = (
+    "fpr_holdout", "tpr_holdout", "twin_rate_holdout", "with_topic", "threshold_set_on",
+)  # fmt: skip
 """What holds for one threshold, and is dropped if another is set without measuring it again."""
 RANGED = ("reach", "highest")
 """What holds for one range."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from saeguard.features.calibrate import Decode, Texts, calibrate
 from saeguard.features.corpus import Corpus, Scope, with_ordinary
 from saeguard.features.cut import PARTS
 from saeguard.features.found import Form, choose, evidence_of, useless, with_found
+from saeguard.features.joint import TopicTexts, add_topic
 from saeguard.features.reading import READINGS, Reading
 from saeguard.features.search import Search, SearchError, search
 from saeguard.features.types import Feature, FeatureSet
-from saeguard.features.weakness import weaknesses
+from saeguard.features.weakness import useless_with_topic, weaknesses
 from saeguard.sae import SaeInfo
 
 
@@ -38,6 +39,11 @@ class Wish:
     """Keep a detector that is no better than chance."""
     labelled_only: bool = False
     """Choose on labelled texts alone; else ordinary texts are negatives, too."""
+    topic: bool = False
+    """Learn the topic as a feature of its own. Ordinary texts then set only its threshold; the
+    behaviour is chosen on labelled texts alone, and twins set its threshold."""
+    twin_fpr: float = 0.05
+    """Wished fraction of twins above the behaviour's threshold, with `topic`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,9 @@ def learn(
     the calibration part, and AUROC and true-positive rate are measured on the hold-out. Ordinary
     texts are cut likewise, so that no rate is measured on the texts that set it.
 
+    With `wish.topic` the threshold is set on the twins of the calibration part, and the topic is a
+    feature of its own (`joint`).
+
     Args:
         features: the set so far.
         info: its SAE, if there is one.
@@ -118,11 +127,12 @@ def learn(
         for name, part in zip(PARTS, parts, strict=True)
     }
     split, calibration, holdout = parts
+    alone = wish.labelled_only or wish.topic
     try:
         _check(counts)
         found = search(
             info,
-            split if wish.labelled_only else with_ordinary(split, ordinary[0].scoped(wish.scope)),
+            split if alone else with_ordinary(split, ordinary[0].scoped(wish.scope)),
             holdout,
             layers=wish.layers or None,
             top=wish.top,
@@ -141,13 +151,40 @@ def learn(
     feature = calibrate(
         new,
         new.features[subject.name],
-        Texts(ordinary[1], ordinary[2], calibration, holdout),
-        fpr=wish.fpr,
+        Texts(
+            calibration.select(~calibration.label) if wish.topic else ordinary[1],
+            ordinary[2],
+            calibration,
+            holdout,
+        ),
+        fpr=wish.twin_fpr if wish.topic else wish.fpr,
         decode=decode,
     )
-    against = list(weaknesses(feature, feature.threshold, feature.evidence["window"]))
     done = replace(new, features={**new.features, subject.name: feature})
+    if wish.topic:
+        try:
+            done = _with_topic(done, feature, parts, ordinary, wish)
+        except SearchError as error:
+            return features, Learned(subject, counts, found, None, str(error))
+        feature = done.features[subject.name]
+    against = [
+        *weaknesses(feature, feature.threshold, feature.evidence["window"]),
+        *filter(None, [useless_with_topic(feature.evidence)]),
+    ]
     return done, Learned(subject, counts, found, feature, "; ".join(against))
+
+
+def _with_topic(
+    features: FeatureSet,
+    feature: Feature,
+    labelled: Sequence[Corpus],
+    ordinary: tuple[Corpus, Corpus, Corpus],
+    wish: Wish,
+) -> FeatureSet:
+    first, second, third = (corpus.scoped(wish.scope) for corpus in ordinary)
+    layers = wish.layers or ((features.sae.layer,) if features.sae else first.layers)
+    texts = TopicTexts((labelled[0], labelled[1], labelled[2]), (first, second, third))
+    return add_topic(features, feature, texts, layers=layers, fpr=wish.fpr, seed=wish.seed)
 
 
 def held_out(subject: Subject, scope: Scope) -> tuple[Corpus, np.ndarray]:

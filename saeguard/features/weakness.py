@@ -113,6 +113,18 @@ def _percent(above: float) -> str:
     return f"; for {above:g} % write {above / 100:g}" if above >= PERCENT else ""
 
 
+def useless_with_topic(evidence: Mapping[str, Any]) -> str:
+    """Return that behaviour and topic together catch nothing, empty if they do or have no measure.
+
+    Args:
+        evidence: of the behaviour; `with_topic.tpr_holdout` has the rate of texts that match both.
+    """
+    caught = _number(evidence, "with_topic", "tpr_holdout", "rate")
+    if caught is None or caught > FEW:
+        return ""
+    return f"with its topic it catches {caught:.1%} of the hold-out's positives"
+
+
 def unmeasured(evidence: Mapping[str, Any]) -> bool:
     """Return whether nothing tells how much of a behaviour a feature catches."""
     return _number(evidence, "tpr_holdout", "rate") is None and (

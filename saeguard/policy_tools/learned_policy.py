@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from saeguard.features.calibrate import shares, values
-from saeguard.features.corpus import Corpus, peaks
+from saeguard.features.corpus import Corpus
 from saeguard.features.files import read_feature_set_file
+from saeguard.features.joint import margins
 from saeguard.features.learn import Learned, Wish, held_out
 from saeguard.features.reading import read_words
 from saeguard.features.types import Feature, FeatureSet
@@ -45,7 +46,7 @@ def paths_of(learned: Learned, folder: Path) -> Written:
 def texts_of(
     learned: Learned,
     features: FeatureSet,
-    above: float,
+    above: Mapping[str, float],
     wish: Wish,
     at: Written,
     *,
@@ -59,7 +60,7 @@ def texts_of(
     Args:
         learned: a feature that was learnt.
         features: the set that holds it, as it was written.
-        above: threshold of the policy.
+        above: the policy's threshold for each feature that it asks for.
         wish: how the feature was calibrated.
         at: where the files will lie.
         owner: of the policy.
@@ -70,25 +71,23 @@ def texts_of(
     subject, feature = learned.subject, learned.feature
     assert feature is not None
     corpus, ids = held_out(subject, wish.scope)
-    value = values(features, feature, corpus)
-    picked = list(_cases(corpus, feature, value, above))
+    asked = [features.features[name] for name in above]
+    value = [values(features, f, corpus) for f in asked]
+    share = [shares(f, v) for f, v in zip(asked, value, strict=True)]
+    reading = read_words(feature.evidence["window"])
+    picked = list(_cases(corpus, margins(share, [*above.values()], corpus, reading)))
     if picked:
-        _record([text for text, _, _ in picked], corpus, ids, value, features, feature, at, model)
-    held = feature.evidence["holdout"]
-    low, high = held["interval"]
-    rationale = (
-        f"Learnt from labelled texts of {subject.name} ({feature.evidence['form']}). On held-out "
-        f"templates the AUROC is {held['auroc']:.3f} (95 %: {low:.3f} to {high:.3f})."
-    )
+        _record([text for text, _, _ in picked], corpus, ids, value, features, asked, at, model)
     wanted = Draft(
         id=at.id,
         feature_set=features.id,
-        thresholds={feature.id: above},
+        thresholds=above,
         scope=wish.scope,
-        reading=read_words(feature.evidence["window"]),
+        reading=reading,
+        combine="token" if reading.last else "request",
         title=subject.title,
         owner=owner,
-        rationale=rationale,
+        rationale=_rationale(subject.name, feature),
         recorded=[
             Recorded(name, at.recording.name, str(ids[text]), expect)
             for text, name, expect in picked
@@ -98,18 +97,41 @@ def texts_of(
     return {at.policy: policy, at.tests: tests}
 
 
-def _cases(
-    corpus: Corpus, feature: Feature, value: np.ndarray, above: float
-) -> Iterator[tuple[int, str, str]]:
-    """Yield the hold-out's clearest positive and its nearest negative: index, name, verdict."""
-    share = peaks(corpus, shares(feature, value), read_words(feature.evidence["window"]))
-    caught = np.flatnonzero(corpus.label & (share > above))
-    quiet = np.flatnonzero(~corpus.label & (share <= above))
+def _rationale(name: str, feature: Feature) -> str:
+    evidence = feature.evidence
+    held = evidence["holdout"]
+    low, high = held["interval"]
+    learnt = (
+        f"Learnt from labelled texts of {name} ({evidence['form']}). On held-out templates the "
+        f"AUROC is {held['auroc']:.3f} (95 %: {low:.3f} to {high:.3f})."
+    )
+    both = evidence.get("with_topic")
+    if both is None:
+        return learnt
+    caught, twins, ordinary = (
+        f"{both[key]['hits']} of {both[key]['texts']}"
+        for key in ("tpr_holdout", "twin_rate_holdout", "fpr_holdout")
+    )
+    return (
+        f"{learnt} With its topic it matches {caught} of those that show it, {twins} twins and "
+        f"{ordinary} ordinary texts."
+    )
+
+
+def _cases(corpus: Corpus, margin: np.ndarray) -> Iterator[tuple[int, str, str]]:
+    """Yield the hold-out's clearest positive and its nearest negative: index, name, verdict.
+
+    Args:
+        corpus: the hold-out.
+        margin: [texts] by how much each exceeds all thresholds.
+    """
+    caught = np.flatnonzero(corpus.label & (margin > 0))
+    quiet = np.flatnonzero(~corpus.label & (margin <= 0))
     if len(caught):
-        best = caught[share[caught].argmax()]
+        best = caught[margin[caught].argmax()]
         yield int(best), "the hold-out's clearest text that shows it", "match"
     if len(quiet):
-        nearest = quiet[share[quiet].argmax()]
+        nearest = quiet[margin[quiet].argmax()]
         yield int(nearest), "the hold-out's nearest text that does not", "no_match"
 
 
@@ -117,9 +139,9 @@ def _record(
     texts: list[int],
     corpus: Corpus,
     ids: np.ndarray,
-    value: np.ndarray,
+    value: Sequence[np.ndarray],
     features: FeatureSet,
-    feature: Feature,
+    asked: Sequence[Feature],
     at: Written,
     model: str,
 ) -> None:
@@ -135,8 +157,10 @@ def _record(
         prompt_tokens=np.array([int((~corpus.output[span]).sum()) for span in spans], np.int64),
         evaluable=~excluded,
         massive=np.concatenate([corpus.special[span] for span in spans]) & ~excluded,
-        definitions={f"{features.id}/{feature.id}": definition(document, feature.id)},
-        values=np.concatenate([value[span] for span in spans])[:, None].astype(np.float32),
+        definitions={f"{features.id}/{f.id}": definition(document, f.id) for f in asked},
+        values=np.stack(
+            [np.concatenate([v[span] for span in spans]) for v in value], axis=1
+        ).astype(np.float32),
         no_roles="a learnt policy's recording holds none",
     )
     write_recording(recording, at.recording)

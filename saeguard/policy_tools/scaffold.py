@@ -78,6 +78,14 @@ ELSEWHERE = """\
     expect: no_match
 """
 
+WITHOUT = """\
+  - name: all but {feature}
+    prompt_tokens: {prompt}
+    shares:
+{shares}
+    expect: no_match
+"""
+
 RECORDED = """\
   - name: {name}
     recording: {file}
@@ -180,6 +188,24 @@ def _apart(wanted: Draft, before: int, length: int) -> str:
     return APART.format(name=name, prompt=prompt, apart="\n".join(lines), expect=expect)
 
 
+def _without(wanted: Draft, prompt: int, length: int) -> str:
+    """Return for each feature a test case in which the others are strong to the end, and it is not.
+
+    No case if one feature is enough.
+    """
+    if len(wanted.thresholds) == 1 or wanted.combine == "any":
+        return ""
+    cases = []
+    for quiet in wanted.thresholds:
+        shares = "\n".join(
+            f"      {feature}: 0x4 "
+            + (f"0x{length}" if feature == quiet else f"{round(above * 3, 4):g}x{length}")
+            for feature, above in wanted.thresholds.items()
+        )
+        cases.append(WITHOUT.format(feature=quiet, prompt=prompt, shares=shares))
+    return "".join(cases)
+
+
 def _tests(wanted: Draft, schema: str) -> str:
     """Return test cases whose tokens in scope show the features, nearly do, or do not."""
     k = wanted.reading.k
@@ -208,6 +234,7 @@ def _tests(wanted: Draft, schema: str) -> str:
         low=traces(f"0x4 {{:g}}x{high + 7}", nearly),
     )
     text += _apart(wanted, before, before + high + 5 + len(wanted.thresholds))
+    text += _without(wanted, prompt, high + 7)
     if wanted.scope != "both":
         where, tokens = ("answer", 4) if wanted.scope == "prompt" else ("prompt", before + high)
         text += ELSEWHERE.format(where=where, prompt=tokens, high=passing)
