@@ -1,0 +1,1 @@
+"""The shipped set on texts of our own."""
