@@ -16,6 +16,7 @@ import typer
 from saeguard.atomic_files import write_atomically
 from saeguard.cli.options import ModelOption, existing_file, existing_folder
 from saeguard.errors import InputError
+from saeguard.real_path import real_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -140,7 +141,7 @@ def verb(
     analysers = _analysers(semgrep_rules, semgrep)
     started = time.monotonic()
     conditions: dict[str, Any] = {
-        "model": model.resolve().name,
+        "model": real_path(model).name,
         "sae": sae_of(features).inspect().sha256,
         "layer": sae_of(features).layer,
         "feature": chosen.id,

@@ -13,6 +13,7 @@ import typer
 
 from saeguard.cli.report import count
 from saeguard.errors import CannotRunError, InputError
+from saeguard.real_path import real_path
 
 if TYPE_CHECKING:
     from saeguard.hf.model import Dtype
@@ -145,7 +146,7 @@ def part_files(
         **treated,
         "engine": choice.name,
         "dtype": choice.dtype,
-        "model": str(model.resolve()),
+        "model": str(real_path(model)),
     }
     parts = PartFiles(out, sections, {"texts": texts.sha256, **read_by, **about}, resume=resume)
     try:

@@ -158,13 +158,13 @@ def of_log(
     path: Path, policies: Sequence[Policy], request: str | None
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Yield each event of the policies, with its lines for a terminal."""
-    from saeguard.events.reader import is_of_request, read_log
+    from saeguard.events.reader import is_of_request, read_log, torn_lines
     from saeguard.events.record_schema import Request
 
     ids = list(dict.fromkeys(policy.id for policy in policies))
     by_digest = {policy.digest: policy for policy in policies}
-    seen, judged = False, 0
-    for event in read_log(path):
+    seen, judged, torn = False, 0, list[int]()
+    for event in read_log(path, torn):
         mine = request is None or is_of_request(event.request_id, request)
         if isinstance(event, Request):
             judged += mine
@@ -174,6 +174,8 @@ def of_log(
         seen = True
         lines = list(_event(event, by_digest.get(event.policy_digest)))
         yield event.model_dump(mode="json", by_alias=True), lines
+    if torn:
+        typer.echo(f"{path}: {torn_lines(torn)}", err=True)
     if not seen:
         raise InputError(_no_event(path, ids, request, judged))
 

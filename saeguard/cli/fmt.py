@@ -9,6 +9,7 @@ import typer
 
 from saeguard.cli.report import count
 from saeguard.errors import FINDINGS
+from saeguard.real_path import real_path
 
 
 def verb(
@@ -52,7 +53,7 @@ def verb(
             if text.encode() != raw:
                 changed.append(file)
                 if not check:
-                    write_atomically(file.resolve(), text)
+                    write_atomically(real_path(file), text)
     for file in changed:
         typer.echo(f"{'would change' if check else 'changed'} {file}")
     typer.echo(f"{count(total, 'file')}: {len(changed)} {'to change' if check else 'changed'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,11 +59,20 @@ def verb(
 
 
 def _report(path: Path, status: dict[str, Any]) -> None:
+    from saeguard.reload.difference import Difference
+
     revision = "" if status["revision"] is None else f", revision {status['revision']}"
     typer.echo(
         f"{path.stem}: {status['last']}: {status['policies']} policies, watch list "
         f"{status['watchlist'][:12]}{revision}"
     )
+    change = status.get("last_change")  # a server of an earlier version has none
+    if change is not None:
+        since = "" if status["last"] == "active" else f"last change at {change['time']}: "
+        names = {f.name: tuple(change[f.name]) for f in fields(Difference)}
+        typer.echo(f"  {since}{Difference(**names).in_words()}")
+    if status.get("compared_only") is not None:
+        typer.echo(f"  changes are found by comparing the files: {status['compared_only']}")
     if status["error"] is not None:
         typer.echo(status["error"], err=True)
 

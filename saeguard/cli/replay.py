@@ -111,7 +111,7 @@ def of_recording(
 
 def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[str, Any]:
     """Judge events by the new policies, as far as their scores and shares decide."""
-    from saeguard.events.reader import read_log
+    from saeguard.events.reader import read_log, torn_lines
     from saeguard.events.record_schema import Request
     from saeguard.policy_tools.policy_diff import pairs
     from saeguard.policy_tools.verdict_diff import Shift
@@ -121,8 +121,9 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
     changed: list[Shift] = []
     unread: Counter[str] = Counter()
     approximate: Counter[str] = Counter()
+    torn: list[int] = []
     quiet = listed = 0
-    for event in read_log(path):
+    for event in read_log(path, torn):
         if isinstance(event, Request):
             quiet += event.verdicts.no_match + event.verdicts.not_evaluated
             continue
@@ -141,12 +142,15 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
             )  # fmt: skip
     if not quiet and not unread and not any(tally.values()):
         raise InputError(f"{path}: {NO_VERDICT}")
+    if torn:
+        typer.echo(f"{path}: {torn_lines(torn)}", err=True)
     unasked = [pair.name for pair in pairs(old, new) if pair.old is None]
     return _report(tally, changed, []) | {
         "unread": dict(unread),
         "without_line": max(0, quiet - listed),
         "not_in_log": unasked,
         "approximate_events": dict(+approximate),
+        "torn_lines": len(torn),
     }
 
 

@@ -79,18 +79,18 @@ def verb(
 
     console = Console(stderr=True)
     settings: dict[str, Any] = {
-        "policies": str(policies.resolve()),
-        "feature_sets": str(feature_sets.resolve()),
+        "policies": str(policies.absolute()),
+        "feature_sets": str(feature_sets.absolute()),
         "event_lines": event_lines,
         "request_may_enforce": list(request_may_enforce or ()),
     }
     for name, path in (("events", events), ("state", state), ("access", access)):
         if path is not None:
-            settings[name] = str(path.resolve())
+            settings[name] = str(path.absolute())
     if watch_capacity is not None:
         settings["watch_capacity"] = watch_capacity
     if verify is not None:
-        settings["verify"] = {"public_key": str(verify.resolve())}
+        settings["verify"] = {"public_key": str(verify.absolute())}
     try:
         rest, additional = split_additional(context.args)
         check_model_named_once(model, rest)
@@ -115,7 +115,7 @@ def verb(
     begin_start(
         {
             "watches": report[0],
-            "events": str(events.resolve()) if events else "nowhere; --events FILE writes them",
+            "events": str(events.absolute()) if events else "nowhere; --events FILE writes them",
             "edits": edits_in_words(settings),
         }
     )

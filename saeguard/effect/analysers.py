@@ -64,7 +64,7 @@ def semgrep(sources: Sequence[str], rules: Path, command: str = "semgrep") -> li
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder), sources)
         arguments = [
-            program, "scan", "--config", str(rules.resolve()), "--json", "--metrics", "off",
+            program, "scan", "--config", str(rules.absolute()), "--json", "--metrics", "off",
             "--disable-version-check", "--no-git-ignore", "--disable-nosem", "--jobs", "1",
             "--quiet", folder,
         ]  # fmt: skip

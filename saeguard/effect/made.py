@@ -56,7 +56,7 @@ def set_of_sae(sae: Path, model: Path) -> FeatureSet:
     shape = read_shape(model)
     return FeatureSet(
         id="made",
-        path=Path("made.yaml").resolve(),
+        path=Path("made.yaml").absolute(),
         model=ModelRef(shape.name, shape.hidden_size, shape.num_layers),
         sae=SaeRef(info.path, info.sha256, info.layer, info.d_in, info.d_sae),
         features={},

@@ -196,6 +196,18 @@ class Reload(Line):
         description="Milliseconds from then until new requests were judged by it.",
     )
     encoder_rows: int = Field(ge=0, description="Encoder rows written into the taps.")
+    came: tuple[str, ...] = Field(default=(), description="Ids of policies that are new.")
+    vanished: tuple[str, ...] = Field(default=(), description="Ids of policies that are gone.")
+    changed: tuple[str, ...] = Field(
+        default=(), description="Ids of policies whose content, mode or feature set differs."
+    )
+    feature_sets: tuple[str, ...] = Field(
+        default=(), description="Names of feature sets whose content differs."
+    )
+    no_longer_enforced: tuple[str, ...] = Field(
+        default=(),
+        description="Ids of policies that were enforced before, and are gone or in shadow now.",
+    )
 
 
 class Refusal(Line):

@@ -132,7 +132,7 @@ def mismatch_event(
 
 
 def reload_event(report: Mapping[str, Any], *, model: str) -> Mapping[str, Any]:
-    """Return the event of one `saeguard.reload.reloader.Report`, given as a mapping."""
+    """Return the event of one `saeguard.reload.reload_state.Report`, given as a flat mapping."""
     return {"event": "policy.reload", "schema": SCHEMA, "model": model, **report}
 
 

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
-import io
 import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import structlog
+
+from saeguard.events.log_file import LogFile
+
+log = structlog.get_logger("saeguard")
 
 _END = object()
 BREATH, PAUSE_S = 16, 0.001
 """The writer sleeps `PAUSE_S` after every `BREATH` events while the queue has room: it shares
 Python's lock with the engine's steps, and a request leaves one event for each policy."""
-
-
-class _Lines(io.FileIO):
-    """A file that several engine cores append to; each line is one write, so lines do not mix."""
-
-    def write(self, line: Any, /) -> int:
-        """Append a whole line.
-
-        Raises:
-            OSError: only a part was written, since the disk is full.
-        """
-        written = super().write(line)
-        if written != len(line):
-            raise OSError(errno.ENOSPC, "an event was cut off")
-        return written
 
 
 def _as_bytes(_logger: Any, _method: str, event: Any) -> bytes:
@@ -53,11 +40,10 @@ class Sink:
         Raises:
             OSError: the file cannot be opened.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = _Lines(path, "a")
+        self._file = LogFile(path)
         # wrap_logger, not configure(): structlog's settings belong to the host process.
         self._log = structlog.wrap_logger(
-            structlog.BytesLogger(self._file),
+            structlog.BytesLogger(cast("BinaryIO", self._file)),
             processors=[
                 # Whole seconds, since jq's fromdateiso8601 takes no others.
                 structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%SZ", utc=True, key="time"),
@@ -75,6 +61,7 @@ class Sink:
         self._lock = threading.Lock()
         """Protects the counters; held only while adding to them."""
         self._closed = False
+        self._failing = False
         self._thread = threading.Thread(target=self._run, name="saeguard-events", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -127,12 +114,19 @@ class Sink:
 
     def _write(self, events: Iterator[Mapping[str, Any]]) -> None:
         self._begun += 1  # written by this thread only
-        written = False
-        with contextlib.suppress(Exception):  # disk full, closed pipe: counted, serving goes on
+        written, failure = False, None
+        try:
             event = next(events, None)
             if event is not None:
                 self._log.msg(**event)
                 written = True
+        except Exception as error:  # noqa: BLE001 - disk full, closed pipe: counted, serving goes on
+            failure = f"{type(error).__name__}: {error}"
+        if failure is not None and not self._failing:
+            log.error("saeguard: events are lost", file=str(self._file.path), error=failure)
+        elif written and self._failing:
+            log.info("saeguard: events are written again", file=str(self._file.path))
+        self._failing = failure is not None or (self._failing and not written)
         with self._lock:
             self.written += written
             self.dropped += not written

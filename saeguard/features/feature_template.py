@@ -14,9 +14,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from saeguard.features.schema import NAME, SET_ID, Name
+from saeguard.yaml_files.findings import Finding
+from saeguard.yaml_files.raw import read_bytes
+from saeguard.yaml_files.reader import FileKind
 from saeguard.yaml_files.section import Section
 
 SCHEMA = "saeguard.feature-template/v1"
+HEAD = FileKind("first lines", max_bytes=4095)
 
 Line = Annotated[str, Field(min_length=1, max_length=400)]
 
@@ -46,9 +50,8 @@ class FeatureTemplateFile(Section):
 
 def is_template(path: Path) -> bool:
     """Return whether the first lines of a feature-set file say that it is a template."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(4096).decode("utf-8", "replace")
-    except OSError:
+    head = read_bytes(path, HEAD)
+    if isinstance(head, Finding):
         return False
-    return any(line.strip() == f"schema: {SCHEMA}" for line in head.splitlines())
+    lines = head.decode("utf-8", "replace").splitlines()
+    return any(line.strip() == f"schema: {SCHEMA}" for line in lines)

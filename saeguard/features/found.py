@@ -16,6 +16,7 @@ from saeguard.features.probe import save_probes
 from saeguard.features.search import Finding, Search
 from saeguard.features.types import Feature, FeatureSet, ModelRef, SaeRef
 from saeguard.features.weakness import no_better_than_chance, no_better_than_random
+from saeguard.real_path import real_path
 from saeguard.sae import SaeInfo
 
 Form = Literal["best", "probe", "group", "latent"]
@@ -94,12 +95,12 @@ def new_set(
     if info is not None and misfit:
         raise FoundError(f"{info.path}: {misfit}")
     weights = folder / WEIGHTS
-    parents = [parent.name for parent in path.resolve().parents]
+    parents = [parent.name for parent in real_path(path).parents]
     below = parents.index(FEATURE_SETS) if FEATURE_SETS in parents else 0
     name = "/".join([*reversed(parents[:below]), path.stem])
     return FeatureSet(
         id=name,
-        path=path.resolve(),
+        path=real_path(path),
         model=ModelRef(
             shape.name,
             shape.hidden_size,
@@ -116,7 +117,7 @@ def new_set(
 
 def _sae(info: SaeInfo) -> SaeRef:
     return SaeRef(
-        info.path.resolve(),
+        real_path(info.path),
         info.sha256,
         info.layer,
         info.d_in,

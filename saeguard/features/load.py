@@ -25,6 +25,7 @@ from saeguard.features.schema import (
 )
 from saeguard.features.topk_thresholds import approximation, as_plain
 from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef, SaeRef, Term
+from saeguard.real_path import real_path
 from saeguard.sae import SaeError, Stated
 from saeguard.sae.hub import HubRef, commit_of, fetch, named
 from saeguard.yaml_files.reader import Document
@@ -48,7 +49,7 @@ def load_feature_set(
         FeatureSetError: the file is wrong, or a checkpoint is not the one it was made for; then
             the message holds both values.
     """
-    file = Path(path).resolve()
+    file = real_path(path)
     content, document = read_with_positions(file, unfinished=unfinished)
     features = FeatureSet(
         id=content.id,
@@ -76,7 +77,7 @@ def save_feature_set(features: FeatureSet, path: str | Path) -> None:
     Raises:
         FeatureSetError: it could not be loaded again.
     """
-    file = Path(path).resolve()
+    file = real_path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     text = as_yaml(_plain(features, file.parent))
     with staged(file, text) as part:
@@ -85,7 +86,7 @@ def save_feature_set(features: FeatureSet, path: str | Path) -> None:
 
 
 def _beside(file: Path, path: str) -> Path:
-    return (file.parent / path).resolve()
+    return real_path(file.parent / path)
 
 
 def _sae(file: Path, content: FeatureSetFile, document: Document, *, reach: bool) -> SaeRef | None:

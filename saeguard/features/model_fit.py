@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from saeguard.errors import InputError
+from saeguard.real_path import real_path
 
 WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -114,7 +115,7 @@ def name_of(folder: Path) -> str:
 
     In the hub's cache a model lies in `models--OWNER--NAME/snapshots/COMMIT`.
     """
-    folder = folder.resolve()
+    folder = real_path(folder)
     parts = folder.parts[-3:]
     if len(parts) == len(("repository", "snapshots", "commit")) and parts[1] == "snapshots":
         return parts[0].removeprefix("models--").rpartition("--")[2]

@@ -19,6 +19,7 @@ from saeguard.errors import InputError
 from saeguard.features.pins import file_digest
 from saeguard.features.types import ProbeRef, Term
 from saeguard.features.value import term_values
+from saeguard.real_path import real_path
 
 
 class ProbeError(InputError):
@@ -76,7 +77,7 @@ def read_probe(ref: ProbeRef, d_in: int) -> Probe:
 
 def save_probes(probes: dict[str, Probe], path: str | Path) -> dict[str, ProbeRef]:
     """Write `probes` to one safetensors file and return the references to them, by name."""
-    file = Path(path).resolve()
+    file = real_path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, probe in probes.items():

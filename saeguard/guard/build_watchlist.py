@@ -75,6 +75,7 @@ def build_watchlist(
         ),
         approximations=approximations,
         sinks=_sinks(sets, [hook.layer for hook in hooks]),
+        feature_sets={name: features.digest for name, features in sets.items()},
     )
 
 

@@ -127,6 +127,8 @@ class WatchList:
     """By feature set: the fixed thresholds that replace ranks."""
     sinks: Mapping[str, str] = field(default_factory=dict)
     """By `feature_set, layer N`: which tokens its bound on the norm leaves out, in words."""
+    feature_sets: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each feature set's content, by name."""
 
     @property
     def columns(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from saeguard.features.found import feature_name
 from saeguard.hf.text_rows import TextError
 from saeguard.hf.texts import Text, read_texts
+from saeguard.real_path import real_path
 
 Per = Literal["file", "behaviour", "kind"]
 
@@ -40,11 +41,11 @@ def text_files(path: Path, without: Sequence[Path] = ()) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    left_out = [folder.resolve() for folder in without]
+    left_out = [real_path(folder) for folder in without]
     files = [
         file
         for file in sorted(path.rglob("*.jsonl"))
-        if not any(file.resolve().is_relative_to(folder) for folder in left_out)
+        if not any(real_path(file).is_relative_to(folder) for folder in left_out)
     ]
     if not files:
         raise TextError(f"{path}: expected files *.jsonl, found none")

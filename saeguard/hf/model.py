@@ -15,6 +15,7 @@ from torch import nn
 from saeguard.errors import InputError
 from saeguard.features.model_fit import ModelShape, check_fit, name_of
 from saeguard.features.types import FeatureSet
+from saeguard.real_path import real_path
 
 LAYER_PATHS = (
     "model.layers",  # Llama, Mistral, Qwen, Gemma, OLMo, Phi
@@ -151,7 +152,7 @@ def choose_device(wanted: str) -> str:
 @contextmanager
 def _reported(path: str | Path) -> Iterator[Path]:
     """Yield the folder of a model, and turn errors of Transformers into a `ModelError`."""
-    folder = Path(path).resolve()
+    folder = real_path(path)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; give the folder of a Hugging Face model")
     try:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from saeguard.atomic_files import write_atomically
+from saeguard.file_marks import marks
 from saeguard.hf.model import LanguageModel
 from saeguard.hf.residuals import record
 
@@ -73,8 +74,7 @@ def _read(file: Path, layers: Sequence[int], tokens: int) -> dict[int, torch.Ten
     return found if whole else None
 
 
-def _model_key(folder: Path) -> list[tuple[str, int, int]]:
-    """Return name, size and time of change of the files that the residuals depend on."""
+def _model_key(folder: Path) -> list[tuple[str | int, ...]]:
+    """Return name and marks of the files that the residuals depend on."""
     files = [*folder.glob("*.safetensors"), folder / "config.json"]
-    stats = [(file.name, file.stat()) for file in sorted(files)]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return [(file.name, *marks(file.stat())) for file in sorted(files)]

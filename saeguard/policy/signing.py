@@ -26,11 +26,12 @@ from saeguard.policy.signing_keys import load_private_key, load_public_key
 from saeguard.policy.types import Policy
 from saeguard.yaml_files.findings import Finding
 from saeguard.yaml_files.raw import read_bytes
+from saeguard.yaml_files.reader import FileKind
 
 BUNDLE = "saeguard.bundle.json"
 """The envelope's name, beside the files that it covers."""
 PAYLOAD = "application/vnd.saeguard.bundle.v1+json"
-MAX_BYTES = 16 * 1024 * 1024
+ENVELOPE = FileKind("bundle", max_bytes=16 * 1024 * 1024)
 
 
 class Manifest(BaseModel):
@@ -131,14 +132,12 @@ def read_manifest(path: Path, public_pem: bytes) -> Manifest:
     key = load_public_key(public_pem)
     from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - an extra
 
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
+    raw = read_bytes(path, ENVELOPE)
+    if isinstance(raw, Finding):
         raise BundleError(
-            f"{path}: {error.strerror}; this server takes signed policies only: sign the folder "
-            "with `saeguard policy sign`"
-        ) from error
+            f"{path}: {raw.message}; this server takes signed policies only: sign the folder with "
+            "`saeguard policy sign`"
+        )
     try:
         envelope = json.loads(raw)
         kind, body = envelope["payloadType"], envelope["payload"]

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal, TypeAlias
@@ -32,8 +33,9 @@ from saeguard.policy.signing import Manifest
 from saeguard.policy.types import Policy
 from saeguard.reload.columns import RowId, row_ids, row_tensors, without_weights
 from saeguard.reload.dry_run import RehearsalError, rehearse
-from saeguard.reload.file_watcher import changes
+from saeguard.reload.file_watcher import Look, looks
 from saeguard.reload.policy_source import Loaded, ReadCache, Source, SourceError, load
+from saeguard.yaml_files.findings import printable
 
 Trigger: TypeAlias = Literal["files", "signal"]
 
@@ -41,10 +43,10 @@ RUN = "import sys; from saeguard.reload.compiler_process import main; main(*sys.
 CORES = sorted(os.sched_getaffinity(0))
 """The cores of this process before vLLM binds its threads, which keeps them for the model."""
 NICE = 10
-CHANGED = None
-"""The message that files have changed. The compiler process sends no other without a request."""
 IDLE_S, MOST_READINGS = 1.0, 100
 """Idle seconds, or readings, after which the compiler process collects garbage."""
+MOST_CHARACTERS = 20_000
+"""Of the message about files that are refused; a folder may hold thousands of mistakes."""
 CHUNK = 25
 """Policies in a message, so that unpickling it takes well under a millisecond of a step."""
 REFUSALS = (
@@ -77,8 +79,13 @@ class CompilerReading:
 class Compiler:
     """The engine core's end of the pipe: it starts the compiler process and requests readings."""
 
-    def __init__(self, source: Source) -> None:
-        """Start the process."""
+    def __init__(self, source: Source, note: Callable[[Look], None] = lambda _: None) -> None:
+        """Start the process.
+
+        Args:
+            source: the settings.
+            note: called with each comparison of the files that the process reports.
+        """
         ours, theirs = Pipe()
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(  # noqa: S603 - this program
@@ -89,6 +96,7 @@ class Compiler:
         )
         theirs.close()
         self._pipe = ours
+        self._note = note
         self._changed = False
         self._policies: tuple[Policy, ...] = ()
         """The policies of the watch list that was received last."""
@@ -106,9 +114,12 @@ class Compiler:
             EOFError, OSError: the process has ended.
         """
         if not self._changed and self._pipe.poll(timeout_s):
-            assert _receive(self._pipe) is CHANGED  # the only message without a request
-            self._changed = True
+            self._looked(_receive(self._pipe))  # the only message without a request
         return self._changed
+
+    def _looked(self, look: Look) -> None:
+        self._note(look)
+        self._changed = self._changed or look.changed
 
     def read(self, trigger: Trigger) -> CompilerReading:
         """Request a reading of the files, whether they have changed or not, and return its result.
@@ -141,8 +152,8 @@ class Compiler:
         return rows
 
     def _answer(self) -> Any:
-        while (message := _receive(self._pipe)) is CHANGED:
-            self._changed = True
+        while isinstance(message := _receive(self._pipe), Look):
+            self._looked(message)
         return message
 
     def close(self) -> None:
@@ -172,9 +183,9 @@ def read(
         loaded = load(source, known)
         rehearse(loaded.watchlist)
     except REFUSALS as error:
-        return CompilerReading(trigger, time.perf_counter() - began, error=str(error)), None
+        return CompilerReading(trigger, time.perf_counter() - began, error=shown(str(error))), None
     except Exception as error:  # noqa: BLE001 - a bug must not end the process
-        message = f"{type(error).__name__} while reading: {error}"
+        message = shown(f"{type(error).__name__} while reading: {error}")
         return CompilerReading(trigger, time.perf_counter() - began, error=message), None
     reading = CompilerReading(
         trigger,
@@ -187,6 +198,20 @@ def read(
     return reading, loaded
 
 
+def shown(error: str) -> str:
+    """Return a message fit for log, event and status file: no control characters, never long."""
+    lines = [printable(line) for line in error.splitlines()]
+    kept: list[str] = []
+    room = MOST_CHARACTERS
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0:
+            kept.append(f"{line[:200]}... ({len(lines) - len(kept)} more lines)")
+            break
+        kept.append(line)
+    return "\n".join(kept)
+
+
 def serve(pipe: Connection) -> None:
     """Answer requests and report changes until the other end closes the pipe."""
     source: Source = _receive(pipe)
@@ -194,9 +219,8 @@ def serve(pipe: Connection) -> None:
     sent: tuple[Policy, ...] = ()
     gc.disable()  # a collection walks over everything that is cached, in the middle of a reading
     one_at_a_time = threading.Lock()
-    threading.Thread(
-        target=_report_changes, args=(source, pipe, one_at_a_time), daemon=True
-    ).start()
+    seen = looks([source.policies, source.feature_sets], threading.Event())
+    threading.Thread(target=_report, args=(seen, pipe, one_at_a_time), daemon=True).start()
     readings = 0
     while True:
         if readings and (readings >= MOST_READINGS or not pipe.poll(IDLE_S)):
@@ -220,10 +244,19 @@ def serve(pipe: Connection) -> None:
         readings += 1
 
 
-def _report_changes(source: Source, pipe: Connection, one_at_a_time: threading.Lock) -> None:
-    for _ in changes([source.policies, source.feature_sets], threading.Event()):
-        with one_at_a_time:
-            _send(pipe, CHANGED)
+def _report(seen: Iterator[Look], pipe: Connection, one_at_a_time: threading.Lock) -> None:
+    """Send every comparison of the files; without this thread, the process ends, too."""
+    while True:
+        try:
+            look = next(seen)
+        except BaseException:  # noqa: BLE001 - whatever it is, nothing is watched any more
+            traceback.print_exc()
+            os._exit(1)
+        try:
+            with one_at_a_time:
+                _send(pipe, look)
+        except OSError:  # the other end has gone
+            os._exit(0)
 
 
 def _send_reading(pipe: Connection, reading: CompilerReading, sent: Sequence[Policy]) -> None:

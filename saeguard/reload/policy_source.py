@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeguard.errors import InputError
+from saeguard.features.files import KIND
 from saeguard.features.load import load_feature_set
 from saeguard.features.types import FeatureSet
+from saeguard.file_marks import marks
 from saeguard.guard.build_watchlist import build_watchlist
 from saeguard.guard.watchlist import WatchList
 from saeguard.policy import signing
@@ -20,6 +22,8 @@ from saeguard.policy.load import Cache, load_policies
 from saeguard.policy.signing import Manifest
 from saeguard.policy.weak import weak
 from saeguard.reload.file_watcher import fingerprint
+from saeguard.yaml_files.findings import Finding
+from saeguard.yaml_files.raw import read_bytes
 
 
 class SourceError(InputError):
@@ -137,10 +141,10 @@ def _load(source: Source, known: ReadCache) -> Loaded:
 
 def _feature_set(path: Path, known: ReadCache) -> FeatureSet:
     """Return a feature set, from the cache if it and the files that it names are unchanged."""
-    try:
-        content = hashlib.sha256(path.read_bytes()).digest()
-    except OSError:
+    raw = read_bytes(path, KIND)
+    if isinstance(raw, Finding):
         return load_feature_set(path)  # which reports the error
+    content = hashlib.sha256(raw).digest()
     before = known.feature_sets.get(path)
     if before is not None:
         key, features = before
@@ -163,7 +167,7 @@ def _stamp(features: FeatureSet) -> tuple[Any, ...]:
         try:
             status = file.stat()
         except OSError:
-            stamps.append((str(file), 0, 0, 0))
+            stamps.append((str(file), 0, 0, 0, 0))
             continue
-        stamps.append((str(file), status.st_ino, status.st_size, status.st_mtime_ns))
+        stamps.append((str(file), *marks(status)))
     return tuple(stamps)

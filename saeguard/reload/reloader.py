@@ -7,13 +7,11 @@ list changes nothing.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import structlog
@@ -31,7 +29,16 @@ from saeguard.reload.columns import (
     used,
 )
 from saeguard.reload.compiler_process import Compiler, CompilerReading, Trigger
-from saeguard.reload.reload_state import Outcome, ReloadContext, ReloadStatus, Report
+from saeguard.reload.difference import Difference, difference
+from saeguard.reload.file_watcher import Look
+from saeguard.reload.reload_state import (
+    Outcome,
+    ReloadContext,
+    ReloadStatus,
+    Report,
+    note_look,
+    status_record,
+)
 from saeguard.reload.versions import make_version
 from saeguard.reload.worker_updates import Swap
 
@@ -82,7 +89,7 @@ class Reloader:
 
     def _run(self) -> None:
         while not self._closed:
-            compiler = Compiler(self._where.source)
+            compiler = Compiler(self._where.source, self._looked)
             try:
                 self._follow(compiler)
             except (EOFError, OSError):
@@ -110,7 +117,7 @@ class Reloader:
         """Make a reading's watch list the current version if possible, and report the outcome."""
         where, old = self._where, self._where.versions.current.watchlist.digest
         began = time.perf_counter()
-        rows = 0
+        before, rows = where.versions.current.watchlist, 0
         if reading.error is None and reading.watchlist is None and self._last is not None:
             same = self._last
             reading = replace(reading, watchlist=same.watchlist, ids=same.ids, digest=same.digest)
@@ -146,6 +153,7 @@ class Reloader:
                 read_ms=round(1e3 * reading.seconds, 1),
                 swap_ms=round(1e3 * (time.perf_counter() - began), 1),
                 encoder_rows=rows,
+                difference=difference(before, where.versions.current.watchlist),
             )
         )
 
@@ -252,45 +260,39 @@ class Reloader:
         present = self._where.versions.current.watchlist
         revision = None if self._manifest is None else self._manifest.revision
         policies = len(present.policies)
+        digest, none = present.digest, Difference()
         self._report(
-            Report("failed", "files", present.digest, None, error, policies, revision, 0.0, 0.0, 0)
+            Report("failed", "files", digest, None, error, policies, revision, 0.0, 0.0, 0, none)
         )
+
+    def _looked(self, look: Look) -> None:
+        if note_look(self.status, look):
+            self._write_status()
 
     def _report(self, report: Report) -> None:
         status = self.status
         status.current = report.error is None
-        status.error = report.error
+        status.error, status.last = report.error, report.outcome
         status.asked += (report.trigger != "files") + self._superseded
         self._superseded = 0
         status.outcomes[report.outcome] += 1
+        if report.outcome == "active":
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            status.last_change = {"time": now, **asdict(report.difference)}
         first = report.outcome == "unchanged" and status.outcomes.total() == 1
         if not first:  # the reading at the start, which found the current version
             self._where.report(report)
-        self._write_status(report)
+        self._write_status()
 
     def _keep(self, manifest: Manifest | None) -> None:
         if manifest is not None and self._where.state is not None:
             state_dir.keep_revision(self._where.state, manifest.revision, manifest.digest)
 
-    def _write_status(self, report: Report | None = None) -> None:
+    def _write_status(self) -> None:
         if self._where.state is None:
             return
-        status = self.status
-        present = self._where.versions.current
-        content: dict[str, Any] = {
-            "pid": os.getpid(),
-            "started_at": state_dir.started_at(os.getpid()),
-            "time": datetime.now(UTC).isoformat(),
-            "watchlist": present.watchlist.digest,
-            "swap": present.number,
-            "policies": len(present.watchlist.policies),
-            "revision": None if self._manifest is None else self._manifest.revision,
-            "current": status.current,
-            "error": status.error,
-            "waiting": status.waiting,
-            "asked": status.asked,
-            "last": None if report is None else report.outcome,
-        }
+        revision = None if self._manifest is None else self._manifest.revision
+        content = status_record(self.status, self._where.versions.current, revision)
         try:
             state_dir.write_status(self._where.state, self._where.engine, content)
         except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from saeguard.real_path import real_path
 from saeguard.sae.checkpoint_info import SaeInfo, Stated
 from saeguard.sae.errors import SaeError
 from saeguard.sae.files import found_in, read_json, regular
@@ -28,7 +29,7 @@ def inspect(path: str | Path, stated: Stated | None = None) -> SaeInfo:
         SaeError: the folder holds no checkpoint of a known family, or one that cannot be read
             correctly, or `stated` contradicts its files.
     """
-    folder = Path(path).resolve()
+    folder = real_path(path)
     if not folder.is_dir():
         raise SaeError(_no_folder(path, folder))
     families = [

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from saeguard.atomic_files import write_atomically
+from saeguard.file_marks import marks
+from saeguard.real_path import real_path
 from saeguard.sae.errors import SaeError
 
 LARGE = 256 << 20
@@ -182,14 +184,14 @@ def file_sha256(file: Path) -> str:
     100 GB takes minutes, and every start would wait for it.
     """
     stat = file.stat()
-    key = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    key = " ".join(map(str, (stat.st_dev, *marks(stat))))
     return _digest(file, key, stat.st_size >= LARGE)
 
 
 @lru_cache(maxsize=64)
 def _digest(file: Path, key: str, large: bool) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saeguard/digests"
-    note = cache / hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
+    note = cache / hashlib.sha256(os.fsencode(real_path(file))).hexdigest()
     if large and note.is_file():
         found, _, digest = note.read_text().rpartition(" ")
         if found == key:

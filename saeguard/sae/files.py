@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from saeguard.real_path import real_path
 from saeguard.sae.errors import SaeError
 from saeguard.sae.tensors import DTYPES, Stored, TensorFile
 
@@ -31,7 +32,7 @@ def regular(folder: Path, name: str) -> Path:
     if not file.is_file():
         what = "is not a regular file" if file.exists() or file.is_symlink() else "is missing"
         raise SaeError(f"{file}: {what}; {found_in(folder)}")
-    real = file.resolve()
+    real = real_path(file)
     inside = next(
         (p for p in (folder, *folder.parents) if p.name.startswith(HUB_REPOSITORY)), folder
     )

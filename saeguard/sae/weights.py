@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+from saeguard.file_marks import marks
 from saeguard.sae.files import read_safetensors
 from saeguard.sae.npz import read_npz
 from saeguard.sae.tensors import TensorFile
@@ -16,12 +17,11 @@ def read_headers(file: Path) -> TensorFile:
     Raises:
         SaeError: it is damaged.
     """
-    stat = file.stat()
-    return _headers(file, stat.st_size, stat.st_mtime_ns)
+    return _headers(file, marks(file.stat()))
 
 
 @lru_cache(maxsize=64)
-def _headers(file: Path, size: int, mtime_ns: int) -> TensorFile:
-    """Read headers; size and time of change are only there to key the cache."""
-    del size, mtime_ns
+def _headers(file: Path, key: tuple[int, ...]) -> TensorFile:
+    """Read headers; the marks are only there to key the cache."""
+    del key
     return read_npz(file) if file.suffix == ".npz" else read_safetensors(file)

@@ -217,7 +217,7 @@ def open_engine(
         args = _arguments(["--model", str(model), "--dtype", dtype, *options])
         args.skip_tokenizer_init = True
         args.disable_log_stats = True
-        folder = str(feature_sets.resolve())
+        folder = str(feature_sets.absolute())
         args.additional_config = {
             KEY: {"read": list(features), "feature_sets": folder, "reload": False}
         }

@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from saeguard.cli.reload import verb as reload_verb
+from saeguard.events.record_schema import LINE, Reload
 from saeguard.guard.install_taps import install_taps
 from saeguard.policy import signing, signing_keys
 from saeguard.policy.load import load_policies
-from saeguard.reload import state_dir
+from saeguard.reload import reload_state, state_dir
+from saeguard.reload.difference import Difference
 from saeguard.reload.reload_state import ReloadContext, Report
 from saeguard.reload.reloader import Reloader
 from saeguard.reload.versions import Pin, Versions, make_version
 from saeguard.reload.worker_updates import Admitted, UpdateQueue
+from saeguard.vllm.engine_core.telemetry import Telemetry
 from saeguard.vllm.settings import Settings, parse_settings
 from saeguard.vllm.startup import check_manifest, load, source_of, start
 from saeguard.vllm.worker.guard import WorkerGuard
@@ -385,3 +389,100 @@ def test_verifying_needs_a_place_to_remember(settings: Settings) -> None:
     del raw["state"]
     with pytest.raises(ValueError, match=r"verify needs saeguard\.state"):
         load(parse_settings(raw))
+
+
+class TestNames:
+    """A reload names what came, vanished and changed; nothing that guarded goes unnamed."""
+
+    def test_each_kind(
+        self, settings: Settings, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Ids in the report, in the status for `saeguard reload`, and in its output."""
+        folder = Path(settings.policies)
+        models.write_policy(
+            folder / ".two", id="test.two", detect={"a": {"feature": "f2", "above": 0.5}},
+            condition="a", mode="shadow",
+        )  # fmt: skip
+        (folder / ".two").rename(folder / "two.yaml")
+        report = server.until(lambda r: r.outcome == "active")
+        assert report.difference == Difference(came=("test.two",))
+        (folder / "one.yaml").rename(tmp_path / "moved.yaml")
+        report = server.until(lambda r: bool(r.difference.vanished))
+        assert report.difference == Difference(
+            vanished=("test.one",), no_longer_enforced=("test.one",)
+        )
+        write(folder, 0, 1, mode="shadow")
+        server.until(lambda r: r.policies == 2 and r.old == report.new)
+        write(folder, 0, 1)
+        report = server.until(lambda r: bool(r.difference.changed))
+        assert report.difference == Difference(changed=("test.one",))
+        write(folder, 0, 1, mode="shadow")
+        report = server.until(lambda r: r.difference.changed != () and r.old == report.new)
+        assert report.difference.no_longer_enforced == ("test.one",)
+        ask(server, settings)
+        printed = capsys.readouterr().out
+        assert "last change at " in printed
+        assert "changed: test.one; no longer enforced: test.one" in printed
+
+    def test_a_feature_set(self, server: Server, sets: Path) -> None:
+        """Another range or title of a feature set changes the policies that use it."""
+        file = sets / "tiny.yaml"
+        old = file.read_text()
+        part = file.with_name(".part")
+        part.write_text(old.replace("title: ", "title: other ", 1))
+        part.rename(file)
+        try:
+            report = server.until(lambda r: r.outcome == "active")
+        finally:
+            file.write_text(old)
+        assert report.difference == Difference(changed=("test.one",), feature_sets=("tiny",))
+
+    def test_a_vanished_guard_is_a_warning(
+        self, settings: Settings, server: Server, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The log has a warning of its own, and the event names it."""
+        folder = Path(settings.policies)
+        write(folder, 0, 1, mode="shadow")
+        report = server.until(lambda r: r.outcome == "active")
+        log = folder.parent / "events.jsonl"
+        telemetry = Telemetry(settings.model_copy(update={"events": str(log)}), "m")
+        telemetry.reloaded(report)
+        telemetry.close()
+        printed = capsys.readouterr()
+        assert "not enforced any more" in printed.out + printed.err
+        event = LINE.validate_json(log.read_bytes())
+        assert isinstance(event, Reload)
+        assert event.no_longer_enforced == event.changed == ("test.one",)
+
+
+def ask(server: Server, settings: Settings) -> None:
+    """Ask for a reload, as `saeguard reload` does, and print the answer."""
+    before = signal.signal(signal.SIGHUP, lambda *_: server.reloader.ask("signal"))
+    try:
+        reload_verb(state_of(settings))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_files_that_are_not_compared(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nothing is known of the files, as on a file system that hangs, they do not count as used.
+
+    The compiler process is stopped, so nothing tells that it has ended.
+    """
+    monkeypatch.setattr(reload_state, "STALE_S", 4.0)
+    deadline = time.monotonic() + 60
+    while not server.reloader.status.in_use:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (child,) = children(os.getpid())
+    os.kill(child, signal.SIGSTOP)
+    try:
+        while server.reloader.status.in_use:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert server.reloader.status.current
+    finally:
+        os.kill(child, signal.SIGCONT)
+    while not server.reloader.status.in_use:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

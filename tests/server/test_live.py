@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,19 +12,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import vllm
+import yaml
 
+from saeguard.events.metrics import GAUGES, METRICS
 from saeguard.features.load import load_feature_set
 from saeguard.policy import signing, signing_keys
 from saeguard.policy.load import load_policies
+from saeguard.vllm.engine_core.telemetry import COUNTERS
 from tests import models
 from tests.engine import engines
-from tests.server.serving import Server, environment, serving
+from tests.server.serving import Server, environment, free_port, serving
 
 pytestmark = [pytest.mark.server, pytest.mark.engine]
 
@@ -65,6 +71,14 @@ class Live:
                     return event
             time.sleep(0.1)
         raise AssertionError(self.server.log.read_text()[-3000:])
+
+    def metrics_when(self, what: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        """Wait until `/metrics` says something; no request is sent to the model."""
+        for _ in range(300):
+            if what(found := self.server.metrics()):
+                return found
+            time.sleep(0.1)
+        raise AssertionError(found)
 
     def client(self, key: str) -> openai.OpenAI:
         """Return a client with an API key of its own."""
@@ -125,6 +139,91 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
             yield Live(server, root)
     finally:
         engines.compile_policies = before
+
+
+def test_before_the_first_request(live: Live) -> None:
+    """Every series is there, at 0: the first match is an increase, and a dead guard has none."""
+    found = live.metrics_when(lambda m: "saeguard_requests_total" in m)
+    assert found["saeguard_requests_total"] == 0
+    for policy in load_policies(live.server.guarded.policies):
+        for mode in {policy.mode, "enforce"} if policy.id == "strict" else {policy.mode}:
+            for verdict in ("match", "no_match", "error", "not_evaluated"):
+                labels = f"mode={mode},policy={policy.id},verdict={verdict}"
+                assert found[f"saeguard_verdicts_total,{labels}"] == 0
+            if mode == "enforce":
+                labels = f"action={policy.action},mode=enforce,policy={policy.id}"
+                assert found[f"saeguard_actions_total,{labels}"] == 0
+    for name, labels in COUNTERS.items():
+        (label,) = METRICS[name][1] or ("",)
+        for series in [f",{label}={value}" for value in labels] or [""]:
+            first = 1 if series == ",outcome=unchanged" else 0  # the reading at the start
+            assert found[f"saeguard_{name}_total{series}"] in {0, first}
+    assert found["saeguard_step_seconds_count"] > 0  # of the self-test
+    build = f"version={metadata.version('saeguard')},vllm={vllm.__version__}"
+    assert found[f"saeguard_build_info,{build}"] == 1
+    assert found["saeguard_policies_current,engine=0"] == 1
+    assert found["saeguard_policies_compared_only,engine=0"] == 0
+    assert found["saeguard_policies,engine=0,mode=shadow"] == 1
+    at = "saeguard_report_timestamp_seconds,engine=0"
+    assert live.metrics_when(lambda m: m[at] > found[at])[at] > time.time() - 60
+
+
+def test_a_prometheus_scrapes_it(live: Live, tmp_path: Path) -> None:
+    """A real one finds every series of the alerts and the dashboard, and loads the rules."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("prometheus is not installed: apt-get install prometheus")
+    deploy = Path(__file__).parents[2] / "deploy" / "prometheus"
+    config = yaml.safe_load((deploy / "prometheus.yaml").read_text())
+    target = str(live.server.client.base_url).removeprefix("http://").split("/")[0]
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
+    config["scrape_configs"][0]["scrape_interval"] = "1s"
+    config["rule_files"] = [str(deploy / "alerts.yaml")]
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    port = free_port()
+    process = subprocess.Popen(
+        [program, "--config.file", tmp_path / "prometheus.yaml", "--storage.tsdb.path",
+         tmp_path / "data", "--web.listen-address", f"127.0.0.1:{port}"],
+        stdout=subprocess.DEVNULL, stderr=(tmp_path / "log").open("w"),
+    )  # fmt: skip
+    try:
+        wanted = {
+            *(f"saeguard_{name}_total" for name in METRICS), "saeguard_step_seconds_bucket",
+            *(f"saeguard_{name}" for name in GAUGES),
+        }  # fmt: skip
+        found: set[str] = set()
+        for _ in range(300):
+            try:
+                names = httpx.get(f"http://127.0.0.1:{port}/api/v1/label/__name__/values").json()
+                found = set(names.get("data", ()))
+            except (httpx.HTTPError, ValueError):
+                found = set()
+            if found >= wanted:
+                break
+            time.sleep(0.1)
+        assert wanted - found == set(), (tmp_path / "log").read_text()[-3000:]
+        rules = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"]
+        assert {rule["health"] for rule in rules[0]["rules"]} <= {"ok", "unknown"}
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_counters_without_traffic(live: Live) -> None:
+    """A refused file, its repair, and events that have been written show without a request."""
+    current = "saeguard_policies_current,engine=0"
+    refused = "saeguard_reloads_total,outcome=refused"
+    policy = live.server.guarded.policies / "s.yaml"
+    good, before = policy.read_bytes(), live.metrics_when(lambda m: m[current] == 1)
+    policy.write_bytes(good + b"oops")
+    assert live.metrics_when(lambda m: m[current] == 0)[refused] == before[refused] + 1
+    policy.write_bytes(good)
+    after = live.metrics_when(lambda m: m[current] == 1)
+    states = ("produced", "written", "dropped")
+    after = live.metrics_when(lambda m: m["saeguard_events_total,state=written"] ==
+                              len(live.server.lines()))  # fmt: skip
+    produced, written, dropped = (after[f"saeguard_events_total,state={s}"] for s in states)
+    assert (produced, dropped) == (written, 0)
 
 
 def test_whose_policies(live: Live) -> None:
@@ -197,7 +296,7 @@ def test_reload_by_command(live: Live) -> None:
     assert "s.yaml: found sha256" in done.stderr
     answer, told = live.ask()
     assert told["strict"]["mode"] == "shadow"
-    assert live.server.metrics()["saeguard_policies_current"] == 0
+    assert live.server.metrics()["saeguard_policies_current,engine=0"] == 0
     live.sign()
     done = live.reload()
     assert done.returncode == 0, done
@@ -206,7 +305,7 @@ def test_reload_by_command(live: Live) -> None:
     assert told["strict"]["mode"] == "enforce"
     assert later.saeguard["watchlist"] != answer.saeguard["watchlist"]
     assert later.saeguard["watchlist"] in done.stdout
-    assert live.server.metrics()["saeguard_policies_current"] == 1
+    assert live.server.metrics()["saeguard_policies_current,engine=0"] == 1
 
 
 def test_a_broken_file_is_told_with_its_place(live: Live) -> None:

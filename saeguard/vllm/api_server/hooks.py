@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Any
 
 from saeguard.events.metrics import show
-from saeguard.vllm.api_server import signals, tenants
+from saeguard.vllm.api_server import signals, tenants, totals
 from saeguard.vllm.api_server.responses import (
     ByChoice,
     annotate,
@@ -23,7 +23,7 @@ from saeguard.vllm.attributes import CHOICE_VERDICTS, REQUEST_VERDICTS
 from saeguard.vllm.messages import COUNTS, KEY
 from saeguard.vllm.patches import Original, assumes, calls, patch, reads
 
-__all__ = ["signals"]  # imported for the patch that it registers
+__all__ = ["signals", "totals"]  # imported for the patches that they register
 
 OUTPUTS = "vllm.v1.engine.output_processor"
 CHAT = "vllm.entrypoints.openai.chat_completion.serving"

@@ -62,6 +62,7 @@ class EngineGuard:
         *,
         prefix_store: PrefixStore | None = None,
         marks: RoleMarks | str = "its chat template was not read",
+        engine: int = 0,
     ) -> None:
         """Start with no request in flight; open the event log if one is configured.
 
@@ -71,6 +72,7 @@ class EngineGuard:
             model: name that the model is served under.
             prefix_store: for the prefix cache, if vLLM has one.
             marks: how the chat template delimits messages, or why that is not known.
+            engine: index of the engine core among those of the server.
 
         Raises:
             RolesError: a policy's scope is a role, and the template does not delimit roles.
@@ -98,7 +100,7 @@ class EngineGuard:
         )
         self.updates = UpdateQueue()
         self.reloader: Reloader | None = None
-        self.telemetry = Telemetry(settings, model)
+        self.telemetry = Telemetry(settings, model, engine)
         self.requests: dict[str, Any] = {}
         self.passes = PendingPasses(self.versions, self.requests, started.watchlist.digest)
         self.admitted: dict[str, Admission] = {}
@@ -107,6 +109,7 @@ class EngineGuard:
         recorded, since other requests may read their KV."""
         self.self_test: dict[str, Coverage] = {}
         """Coverage of the self-test's requests that have ended."""
+        self.closed = False
         self._roles: dict[str, np.ndarray] = {}
         """Roles of prompt tokens, of requests that no worker update has named yet."""
 
@@ -246,17 +249,26 @@ class EngineGuard:
             del self.departed[request_id]
             self.versions[request_id].ledger.forget(request_id)
 
-    def changed_totals(self) -> list[list[Any]]:
-        """Return the changes of the running totals, for the API server's metrics."""
+    def changed_totals(self, *, at_once: bool = False) -> list[list[Any]]:
+        """Return the changes of the running totals, for the API server's metrics.
+
+        Any thread may call this.
+
+        Args:
+            at_once: also if they were reported a moment ago and requests are in flight.
+        """
         return self.telemetry.changed_totals(
-            busy=bool(self.requests),
+            busy=bool(self.requests) and not at_once,
             unread_passes=self.passes.lost + self.versions.unwatched_passes,
             dropped=None if self.prefix_store is None else self.prefix_store.dropped,
             reloads=None if self.reloader is None else self.reloader.status,
+            watchlist=self.watchlist,
+            ever_enforced=lambda ids: self.may_enforce | self.access.ever_enforced(ids),
         )
 
     def close(self) -> None:
         """End the requests in flight, and write the events that are still queued."""
+        self.closed = True
         if self.reloader is not None:
             self.reloader.close()
         for request_id in list(self.requests):

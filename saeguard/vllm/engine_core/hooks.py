@@ -14,7 +14,7 @@ from saeguard.guard.roles import chat_template
 from saeguard.guard.roles.assign import RoleMarks
 from saeguard.start_report import failed
 from saeguard.vllm.attributes import ADMISSION, ENGINE_GUARD
-from saeguard.vllm.engine_core import prefix_cache, reload, selftest, step
+from saeguard.vllm.engine_core import prefix_cache, reload, selftest, step, totals
 from saeguard.vllm.engine_core.guard import EngineGuard
 from saeguard.vllm.patches import Original, assumes, patch, reads
 from saeguard.vllm.settings import name_of, settings_of
@@ -33,6 +33,11 @@ reads(
     why="the engine core's guard hangs on both",
 )
 reads("vllm.config:VllmConfig", "additional_config", "model_config", why="the operator's settings")
+reads(
+    "vllm.config:ParallelConfig",
+    "data_parallel_index",
+    why="which engine core a metric is of",
+)
 reads(
     "vllm.config:ModelConfig",
     "model",
@@ -90,6 +95,7 @@ def init(original: Original, scheduler: Any, vllm_config: Any) -> None:
             name_of(model),
             prefix_store=prefix_cache.prefix_store_of(scheduler, started.watchlist, settings),
             marks=role_marks_of(model),
+            engine=int(vllm_config.parallel_config.data_parallel_index),
         )
         reload.listen(guard)
         ENGINE_GUARD.set(scheduler, guard)
@@ -114,8 +120,8 @@ def role_marks_of(model_config: Any) -> RoleMarks | str:
             trust_remote_code=model_config.trust_remote_code,
         )
         return chat_template.role_marks_of(tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        return str(error)
+    except Exception as error:  # noqa: BLE001 - a tokenizer's code may raise anything
+        return f"its tokenizer cannot be loaded: {type(error).__name__}: {error}"
 
 
 @patch(f"{CORE}.__init__", why="nothing is served before the self-test has passed")
@@ -154,6 +160,7 @@ def _test_once(core: Any) -> None:
     if guard is not None and guard.watchlist.hooks and not guard.self_test:
         selftest.run(core, guard)
         reload.begin(core, guard)
+        totals.begin(core, guard)
 
 
 @patch(

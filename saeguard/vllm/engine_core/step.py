@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def update_from_output(
     guard = ENGINE_GUARD.get(scheduler)
     if guard is None:
         return original()
+    began = time.perf_counter()
     forward_pass = FORWARD_PASS.get(model_runner_output)
     if forward_pass is not None:
         guard.passes.push(
@@ -90,11 +92,14 @@ def update_from_output(
     elif scheduler_output.total_num_scheduled_tokens and guard.watchlist.hooks:
         guard.passes.lose(scheduler_output.num_scheduled_tokens)
     _stand_in(guard.passes.stopping, model_runner_output)
+    before = time.perf_counter() - began
     outputs = original()  # stops requests through `update_request`
+    began = time.perf_counter()
     if forward_pass is not None:
         guard.passes.roll_back(forward_pass)
     guard.release(scheduler_output.finished_req_ids)
     _answer(guard, outputs)
+    guard.telemetry.counts.observe("step_seconds", before + time.perf_counter() - began)
     return outputs
 
 
