@@ -161,6 +161,16 @@ def test_reload_storm(tmp_path: Path) -> None:
     assert result["without_a_verdict"] == result["state_not_of_a_good_list"] == 0
 
 
+def test_browse(tmp_path: Path) -> None:
+    """An index is made and every view of the page opened; about as many latents fire as asked."""
+    arguments = ("--latents", "512", "--texts", "20", "--l0", "20")
+    result = measured("browse", tmp_path / "browse.json", *arguments)
+    positive(result, "index_s", "index_mib", "first_view_ms")
+    assert result["tokens"] == 20 * 200
+    assert 10 < result["latents_a_token"] < 40
+    assert set(result["views_ms"]) == {"/", "/?q=a", "/latent/{}"}
+
+
 def test_every_benchmark_is_run_here() -> None:
     """A benchmark that nothing runs breaks unnoticed; test_gpu.py has those of a GPU."""
     folder = engines.ROOT / "benchmarks"

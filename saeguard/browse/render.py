@@ -76,7 +76,6 @@ def render(
         def url(kind: str, name: object = "") -> str:
             return f"{export}{file_name(kind, name)}"
 
-    ((dead,),) = site.index.rows("SELECT count(*) FROM latent WHERE tokens = 0")
     return (
         _environment()
         .get_template(f"{view}.html.j2")
@@ -88,7 +87,7 @@ def render(
             exported=exported,
             policy_meta="",
             about=index_facts(site.index.about),
-            dead=dead,
+            dead=site.dead,
             **contents,
         )
     )

@@ -77,6 +77,12 @@ class Site:
         return [(i, float(x), float(y)) for i, (x, y) in zip(near, places, strict=True)]
 
     @cached_property
+    def dead(self) -> int:
+        """Number of latents that fire nowhere on the corpus."""
+        ((count,),) = self.index.rows("SELECT count(*) FROM latent WHERE tokens = 0")
+        return int(count)
+
+    @cached_property
     def file_of_text(self) -> np.ndarray:
         """[texts] index of the corpus's file that each text is from."""
         counts = [part["texts"] for part in self.index.about["corpus"]]

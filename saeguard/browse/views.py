@@ -92,8 +92,8 @@ def latent_view(site: Site, latent: int) -> dict[str, Any]:
     up, down = site.index.lens(latent)
     company = site.index.coactive(latent, most=12)
     near = site.neighbours(latent)
-    facts = {row["latent"]: row for row in listed(site, [c.latent for c in company])}
-    facts |= {row["latent"]: row for row in listed(site, [n.latent for n in near])}
+    beside = dict.fromkeys([*(c.latent for c in company), *(n.latent for n in near)])
+    facts = {row["latent"]: row for row in listed(site, list(beside))}
     uses = site.used_by.get(latent, ())
     return {
         "stats": stats,
