@@ -74,6 +74,8 @@ class CompilerReading:
     """By hook: ids of the encoder rows."""
     manifest: Manifest | None = None
     digest: str = ""
+    doubts: tuple[str, ...] = ()
+    """Reasons for which policies that are accepted may guard nothing."""
 
 
 class Compiler:
@@ -194,6 +196,7 @@ def read(
         ids=tuple(row_ids(hook) for hook in loaded.watchlist.hooks),
         manifest=loaded.manifest,
         digest=loaded.watchlist.digest,
+        doubts=loaded.weak,
     )
     return reading, loaded
 

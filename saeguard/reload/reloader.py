@@ -137,6 +137,8 @@ class Reloader:
                         self._superseded += reading.trigger != "files"
                         return  # a later reading arrived while this one waited
                     rows, outcome = written, "active"
+                    for doubt in reading.doubts:  # as at start
+                        log.warning("a policy rests on weak evidence", finding=doubt)
                 self._manifest = reading.manifest
                 self._keep(reading.manifest)
             except (ValueError, RuntimeError) as refused:

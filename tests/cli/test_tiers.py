@@ -60,6 +60,7 @@ def test_recorded_and_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "p.test.yaml:6:1: error[test-failed]: the loud one: verdict: found match, expected no_match"
     ) in out
+    assert "it first matches at token 2: shell is 0.9, above 0.6: holds" in out
     assert "the gone one: policies/p.safetensors: there is no text 'gone'" in out
     assert out.endswith("2 passed, 2 failed\n")
 

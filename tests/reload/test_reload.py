@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from saeguard.cli.reload import verb as reload_verb
 from saeguard.events.record_schema import LINE, Reload
@@ -128,6 +129,16 @@ def test_rows_are_written_where_nobody_reads(settings: Settings, server: Server)
     swap = server.updates.take({}).swap
     assert swap is not None
     assert (swap.number, swap.writes) == (2, ())
+
+
+def test_doubts_of_a_new_policy_are_logged(settings: Settings, server: Server) -> None:
+    """A threshold that was meant as a percentage comes into use with a warning, as at start."""
+    with capture_logs() as logs:
+        write(Path(settings.policies), 0, above=60.0)
+        server.until(lambda r: r.outcome == "active")
+    found = [line["finding"] for line in logs if "finding" in line]
+    assert any("60 lies above the calibrated range" in finding for finding in found), logs
+    assert any("for 60 % write 0.6" in finding for finding in found)
 
 
 def waits(settings: Settings, server: Server) -> tuple[Pin, str]:
