@@ -22,7 +22,7 @@ from benchmarks.gpu_record import Case, Record
 from benchmarks.gpu_tap import on_grid
 from benchmarks.gpu_timing import captured, ceilings, compared, device, times
 from saeguard.guard import install_taps as installing
-from saeguard.guard.clamp import rules as clamping
+from saeguard.guard.clamp import state as clamping
 from saeguard.guard.forward_pass import lay_out
 from saeguard.guard.install_taps import install_taps
 from saeguard.guard.scopes import OUTPUT

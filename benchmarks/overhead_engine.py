@@ -224,7 +224,7 @@ def build(root: Path, size: Size) -> tuple[Bench, dict[str, Any]]:
             watchlist=watchlist,
             taps=taps,
             rows=taps[0].rows,
-            excluded=first.excluded,
+            eligible_ids=first.eligible_ids,
             device=first.device,
             free=list(range(1, slots + 1))[::-1],
             clamp_lists={clamps_digest(watchlist): watchlist},

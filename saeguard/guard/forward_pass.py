@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from saeguard.guard.host_arrays import array_of
+
 NO_SLOT = 0
 """The clamp slot of padding, warm-up and capture rows; no policy is enforced in it."""
 
@@ -29,6 +31,8 @@ class Rows:
     """False for tokens that are excluded by id, such as BOS."""
     role: torch.Tensor
     """[max_tokens] int64, index into `ROLES`: which role wrote the token."""
+    layout: torch.Tensor
+    """[4, max_tokens] int64: clamp slots, offsets, roles and positions, as one tensor."""
     staging: torch.Tensor
     """[3, max_tokens] int64 on the host, pinned if there is a GPU: clamp slots, offsets, roles."""
 
@@ -38,10 +42,11 @@ def allocate_rows(max_tokens: int, device: torch.device) -> Rows:
     layout = torch.zeros(4, max_tokens, dtype=torch.int64, device=device)
     return Rows(
         clamp_slot=layout[0],
-        position=layout[1],
-        offset=layout[2],
+        position=layout[3],
+        offset=layout[1],
         eligible=torch.ones(max_tokens, dtype=torch.bool, device=device),
-        role=layout[3],
+        role=layout[2],
+        layout=layout,
         staging=torch.zeros(3, max_tokens, dtype=torch.int64, pin_memory=device.type == "cuda"),
     )
 
@@ -59,22 +64,24 @@ def lay_out(
         rows: the buffers.
         slots: clamp slot of each request, in row order.
         query_start: [requests + 1] first row of each request, then the number of rows.
-        positions: [rows] int64 on the device, where they are exact. The host may not know yet how
-            many drafts were accepted.
+        positions: [rows or more] int64 on the device, where they are exact. The host may not know
+            yet how many drafts were accepted.
         role: [rows] indices into `ROLES`; a draft has the role `output`, whatever its position.
     """
     counts = np.diff(query_start)
     total = int(query_start[-1])
-    host = rows.staging.numpy()
+    on_host = rows.position.is_cpu
+    host = array_of(rows.layout if on_host else rows.staging)
     host[0, :total] = np.repeat(np.asarray(slots, np.int64), counts)
     host[0, total:] = NO_SLOT
     host[1, :total] = np.arange(total) - np.repeat(query_start[:-1], counts)
     host[1, total:] = 0
     host[2, :total] = role
-    rows.clamp_slot.copy_(rows.staging[0], non_blocking=True)
-    rows.offset.copy_(rows.staging[1], non_blocking=True)
-    rows.role.copy_(rows.staging[2], non_blocking=True)
-    rows.position[:total] = positions
+    if on_host:
+        array_of(rows.position)[:total] = array_of(positions)[:total]
+        return
+    rows.layout[:3].copy_(rows.staging, non_blocking=True)
+    rows.position[:total] = positions[:total]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from saeguard.guard.clamp import rules as clamping
+from saeguard.guard.clamp import state as clamping
 from saeguard.guard.forward_pass import allocate_rows
+from saeguard.guard.host_loop import host_loop
 from saeguard.guard.kernels.topk_buffers import allocate_buffers
 from saeguard.guard.tap import TAPS, Kernels, Tap
 from saeguard.guard.topk import make_ranked, set_floor
@@ -54,19 +55,23 @@ def install_taps(
     for hook in watchlist.hooks if hooks is None else hooks:
         encoder_rows = EncoderRows(hook.W, hook.b, hook.theta).to(device)
         W, b, theta = encoder_rows.W, encoder_rows.b, encoder_rows.theta
+        floor, plain = theta.clone(), hook.norm is None and not hook.ranked
+        f = torch.zeros(max_tokens, len(b) + 1, device=device)
+        halves = torch.ones((), device=device)
         TAPS[hook.layer] = tap = Tap(
             layer=hook.layer,
             W=W.t(),
             b=b,
             theta=theta,
-            floor=theta.clone(),
-            f=torch.zeros(max_tokens, len(b) + 1, device=device),
-            halves=torch.ones((), device=device),
+            floor=floor,
+            f=f,
+            halves=halves,
             ticks=torch.zeros((), dtype=torch.int64, device=device),
             rows=rows,
             clamps={},
             norm=None if hook.norm is None else hook.norm.to(device),
             kernels=kernels,
+            loop=host_loop(W, b, floor, halves, f) if plain else None,
             scale=None
             if hook.norm is None or kernels is None
             else torch.zeros(max_tokens, len(b) + 1, device=device),

@@ -16,8 +16,10 @@ import structlog
 import torch
 
 from saeguard.guard.clamp import rules as clamping
-from saeguard.guard.clamp.rules import Clamp
+from saeguard.guard.clamp.state import Clamp
 from saeguard.guard.forward_pass import Rows
+from saeguard.guard.host_arrays import array_of
+from saeguard.guard.host_loop import HostLoop
 from saeguard.guard.topk import Ranked, apply_topk
 from saeguard.sae.encoder import column_scales
 
@@ -62,6 +64,8 @@ class Tap:
     """The blocks of columns whose latents fire by rank."""
     kernels: Kernels | None = None
     """The launches on a GPU; None elsewhere."""
+    loop: HostLoop | None = None
+    """The op as one compiled loop, for few rows on a CPU; None elsewhere."""
     scale: torch.Tensor | None = None
     """[max_tokens, watched + 1] float32, the buffer of `column_scales` if it is needed on a GPU;
     its rows lie as far apart as those of `f`, and its last column is not used."""
@@ -122,17 +126,23 @@ def _tap(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> Non
     if tap is None:  # a graph that outlived its guard; the start-up self-test reports it
         return
     hidden = as_rows(hidden)
-    f = tap.f[: hidden.shape[0]]
+    residual = None if residual is None else as_rows(residual)
+    scale, n = None, len(hidden)
     try:
-        scale = read(tap, hidden, None if residual is None else as_rows(residual), f)
+        if tap.loop is None or not tap.loop.read(hidden, residual):
+            scale = read(tap, hidden, residual, tap.f[:n])
         for clamp in tap.clamps.values():  # a row belongs to one request, and one clamp edits it
-            clamping.apply(clamp, hidden, f, tap.rows, scale)
+            f: Any = tap.f if clamp.on_host is None else array_of(tap.f)
+            clamping.apply(clamp, hidden, f[:n], tap.rows, scale)
     except RuntimeError as error:  # such as out of memory: serving goes on, verdicts are `error`
         if torch.compiler.is_compiling() or _capturing():
             raise
         tap.f.fill_(torch.nan)  # all of it, since the number of rows may be wrong
         _log_failure(tap, error)
-    tap.ticks.add_(1)
+    if tap.ticks.is_cpu:
+        array_of(tap.ticks)[()] += 1
+    else:
+        tap.ticks.add_(1)
 
 
 def _fake(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,10 +86,15 @@ class ClampRows:
             cap=moved[1],
         )
 
-    def edited(self, f: torch.Tensor) -> torch.Tensor:
-        """Return the edited activations [tokens, clamped] for the activations `f`."""
-        out = self.target.expand_as(f) if self.scale is None else self.scale * f + self.target
-        return out if self.cap is None else torch.minimum(out, self.cap)
+    def edited(self, f: Any) -> Any:
+        """Return the edited activations [tokens, clamped] for the activations `f`.
+
+        Takes tensors, and arrays if it holds arrays.
+        """
+        xp = np if isinstance(f, np.ndarray) else torch
+        out = self.target if self.scale is None else self.scale * f + self.target
+        out = out if self.cap is None else xp.minimum(out, self.cap)
+        return xp.broadcast_to(out, f.shape)
 
 
 class ReadRows(NamedTuple):

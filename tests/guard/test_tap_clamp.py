@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from saeguard.guard import tap as tapping
-from saeguard.guard.clamp import rules as clamping
-from saeguard.guard.clamp.rules import Clamp as ClampState
+from saeguard.guard.clamp import state as clamping
+from saeguard.guard.clamp.state import Clamp as ClampState
 from saeguard.guard.forward_pass import lay_out
+from saeguard.guard.host_loop import HostLoop
 from saeguard.guard.install_taps import install_taps
 from saeguard.guard.scopes import OUTPUT, ROLES
 from saeguard.guard.tap import FAILURES, TAPS, Tap, tap_output
@@ -171,6 +172,14 @@ def forward(
     return x, hidden if residual is None else hidden + residual
 
 
+def as_on_a_device(tap: Tap) -> Tap:
+    """Return a tap that runs by torch alone, as it does where the model is not on a CPU."""
+    for digest, clamp in tap.clamps.items():
+        tap.clamps[digest] = replace(clamp, on_host=None)
+    tapping.TAPS[tap.layer] = replace(tap, loop=None)
+    return tapping.TAPS[tap.layer]
+
+
 def check(seed: int) -> None:
     """Run random requests through one tap in random passes; compare every row."""
     rng = seeded(seed)
@@ -185,6 +194,8 @@ def check(seed: int) -> None:
     ]
     watchlist = clamping_watchlist(policies)
     (tap,) = install_taps(watchlist, max_tokens=MAX_TOKENS, slots=4, device=CPU)
+    if seed % 2:
+        tap = as_on_a_device(tap)
     requests: dict[int, Request] = {}
     for _ in range(12):
         for slot in range(1, 5):
@@ -381,11 +392,11 @@ def test_nan_beside_a_match_does_not_hide_it() -> None:
 def test_the_self_test_is_not_clamped(*, tested: bool) -> None:
     """It compares with what the next block consumes, so nothing may be edited before it passed."""
     tap, watchlist = one_tap(simple())
-    excluded = torch.zeros(8, dtype=torch.bool)
+    eligible_ids = torch.ones(8, dtype=torch.bool)
     digest = clamps_digest(watchlist)
     admitted = Admitted(digest, frozenset((p.id, p.mode) for p in watchlist.policies))
     guard = WorkerGuard(
-        watchlist, (tap,), tap.rows, excluded, CPU,
+        watchlist, (tap,), tap.rows, eligible_ids, CPU,
         announced={"r": (1, admitted)}, free=[1], clamp_lists={digest: watchlist},
     )  # fmt: skip
     guard.tested, guard.computed = tested, {"r": 0}
@@ -406,7 +417,10 @@ def test_nan_stays_nan() -> None:
     assert tap.f[:2].isnan().all()
 
 
-def test_an_error_in_the_encoder_is_seen_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_loop", [False, True])
+def test_an_error_in_the_encoder_is_seen_as_nan(
+    monkeypatch: pytest.MonkeyPatch, *, by_loop: bool
+) -> None:
     """Serving goes on, the activations say that nothing was read, the pass counts as run."""
     watchlist = make_watchlist([simple()], [make_hook()])
     (tap,) = install_taps(watchlist, max_tokens=8, slots=1, device=CPU)
@@ -414,6 +428,7 @@ def test_an_error_in_the_encoder_is_seen_as_nan(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
+    monkeypatch.setattr(HostLoop, "read", fail if by_loop else lambda *_: False)
     monkeypatch.setattr(tapping.torch, "addmm", fail)
     hidden = torch.ones(2, FEATURES)
     torch.ops.saeguard.tap(hidden, None, 0)

@@ -122,13 +122,13 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
     taps = install_taps(watchlist, max_tokens=max_tokens, slots=slots, device=device, hooks=here)
     for tap in taps:
         hook_layer(layers, tap.layer)
-    excluded = torch.zeros(vllm_config.model_config.get_vocab_size() + 1, dtype=torch.bool)
-    excluded[list(watchlist.exclude_tokens)] = True
+    eligible_ids = torch.ones(vllm_config.model_config.get_vocab_size() + 1, dtype=torch.bool)
+    eligible_ids[list(watchlist.exclude_tokens)] = False
     guard = WorkerGuard(
         watchlist=watchlist,
         taps=taps,
         rows=taps[0].rows if taps else allocate_rows(max_tokens, device),
-        excluded=excluded.to(device),
+        eligible_ids=eligible_ids.to(device),
         device=device,
         last_stage=get_pp_group().is_last_rank,
         free=list(range(1, slots + 1))[::-1],

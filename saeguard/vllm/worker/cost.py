@@ -13,7 +13,7 @@ from saeguard.vllm.worker.guard import WorkerGuard
 
 def measure_cost(guard: WorkerGuard, rows: int, repeats: int = 20) -> tuple[float, float]:
     """Return the MiB that the taps hold, and their microseconds in a pass of `rows` rows."""
-    tensors: set[torch.Tensor] = {guard.excluded}
+    tensors: set[torch.Tensor] = {guard.eligible_ids}
     for tap in guard.taps:
         clamps = tap.clamps.values()
         parts: list[Any] = [tap, tap.rows, *clamps, *(clamp.edits for clamp in clamps)]

@@ -1,7 +1,8 @@
 """One worker's guard: it lays out each forward pass for the taps, and copies what they read.
 
 Both model runners use it. They call `begin_pass` before the model runs. After it, `end_pass` starts
-to copy the activations to the host, and `collect` waits for the copies.
+to copy the activations to the host, and `collect` waits for the copy. On a CPU, `end_pass` copies
+them by numpy, since a call of torch takes several times as long.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from saeguard.guard.clamp import rules as clamping
+from saeguard.guard.clamp import state as clamping
 from saeguard.guard.compiled_rules import is_sampled
 from saeguard.guard.forward_pass import ForwardPass, Rows, lay_out
+from saeguard.guard.host_arrays import array_of
 from saeguard.guard.install_taps import add_clamps, write_rows
+from saeguard.guard.packed import Buffers, Packed
 from saeguard.guard.scopes import OUTPUT, TEMPLATE
 from saeguard.guard.tap import Tap
 from saeguard.guard.watchlist import WatchList
@@ -27,6 +30,12 @@ if TYPE_CHECKING:
     from saeguard.vllm.worker.selftest import Observation
 
 
+def _rows_on_host(tensor: torch.Tensor, rows: slice | None) -> np.ndarray:
+    """Return rows of a tensor in the host's memory, as an array that shares it."""
+    array: np.ndarray = array_of(tensor)[rows]
+    return array
+
+
 class Layout(NamedTuple):
     """Which rows of a forward pass belong to which request."""
 
@@ -35,20 +44,22 @@ class Layout(NamedTuple):
     query_start: np.ndarray
     """[requests + 1] first row of each request, then the number of rows."""
     positions: torch.Tensor
-    """[rows] position of each row's token in its request, on the device."""
+    """[rows or more] position of each row's token in its request, on the device."""
 
 
 @dataclass(slots=True)
 class Pending:
-    """A forward pass whose activations are being copied to the host."""
+    """A forward pass whose activations are on the host, or on their way to it."""
 
     request_ids: list[str]
     query_start: np.ndarray
-    host: list[Reading]
-    """One reading per hook, in the watch list's order."""
-    eligible: torch.Tensor
-    positions: torch.Tensor
+    parts: list[np.ndarray] | Packed
+    """Positions; the ticks of each hook, in the watch list's order; their activations; eligible;
+    and what each of `acted` holds."""
+    acted: list[str]
+    """Digest of the clamps, for each hook and each of its clamps."""
     event: Any
+    """None if there is nothing to wait for."""
     swaps: int
 
 
@@ -60,8 +71,8 @@ class WorkerGuard:
     taps: tuple[Tap, ...]
     """The taps of the layers on this pipeline stage."""
     rows: Rows
-    excluded: torch.Tensor
-    """[vocabulary + 1] bool on the device: the token id is excluded."""
+    eligible_ids: torch.Tensor
+    """[vocabulary + 1] bool on the device: the token id is not excluded."""
     device: torch.device
     last_stage: bool = True
     """Whether this is the last pipeline stage, which samples and hands forward passes over."""
@@ -86,12 +97,18 @@ class WorkerGuard:
     outgoing: dict[int, Reading] | None = None
     """Readings to send to the next pipeline stage, by layer."""
     pending: Pending | None = None
+    buffers: Buffers = field(init=False)
+    """Host buffers of the passes under way, if the model runs on a GPU."""
     tested: bool = False
     """Whether the start-up self-test has passed on this rank."""
     failures: list[str] = field(default_factory=list)
     """Messages of the self-test about what is wrong on this rank."""
     observation: Observation | None = None
     """What the self-test's uncompiled pass recorded; None before and after the test."""
+
+    def __post_init__(self) -> None:
+        """Start without buffers."""
+        self.buffers = Buffers(pinned=self.device.type == "cuda")
 
     def admit(self, request_id: str) -> int:
         """Return a request's clamp slot, assigning one if it has none yet."""
@@ -170,6 +187,11 @@ class WorkerGuard:
                 self.free.append(slot)
 
     @property
+    def on_host(self) -> bool:
+        """Return whether the model runs on the CPU, so that its tensors are the host's memory."""
+        return self.device.type == "cpu"
+
+    @property
     def clamps(self) -> bool:
         """Return whether the taps hold any clamps."""
         return any(tap.clamps for tap in self.taps)
@@ -186,17 +208,25 @@ class WorkerGuard:
         Args:
             request_ids: in row order.
             query_start: [requests + 1] first row of each, then the number of rows.
-            input_ids: [rows] token ids, on the device.
-            positions: [rows] position of each token in its request, on the device.
+            input_ids: [rows or more] token ids, on the device.
+            positions: [rows or more] position of each token in its request, on the device.
         """
-        torch.logical_not(self.excluded[input_ids], out=self.rows.eligible[: len(input_ids)])
+        n = int(query_start[-1])
+        if self.on_host:
+            ids = array_of(input_ids)[:n]
+            array_of(self.rows.eligible)[:n] = array_of(self.eligible_ids)[ids]
+        else:
+            self.rows.eligible[:n] = self.eligible_ids[input_ids[:n]]
         if self.clamps:
             slots = [self.admit(r) for r in request_ids]
             roles = self._roles(request_ids, query_start)
             lay_out(self.rows, slots, query_start, positions, roles)
         self.current = Layout(request_ids, query_start, positions)
         for tap in self.taps:
-            tap.ticks.zero_()
+            if self.on_host:
+                array_of(tap.ticks)[()] = 0
+            else:
+                tap.ticks.zero_()
 
     def _roles(self, request_ids: list[str], query_start: np.ndarray) -> np.ndarray:
         """Return [rows] indices into `ROLES`.
@@ -218,54 +248,54 @@ class WorkerGuard:
         layout, self.current = self.current, None
         n = int(layout.query_start[-1])
         readings, self.received = self.received, {}
+        first: Any = torch.Tensor.__getitem__
+        if self.on_host and self.last_stage:  # where they are fetched on the spot
+            first = _rows_on_host
+        rows = slice(n)
         for tap in self.taps:
-            acted = {digest: clamp.acted[:n] for digest, clamp in tap.clamps.items()}
-            readings[tap.layer] = Reading(tap.f[:n], tap.ticks.reshape(1), acted)
+            acted = {digest: first(clamp.acted, rows) for digest, clamp in tap.clamps.items()}
+            readings[tap.layer] = Reading(first(tap.f, rows), first(tap.ticks, None), acted)
         if not self.last_stage:
             self.outgoing = {layer: reading.copy() for layer, reading in readings.items()}
             return
-        host = [
-            Reading(
-                self._to_host(f),
-                self._to_host(ticks),
-                {digest: self._to_host(where) for digest, where in acted.items()},
-            )
-            for f, ticks, acted in (readings[hook.layer] for hook in self.watchlist.hooks)
-        ]
-        eligible, positions = self._to_host(self.rows.eligible[:n]), self._to_host(layout.positions)
+        found = [readings[hook.layer] for hook in self.watchlist.hooks]
+        tensors = [first(layout.positions, rows), *(reading.ticks for reading in found)]
+        tensors += [*(reading.f for reading in found), first(self.rows.eligible, rows)]
+        tensors += [where for reading in found for where in reading.acted.values()]
+        parts: list[np.ndarray] | Packed
         event: Any = None
-        if self.device.type == "cuda":
+        if self.on_host:
+            parts = [(t if isinstance(t, np.ndarray) else t.numpy()).copy() for t in tensors]
+        else:
+            parts = self.buffers.fetch(tensors)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
+        acted_by = [digest for reading in found for digest in reading.acted]
         self.pending = Pending(
-            layout.request_ids, layout.query_start, host, eligible, positions, event, self.swaps
+            layout.request_ids, layout.query_start, parts, acted_by, event, self.swaps
         )
 
     def collect(self, pending: Pending) -> ForwardPass:
-        """Wait for the copies of one forward pass and return it."""
+        """Wait for the copy of one forward pass and return it."""
         if pending.event is not None:
             pending.event.synchronize()
-        f = [reading.f.numpy() for reading in pending.host]
+        parts = pending.parts
+        arrays = self.buffers.unpack(parts) if isinstance(parts, Packed) else parts
+        hooks = len(self.watchlist.hooks)
+        positions, eligible = arrays[0], arrays[1 + 2 * hooks]
+        ticks, f = arrays[1 : 1 + hooks], arrays[1 + hooks : 1 + 2 * hooks]
         acted: dict[str, list[np.ndarray]] = {}
-        for reading in pending.host:
-            for digest, where in reading.acted.items():
-                acted.setdefault(digest, []).append(where.numpy())
+        for digest, where in zip(pending.acted, arrays[2 + 2 * hooks :], strict=True):
+            acted.setdefault(digest, []).append(where)
         return ForwardPass(
             request_ids=pending.request_ids,
             query_start=pending.query_start,
-            positions=pending.positions.numpy(),
-            eligible=pending.eligible.numpy(),
-            f=f[0] if len(f) == 1 else np.concatenate(f, axis=1),
+            positions=positions,
+            eligible=eligible,
+            f=f[0] if hooks == 1 else np.concatenate(f, axis=1),
             acted=None,
-            ran=all(int(reading.ticks) == 1 for reading in pending.host),
+            ran=all(int(tick[0]) == 1 for tick in ticks),
             watchlist=self.watchlist.digest,
             swaps=pending.swaps,
             acted_by={digest: np.concatenate(a, axis=1) for digest, a in acted.items()},
         )
-
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Start to copy a tensor to host memory that the next forward pass does not overwrite."""
-        if self.device.type != "cuda":
-            return tensor.clone()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)

@@ -38,13 +38,13 @@ assumes(
 
 
 class Reading(NamedTuple):
-    """What one layer's tap read in a forward pass, on the device."""
+    """What one layer's tap read in a forward pass, on the device; on a CPU also as arrays."""
 
-    f: torch.Tensor
+    f: Any
     """[rows, columns] float32 activations."""
-    ticks: torch.Tensor
+    ticks: Any
     """[1] int64: how often the tap ran."""
-    acted: Mapping[str, torch.Tensor]
+    acted: Mapping[str, Any]
     """[rows, clamp policies] bool, whether a row was edited, by digest of the clamps."""
 
     def copy(self) -> Reading:

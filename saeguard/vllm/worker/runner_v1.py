@@ -54,15 +54,13 @@ def model_forward(original: Original, runner: Any) -> Any:
     if guard is None:
         return original()
     n = runner.input_batch.num_reqs
-    query_start = runner.query_start_loc.np[: n + 1].copy()
-    rows = int(query_start[-1])
     begin(
         runner,
         guard,
         list(runner.input_batch.req_ids[:n]),
-        query_start,
-        runner.input_ids.gpu[:rows],
-        runner.positions[:rows],
+        runner.query_start_loc.np[: n + 1].copy(),
+        runner.input_ids.gpu,
+        runner.positions,
     )
     result = original()
     end(runner, guard)

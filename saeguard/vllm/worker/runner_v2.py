@@ -79,14 +79,12 @@ def prepare_inputs(original: Original, runner: Any) -> Any:
     guard = WORKER_GUARD.get(runner)
     if guard is not None:
         n = batch.num_reqs
-        query_start = batch.query_start_loc_np[: n + 1].copy()
-        rows = int(query_start[-1])
         begin(
             runner,
             guard,
             list(batch.req_ids[:n]),
-            query_start,
-            batch.input_ids[:rows],
-            batch.positions[:rows],
+            batch.query_start_loc_np[: n + 1].copy(),
+            batch.input_ids,
+            batch.positions,
         )
     return batch
