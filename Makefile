@@ -17,7 +17,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # The model of the feature set that the shipped policies name.
 POLICY_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: setup demo demo-model test test-all nightly storm mutants parity compat contract soak reload-storm fuzz lsp check check-texts format bench bench-encode build docs doctor clean
+.PHONY: setup demo demo-model test test-all nightly storm mutants parity compat contract soak reload-storm fuzz lsp check check-texts format bench bench-encode bench-serve bench-peers build docs doctor clean
 
 setup: $(READY)
 
@@ -122,6 +122,14 @@ bench: setup
 # Encoders side by side, every size: half an hour. ARGS="--widths 16k,65k --resume" for a part of it.
 bench-encode: setup
 	$(BIN)/python -m benchmarks.encode $(ARGS)
+
+# What a client sees of a guarded server, by vLLM's own benchmark client. ARGS=--quick for a look.
+bench-serve: demo-model
+	$(BIN)/python -m benchmarks.serve $(ARGS)
+
+# Beside what a user would pick instead: a hook by hand, vllm-lens. ARGS=--quick for a look.
+bench-peers: setup
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 build: setup
 	$(BIN)/python -m build $(ARGS)

@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.cost_tables import document
 from benchmarks.overhead_engine import (
     IDLE,
     MAX_LENGTH,
@@ -176,8 +177,12 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, default=32, help="prompt tokens of a request (default 32)")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--out", type=Path, help="JSON file (default results/overhead-<cpu>.json)")
+    parser.add_argument("--docs", type=Path, metavar="ROOT", help="renew the tables of the pages")
+    parser.add_argument("--quick", action="store_true", help="a look at all states: two minutes")
     parser.add_argument("--tiny", action="store_true", help="see whether it works; measure nothing")
     args = parser.parse_args()
+    if args.quick:
+        args.batches, args.rounds, args.steps = "8", 4, 8
     if args.tiny:
         args.batches, args.rounds, args.steps = "2", 2, 2
     args.batches = [int(b) for b in args.batches.split(",")]
@@ -218,7 +223,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "numpy": np.__version__,
             },
-            "arguments": {k: str(v) if k == "out" else v for k, v in vars(args).items()},
+            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
             "revision": revision(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": about,
@@ -239,6 +244,8 @@ def main() -> None:
     console.print(f"{results['seconds']} s; written to {out}")
     if args.markdown:
         print(markdown(results))
+    if args.docs is not None:
+        document(results, args.docs)
 
 
 if __name__ == "__main__":

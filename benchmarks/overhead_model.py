@@ -33,6 +33,7 @@ class Size:
 
 
 FULL = Size(hidden=1024, layers=14, latents=65_536)
+QUICK = Size(hidden=512, layers=8, latents=32_768)
 TINY = Size(hidden=128, layers=2, latents=1024)
 VOCABULARY = 2048
 

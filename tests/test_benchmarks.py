@@ -74,6 +74,32 @@ def test_overhead(tmp_path: Path) -> None:
     positive(beside, "full_us", "watched_us")
 
 
+@pytest.mark.engine
+def test_peers(tmp_path: Path) -> None:
+    """Each engine that is installed serves the same batches, and reads them; a plot shows them."""
+    plot = tmp_path / "peers.svg"
+    result = made("bench-peers", tmp_path / "peers.json", "--tiny", "--plot", str(plot))
+    kinds = result["batches"]["2"]
+    assert {"plain", "hook", "saeguard"} == set(kinds) - {"vllm-lens"}
+    assert set(result["not_measured"]) == set(result["engines"]) - set(kinds)
+    for kind, figures in kinds.items():
+        positive(figures, "step_ms", *(["read"] if kind != "plain" else []))
+        assert len(figures["ratio"]) == 3
+    assert plot.stat().st_size
+
+
+@pytest.mark.server
+def test_serve(tmp_path: Path) -> None:
+    """vLLM's client asks two servers, and the guarded one is in the state that it stands for."""  # noqa: D403
+    plot = tmp_path / "serve.svg"
+    result = measured("serve", tmp_path / "serve.json", "--tiny", "--plot", str(plot))
+    assert set(result["servers"]) == {"unguarded", "firing"}
+    for figures in result["servers"].values():
+        positive(figures["median"], "output_throughput", "p50_ttft_ms", "p50_itl_ms", "p99_itl_ms")
+    assert result["judged"]["firing"]["match"] > 0
+    assert plot.stat().st_size
+
+
 def test_encode(tmp_path: Path) -> None:
     """One size has ratios between our encoder, the libraries' and the bare product."""
     sizes = ("--widths", "16k", "--tokens", "1", "--watched", "32", "--least", "1")
