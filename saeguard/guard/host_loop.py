@@ -75,7 +75,10 @@ def compiled() -> Callable[..., None] | None:
         numba = importlib.import_module("numba")
         numbers, shape = numba.types.CPointer(numba.float32), numba.types.CPointer(numba.int64)
         signature = numba.void(*[numbers] * 8, shape)
-        function = numba.cfunc(signature, fastmath=FAST_MATH)(read_rows)
+        try:  # seconds at a first start, none at later ones
+            function = numba.cfunc(signature, fastmath=FAST_MATH, cache=True)(read_rows)
+        except RuntimeError:  # no folder to keep it in
+            function = numba.cfunc(signature, fastmath=FAST_MATH)(read_rows)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it, torch computes the same
         log.warning("saeguard reads taps without numba, more slowly", why=str(error))
         return None
