@@ -108,7 +108,7 @@ def add(engine: Any, name: str, request: dict[str, Any]) -> None:
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
 
-    prompt = {"prompt_token_ids": request["prompt"]}
+    prompt = embeds(request) if "embeds" in request else {"prompt_token_ids": request["prompt"]}
     if request.get("salt"):
         prompt["cache_salt"] = request["salt"]
     params = dict(request["params"])
@@ -121,6 +121,16 @@ def add(engine: Any, name: str, request: dict[str, Any]) -> None:
         SamplingParams(**params),
         lora_request=LoRARequest(*adapter) if adapter else None,
     )
+
+
+def embeds(request: dict[str, Any]) -> dict[str, Any]:
+    """Return a prompt of embeddings, or of token ids and embeddings."""
+    import torch
+
+    prompt = {"type": "embeds", "prompt_embeds": torch.tensor(request["embeds"])}
+    if request["ids"] is not None:
+        prompt |= {"prompt_token_ids": request["ids"], "is_token_ids": request["is_token"]}
+    return prompt
 
 
 def sleep(llm: Any) -> None:
@@ -136,6 +146,21 @@ def fail(llm: Any) -> None:
     scheduler.grammar_compile_error_reqs.add(scheduler.running[0].request_id)
 
 
+def session(llm: Any) -> None:
+    """Ask for a request whose prompt comes in parts, which the guard must refuse."""
+    from saeguard.vllm.engine_core import selftest
+    from saeguard.vllm.engine_core.hooks import SessionError
+
+    core = llm.llm_engine.engine_core.engine_core
+    request = selftest._request(core, "session")
+    request.resumable = True
+    try:
+        core.preprocess_add_request(request)
+    except SessionError:
+        return
+    raise AssertionError("a session was taken")
+
+
 BETWEEN: dict[str, Callable[[Any], Any]] = {
     "reset": lambda llm: llm.reset_prefix_cache(reset_running_requests=True),
     "sleep": sleep,
@@ -143,6 +168,7 @@ BETWEEN: dict[str, Callable[[Any], Any]] = {
         llm.llm_engine.engine_core.engine_core.scheduler.saeguard_engine.prefix_store.clear()
     ),
     "fail": fail,
+    "session": session,
 }
 
 

@@ -171,4 +171,4 @@ def test_ranks_that_judge_each_for_itself_are_refused(tmp_path: Path) -> None:
         timeout=300,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "the external_launcher executor is not supported on several ranks" in done.stderr
+    assert "the external_launcher executor (--distributed-executor-backend)" in done.stderr

@@ -61,6 +61,33 @@ class Forgetful(Live):
                 self.tally.verdicts += 1
 
 
+class Connected(Forgetful):
+    """An engine that writes KV to disk through a connector, and reads it from there."""
+
+    def __init__(self, root: Path, engine: dict[str, Any], *, v2: bool = False) -> None:
+        """Start the engine."""
+        connector = {
+            "kv_connector": "ExampleConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"shared_storage_path": str(root / "kv")},
+        }
+        # It keeps what the first chunk of a prompt left, so a chunk must take a whole prompt.
+        more = {"kv_transfer_config": connector, "max_num_batched_tokens": 192}
+        super().__init__(root, {**engine, **more}, v2=v2)
+
+
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["v1", "v2"]
+)
+def connected(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Connected]:
+    """Start an engine whose KV outlives its cache."""
+    root = tmp_path_factory.mktemp("connected")
+    with living(root, {"block_size": BLOCK}, Connected, v2=request.param) as live:
+        yield live
+
+
 @pytest.fixture(
     scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["v1", "v2"]
 )
@@ -113,3 +140,25 @@ def test_recompute(forgetful: Forgetful) -> None:
     assert forgetful.cached == 3 * BLOCK
     forgetful.serve(requests(2)[2:])  # nobody who does not ask computes anything again
     assert forgetful.cached == 3 * BLOCK
+
+
+def test_kv_through_a_connector_is_counted(connected: Connected) -> None:
+    """As after a restart: KV comes from disk, and the guard has no record of it."""
+    mix = requests(3)
+    connected.serve(mix[:1])
+    connected.unseen = 3 * BLOCK
+    try:
+        connected.serve(mix[1:2], reset=True)
+    finally:
+        connected.unseen = 0
+    assert connected.cached == 3 * BLOCK
+
+
+def test_kv_through_a_connector_is_computed_again(connected: Connected) -> None:
+    """If a policy asks for it; later requests read it from the cache, with its record."""
+    asking = requests(4, extra_args={"saeguard_enforce": "test.recompute"})
+    connected.serve(asking[:1])
+    connected.serve(asking[1:2], reset=True)  # every token is evaluated, or `check` fails
+    assert connected.cached == 0
+    connected.serve(asking[2:])
+    assert connected.cached == 3 * BLOCK

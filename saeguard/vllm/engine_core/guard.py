@@ -19,6 +19,7 @@ from saeguard.guard.watchlist import WatchList
 from saeguard.reload.reloader import Reloader
 from saeguard.reload.versions import Versions, make_version
 from saeguard.reload.worker_updates import Admitted, UpdateQueue, WorkerUpdate
+from saeguard.vllm.embedded import NO_TOKEN, embedded_positions
 from saeguard.vllm.engine_core.admission import Admission, admission_of
 from saeguard.vllm.engine_core.pending_passes import PendingPasses
 from saeguard.vllm.engine_core.response import reading_response, response
@@ -162,14 +163,18 @@ class EngineGuard:
         """Return the role of each prompt token, [tokens]; None if no policy's scope is a role.
 
         A prompt of embeddings has no chat template. All of it is the user's, as is any text that
-        bypasses the template.
+        bypasses the template. Embeddings within a message are of the message's role.
         """
         if not watchlist.rules.by_role:
             return None
         assert isinstance(self.marks, RoleMarks)  # checked before the watch list was accepted
         if request.prompt_token_ids is None:
             return np.full(request.num_prompt_tokens, USER, np.uint8)
-        return roles_of(self.marks, np.asarray(request.prompt_token_ids))
+        ids = np.asarray(request.prompt_token_ids)
+        embedded = embedded_positions(request)
+        if embedded is not None:
+            ids = np.where(embedded, NO_TOKEN, ids)
+        return roles_of(self.marks, np.where(ids < 0, NO_TOKEN, ids))
 
     def worker_update(self, new_requests: Iterable[str]) -> WorkerUpdate:
         """Return the worker update for the step that was just scheduled."""
@@ -183,15 +188,19 @@ class EngineGuard:
         )
 
     def recomputes(self, request: Any, cached_tokens: int) -> bool:
-        """Return whether a request must compute cached tokens again, so that the taps read them."""
+        """Return whether a request must compute cached tokens again, so that the taps read them.
+
+        Args:
+            request: vLLM's.
+            cached_tokens: leading tokens whose KV is in the prefix cache or comes from elsewhere.
+        """
         admission = self.admitted.get(request.request_id)
-        if self.prefix_store is None or admission is None:
+        if admission is None or not (admission.recomputes or self.readings is not None):
             return False
-        if not admission.recomputes and self.readings is None:
-            return False
-        self.passes.catch_up()
         store = self.versions[request.request_id].ledger.prefix_store
-        assert store is not None
+        if store is None or cached_tokens % store.block:  # records are of whole blocks
+            return True
+        self.passes.catch_up()
         return not store.holds(request.block_hashes[: cached_tokens // store.block])
 
     # --- a request ends -------------------------------------------------------------------------

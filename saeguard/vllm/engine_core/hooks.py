@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from saeguard.errors import CannotRunError
 from saeguard.guard.roles import chat_template
 from saeguard.guard.roles.assign import RoleMarks
 from saeguard.start_report import failed
@@ -60,6 +61,7 @@ reads(
     "cache_salt",
     "sampling_params",
     "lora_request",
+    "resumable",
     why="a clamped request's KV cache has a key of its own",
 )
 reads(
@@ -80,6 +82,10 @@ assumes(
 )
 
 
+class SessionError(CannotRunError):
+    """A client wants to go on with a request that vLLM has ended; the guard cannot judge that."""
+
+
 @patch(f"{SCHEDULER}.__init__", why="the engine core's guard lives beside the requests")
 def init(original: Original, scheduler: Any, vllm_config: Any) -> None:
     """Build the scheduler, and its guard if the server is configured for one."""
@@ -97,6 +103,7 @@ def init(original: Original, scheduler: Any, vllm_config: Any) -> None:
             marks=role_marks_of(model),
             engine=int(vllm_config.parallel_config.data_parallel_index),
         )
+        prefix_cache.skip_unread(scheduler, guard)
         reload.listen(guard)
         ENGINE_GUARD.set(scheduler, guard)
         ENGINE_GUARD.set(scheduler.kv_cache_manager, guard)
@@ -173,10 +180,19 @@ def preprocess_add_request(original: Original, core: Any, request: Any) -> Any:
     The decision is made once. A version that becomes current later judges later requests only. The
     prefix cache is keyed by the clamps. A clamped request reads no cached prefix, because the state
     of its clamps is built from the tokens that pass through the model.
+
+    Raises:
+        SessionError: vLLM reports it to the client as an error of this request.
     """
     guard = ENGINE_GUARD.get(core.scheduler)
     if guard is None or request.sampling_params is None:
         return original()
+    if request.resumable:
+        raise SessionError(
+            "saeguard: a request whose prompt is sent in parts (streaming input, realtime) is not "
+            "supported: a stop could not end it, and later parts would not be judged; send the "
+            "whole prompt at once"
+        )
     admission = guard.admission(request.sampling_params, request.lora_request)
     if admission.edits:
         digest = hashlib.sha256(admission.edits.encode()).hexdigest()[:16]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.watchlist import WatchList
 from saeguard.vllm.attributes import ENGINE_GUARD
-from saeguard.vllm.patches import Original, calls, patch, reads
+from saeguard.vllm.patches import Original, assumes, calls, patch, reads
 from saeguard.vllm.settings import Settings
+
+if TYPE_CHECKING:
+    from saeguard.vllm.engine_core.guard import EngineGuard
 
 log = structlog.get_logger("saeguard")
 
@@ -22,6 +25,25 @@ reads(
     "block_size",
     "hash_block_size",
     why="the size of the prefix store and of its blocks",
+)
+reads(
+    "vllm.v1.core.sched.scheduler:Scheduler",
+    "connector",
+    why="`uncached: recompute` of KV that comes through a connector",
+)
+calls(
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
+    ".get_num_new_matched_tokens",
+    "request",
+    "num_computed_tokens",
+    why="`uncached: recompute` of KV that comes through a connector; wrapped on the instance, "
+    "since each connector has a class of its own",
+)
+assumes(
+    "a connector whose `get_num_new_matched_tokens` found tokens accepts that the scheduler loads "
+    "none of them",
+    why="requests whose policies need every token read; vLLM itself does so for "
+    "`skip_reading_prefix_cache`",
 )
 reads(
     MANAGER,
@@ -98,6 +120,40 @@ def computed_blocks(original: Original, manager: Any, request: Any) -> Any:
     if guard is None or not found[1] or not guard.recomputes(request, found[1]):
         return found
     return (manager.empty_kv_cache_blocks, *(0 for _ in found[1:]))
+
+
+def skip_unread(scheduler: Any, guard: EngineGuard) -> None:
+    """Let the scheduler's KV connector find nothing for requests that must compute their prompt.
+
+    Those are requests with a policy that needs records that do not exist, and clamped requests.
+    """
+    connector = scheduler.connector
+    if connector is None:
+        return
+    find = connector.get_num_new_matched_tokens
+
+    def find_read(request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        found: tuple[int | None, bool] = find(request, num_computed_tokens)
+        if found[0] and (
+            request.skip_reading_prefix_cache
+            or guard.recomputes(request, num_computed_tokens + found[0])
+        ):
+            return 0, False
+        return found
+
+    connector.get_num_new_matched_tokens = find_read
+    if not getattr(connector, "supports_divergent_local_hybrid_hits", False):
+        return
+    manager = scheduler.kv_cache_manager
+    find_local = manager.get_computed_blocks_for_connector
+
+    def find_read_local(request: Any) -> Any:
+        found = find_local(request)
+        if not found[1] or not guard.recomputes(request, found[1]):
+            return found
+        return (manager.empty_kv_cache_blocks, *(type(n)(0) for n in found[1:]))
+
+    manager.get_computed_blocks_for_connector = find_read_local
 
 
 @patch(f"{MANAGER}.reset_prefix_cache", why="dropping what was recorded of blocks that are gone")

@@ -14,6 +14,7 @@ from saeguard.guard.watchlist import WatchList
 from saeguard.reload.reload_state import ReloadContext
 from saeguard.reload.reloader import Reloader
 from saeguard.vllm.engine_core.guard import EngineGuard
+from saeguard.vllm.kv_connector import check_connector
 from saeguard.vllm.model_fit import check_models
 from saeguard.vllm.patches import reads
 from saeguard.vllm.startup import check_manifest, source_of
@@ -73,14 +74,16 @@ def begin(core: Any, guard: EngineGuard) -> None:
 
 
 def _accept(config: Any, guard: EngineGuard, watchlist: WatchList) -> None:
-    """Refuse feature sets made for another model, and roles that the chat template does not mark.
+    """Refuse feature sets for another model, roles without marks, and clamps that would leak.
 
     Raises:
         ModelFitError: names both shapes.
         RolesError: a policy's scope is a role, and the template does not delimit roles.
+        ConnectorError: the KV connector would hand the KV of clamped requests to others.
     """
     check_models(config.model_config, set(watchlist.models) - set(guard.watchlist.models))
     check_roles(watchlist, guard.marks)
+    check_connector(config, watchlist)
 
 
 def _graphs_are_captured(config: Any) -> bool:

@@ -14,13 +14,15 @@ from saeguard.guard.forward_pass import allocate_rows
 from saeguard.guard.install_taps import install_taps
 from saeguard.guard.tap import TAPS, fingerprint
 from saeguard.guard.watchlist import WatchList, clamps_digest
+from saeguard.vllm.kv_connector import check_connector
 from saeguard.vllm.messages import KEY
 from saeguard.vllm.model_fit import check_models
 from saeguard.vllm.patches import calls, reads
 from saeguard.vllm.settings import Settings
 from saeguard.vllm.startup import start
 from saeguard.vllm.worker.guard import WorkerGuard
-from saeguard.vllm.worker.layers import ModelError, decoder_layers, hook_layer, is_here
+from saeguard.vllm.worker.layers import decoder_layers, hook_layer, is_here
+from saeguard.vllm.worker.unsupported import check_mode
 
 log = structlog.get_logger("saeguard")
 
@@ -33,7 +35,6 @@ reads(
     "vllm.config:VllmConfig",
     "additional_config",
     "model_config",
-    "parallel_config",
     "scheduler_config",
     why="vLLM hashes `additional_config` into its compile key; `graph` in it names the hooked "
     "layers and a digest of the tap, so that a compiled artefact without the tap has another key",
@@ -42,7 +43,6 @@ reads(
     "vllm.config:ModelConfig",
     "hf_text_config",
     "get_vocab_size",
-    "runner_type",
     why="whether the watch list fits the model; the size of the table of excluded tokens",
 )
 reads(
@@ -50,12 +50,6 @@ reads(
     "max_num_batched_tokens",
     "max_num_seqs",
     why="sizes of the row buffers and of the clamp state",
-)
-reads(
-    "vllm.config:ParallelConfig",
-    "world_size",
-    "distributed_executor_backend",
-    why="refusing executors under which each rank would judge every request",
 )
 calls(
     "vllm.distributed.parallel_state:get_pp_group",
@@ -72,21 +66,12 @@ def prepare(vllm_config: Any, settings: Settings) -> WatchList:
     """Compile the watch list before the model is built, so that a mistake costs seconds.
 
     Raises:
-        ModelError: the model does not generate, or its executor is not supported.
+        ModeError: a mode of vLLM that is switched on is not supported.
+        ConnectorError: a KV connector would hand the KV of clamped requests to others.
     """
+    check_mode(vllm_config)
     watchlist = start(settings).watchlist
-    parallel = vllm_config.parallel_config
-    if parallel.world_size > 1 and parallel.distributed_executor_backend == "external_launcher":
-        raise ModelError(
-            "the external_launcher executor is not supported on several ranks: each of them would "
-            "judge every request and write its events; let vLLM start the ranks (mp or ray)"
-        )
-    if vllm_config.model_config.runner_type == "pooling":
-        raise ModelError(
-            "pooling and embedding models are not supported: nothing is generated, so the start-up "
-            "self-test cannot show that the guard sees the residual; remove `saeguard` from "
-            "--additional-config to serve this model unguarded"
-        )
+    check_connector(vllm_config, watchlist)
     _mark_graph(vllm_config, watchlist)
     return watchlist
 
@@ -122,7 +107,9 @@ def attach(model: Any, vllm_config: Any, watchlist: WatchList, device: torch.dev
     taps = install_taps(watchlist, max_tokens=max_tokens, slots=slots, device=device, hooks=here)
     for tap in taps:
         hook_layer(layers, tap.layer)
-    eligible_ids = torch.ones(vllm_config.model_config.get_vocab_size() + 1, dtype=torch.bool)
+    # A tokenizer may have more ids than the model, such as that of an image's placeholder.
+    ids = max(vllm_config.model_config.get_vocab_size(), *watchlist.exclude_tokens, 0) + 1
+    eligible_ids = torch.ones(ids + 1, dtype=torch.bool)
     eligible_ids[list(watchlist.exclude_tokens)] = False
     guard = WorkerGuard(
         watchlist=watchlist,

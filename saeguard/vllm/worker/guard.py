@@ -25,6 +25,7 @@ from saeguard.guard.tap import Tap
 from saeguard.guard.watchlist import WatchList
 from saeguard.reload.worker_updates import Admitted, WorkerUpdate
 from saeguard.vllm.worker.pipeline_parallel import Reading
+from saeguard.vllm.worker.prompt_rows import fill_prompt_rows
 
 if TYPE_CHECKING:
     from saeguard.vllm.worker.selftest import Observation
@@ -72,7 +73,8 @@ class WorkerGuard:
     """The taps of the layers on this pipeline stage."""
     rows: Rows
     eligible_ids: torch.Tensor
-    """[vocabulary + 1] bool on the device: the token id is not excluded."""
+    """[ids + 1] bool on the device: the token id is not excluded. The last is True; ids outside of
+    the table use it."""
     device: torch.device
     last_stage: bool = True
     """Whether this is the last pipeline stage, which samples and hands forward passes over."""
@@ -88,6 +90,8 @@ class WorkerGuard:
     """Free clamp slots."""
     prompts: dict[str, np.ndarray] = field(default_factory=dict)
     """By id of each request with a clamp slot: [prompt tokens] indices into `ROLES`."""
+    embedded: dict[str, np.ndarray] = field(default_factory=dict)
+    """By id of each request whose prompt holds embeddings: [prompt tokens] bool, where."""
     computed: dict[str, int] = field(default_factory=dict)
     """By id of each request in the next forward pass: vLLM's `num_computed_tokens`."""
     current: Layout | None = None
@@ -182,6 +186,7 @@ class WorkerGuard:
         for request_id in request_ids:
             self.announced.pop(request_id, None)
             self.prompts.pop(request_id, None)
+            self.embedded.pop(request_id, None)
             slot = self.slots.pop(request_id, None)
             if slot is not None:
                 self.free.append(slot)
@@ -211,15 +216,22 @@ class WorkerGuard:
             input_ids: [rows or more] token ids, on the device.
             positions: [rows or more] position of each token in its request, on the device.
         """
-        n = int(query_start[-1])
+        n, last = int(query_start[-1]), len(self.eligible_ids) - 1
         if self.on_host:
-            ids = array_of(input_ids)[:n]
+            ids = array_of(input_ids)[:n].clip(-1, last)
             array_of(self.rows.eligible)[:n] = array_of(self.eligible_ids)[ids]
         else:
-            self.rows.eligible[:n] = self.eligible_ids[input_ids[:n]]
+            self.rows.eligible[:n] = self.eligible_ids[input_ids[:n].clamp(-1, last)]
+        if self.embedded:  # rows whose token ids are not theirs
+            where = fill_prompt_rows(
+                np.zeros(n, bool), self.embedded, self.computed, request_ids, query_start
+            )
+            self.rows.eligible[:n] |= torch.from_numpy(where).to(self.device)
         if self.clamps:
             slots = [self.admit(r) for r in request_ids]
-            roles = self._roles(request_ids, query_start)
+            roles = fill_prompt_rows(
+                np.full(n, OUTPUT), self.prompts, self.computed, request_ids, query_start
+            )
             lay_out(self.rows, slots, query_start, positions, roles)
         self.current = Layout(request_ids, query_start, positions)
         for tap in self.taps:
@@ -227,20 +239,6 @@ class WorkerGuard:
                 array_of(tap.ticks)[()] = 0
             else:
                 tap.ticks.zero_()
-
-    def _roles(self, request_ids: list[str], query_start: np.ndarray) -> np.ndarray:
-        """Return [rows] indices into `ROLES`.
-
-        The number of computed tokens gives the position of a request's first row. It is exact while
-        a prompt is computed.
-        """
-        role = np.full(int(query_start[-1]), OUTPUT)
-        for i, request_id in enumerate(request_ids):
-            prompt, first = self.prompts[request_id], self.computed[request_id]
-            if first < len(prompt):
-                here = prompt[first : first + int(query_start[i + 1] - query_start[i])]
-                role[query_start[i] : query_start[i] + len(here)] = here
-        return role
 
     def end_pass(self) -> None:
         """Start to copy what the taps read; on an earlier pipeline stage, keep it for the next."""

@@ -11,6 +11,7 @@ import torch
 from saeguard.start_report import rank_ready
 from saeguard.vllm import contract
 from saeguard.vllm.attributes import FORWARD_PASS, WORKER_GUARD, WORKER_UPDATE
+from saeguard.vllm.embedded import embedded_positions
 from saeguard.vllm.messages import EAGER, SELF_TEST, SERVED
 from saeguard.vllm.patches import Original, assumes, patch, reads
 from saeguard.vllm.settings import settings_of
@@ -122,6 +123,9 @@ def receive(guard: WorkerGuard, scheduler_output: Any, intermediate_tensors: Any
     guard.computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     for new in scheduler_output.scheduled_new_reqs:
         guard.computed[new.req_id] = new.num_computed_tokens
+        embedded = embedded_positions(new)
+        if embedded is not None:
+            guard.embedded[new.req_id] = embedded
         tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
         admitted = None if update is None else update.admitted.get(new.req_id)
         guard.announced.setdefault(new.req_id, (len(tokens), admitted))

@@ -15,6 +15,12 @@ reads(
     "vllm.model_executor.models.utils:PPMissingLayer",
     why="which layers are on this pipeline stage: the others are of this class",
 )
+reads(
+    "vllm.model_executor.models.interfaces:SupportsMultiModal",
+    "supports_multimodal",
+    "get_language_model",
+    why="finding the layers to tap in a model that also reads images or sound",
+)
 assumes(
     "the decoder layers are one `nn.ModuleList` of `num_hidden_layers` modules",
     why="finding the layers to tap",
@@ -29,7 +35,9 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     """Return the model's decoder layers, in order; those of other pipeline ranks are placeholders.
 
     They are the outermost `ModuleList` whose length is `num_layers`. That holds for every family
-    looked at: `model.layers`, `transformer.h`, `gpt_neox.layers`, `language_model...`.
+    looked at: `model.layers`, `transformer.h`, `gpt_neox.layers`. Of a model that also reads images
+    or sound, only the part is searched that vLLM itself calls its language model, since an encoder
+    may have as many layers.
 
     Raises:
         ModelError: the model has no such list, or more than one.
@@ -38,7 +46,7 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
 
     found = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in language_model(model).named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     }
     outermost = {
@@ -46,8 +54,6 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
         for name, module in found.items()
         if not any(name != other and name.startswith(f"{other}.") for other in found)
     }
-    if len(outermost) > 1:  # vision and language towers of one depth
-        outermost = {n: m for n, m in outermost.items() if "vision" not in n and "visual" not in n}
     if len(outermost) != 1:
         names = ", ".join(outermost) or "no such list"
         raise ModelError(
@@ -56,6 +62,13 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
         )
     layers: nn.ModuleList = next(iter(outermost.values()))
     return layers
+
+
+def language_model(model: Any) -> nn.Module:
+    """Return the part of a model that generates text; the model itself if it only reads text."""
+    reads_text_only = not getattr(model, "supports_multimodal", False)
+    part: nn.Module = model if reads_text_only else model.get_language_model()
+    return part
 
 
 def is_here(layer: nn.Module) -> bool:
