@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 if TYPE_CHECKING:
     from saeguard.guard.forward_pass import ForwardPass
     from saeguard.reload.worker_updates import WorkerUpdate
+    from saeguard.vllm.api_server.told import Told
     from saeguard.vllm.engine_core.admission import Admission
     from saeguard.vllm.engine_core.guard import EngineGuard
     from saeguard.vllm.worker.guard import WorkerGuard
@@ -50,5 +51,8 @@ FORWARD_PASS: Attribute[ForwardPass] = Attribute("saeguard_pass")
 """Set on a `ModelRunnerOutput`, which goes from the last pipeline stage to the engine core."""
 REQUEST_VERDICTS: Attribute[Mapping[str, Any]] = Attribute("saeguard_verdicts")
 """Set on a `RequestState` of the API server: the `saeguard` object, until its choice is built."""
+TOLD_OF: Attribute[tuple[Told, int]] = Attribute("saeguard_told")
+"""Set on a `RequestOutputCollector` of the API server: what the client request is told, and the
+index of the collector's first choice."""
 CHOICE_VERDICTS: Attribute[Mapping[str, Any]] = Attribute("saeguard")
 """Set on a `CompletionOutput`: the `saeguard` object. Public: `output.outputs[0].saeguard`."""

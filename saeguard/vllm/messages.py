@@ -16,6 +16,11 @@ TOTALS = "saeguard-totals"
 """Id of the output of no request that carries running totals without traffic."""
 MESSAGE = "message"
 """In the verdicts' object: the text that replaces the output of a stopped request."""
+STOPPED_BY = "stopped_by"
+"""In the verdicts' object: the stop reason, if a policy stopped the request. The API server removes
+it. vLLM's own `stop_reason` would not do: a client's stop string can replace or imitate it."""
+STOP_REASON = "saeguard:"
+"""Prefix of the stop reason of a request that a policy stopped; the policy's name follows."""
 VALUES = "values"
 """In the object of a text that an offline command reads: [tokens, features] float32, as bytes."""
 STATE = "state"
@@ -25,6 +30,10 @@ ENFORCE = "saeguard_enforce"
 """In a request's extra arguments: shadow policies that it asks to have enforced."""
 TENANT = "saeguard_tenant"
 """In a request's extra arguments: the tenant. The API server overwrites what a client sent."""
+
+AGAINST_BEAMS = "saeguard_against_beams"
+"""Method that the guard adds to an engine core, for its clients: the policies that are enforced for
+a request and that beam search would evade."""
 
 SELF_TEST = "saeguard-self-test-"
 """Prefix of the self-test's request ids; honoured only until the test has passed."""

@@ -135,12 +135,12 @@ def started(
 
 
 @contextmanager
-def serving(root: Path, guarded: models.Guarded, *more: str) -> Iterator[Server]:
+def serving(root: Path, guarded: models.Guarded, *more: str, **env: str) -> Iterator[Server]:
     """Start `saeguard serve` of a model under its policies."""
     port, events, log = free_port(), root / "events.jsonl", root / "server.log"
     more = ("--events", str(events), "--served-model-name", "tiny", *more)
     policies = len(engines.compile_policies(guarded.settings()).policies)
-    with started(command(guarded, port, *more), port, log) as (process, client):
+    with started(command(guarded, port, *more), port, log, **env) as (process, client):
         yield Server(process, client, guarded, events, log, policies)
 
 

@@ -168,7 +168,7 @@ def test_a_policy_can_stop_a_request(server: Server) -> None:
     asked = {"extra_body": {"vllm_xargs": {"saeguard_enforce": "test.stop"}}, "max_tokens": 40}
     stopped = server.chat(logprobs=True, **asked)
     choice = stopped.choices[0]
-    assert (choice.finish_reason, choice.stop_reason) == ("stop", "saeguard:test.stop")
+    assert (choice.finish_reason, choice.stop_reason) == ("content_filter", "saeguard:test.stop")
     assert stopped.saeguard["action"] == "stop"
     verdict = next(v for v in stopped.saeguard["verdicts"] if v["policy"] == "test.stop")
     kept = verdict["first_token"] + 1 - stopped.usage.prompt_tokens
@@ -177,7 +177,7 @@ def test_a_policy_can_stop_a_request(server: Server) -> None:
     assert [t.token for t in choice.logprobs.content] == tokens[:kept]
 
     chunks = list(server.chat(stream=True, **asked))
-    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].choices[0].finish_reason == "content_filter"
     assert chunks[-1].choices[0].model_extra["stop_reason"] == "saeguard:test.stop"
     assert chunks[-1].model_extra["saeguard"]["action"] == "stop"
     text = "".join(c.choices[0].delta.content or "" for c in chunks)

@@ -41,16 +41,6 @@ assumes(
 )
 
 
-@patch("starlette.applications:Starlette.__call__", why="the API key of an HTTP request")
-async def call(original: Original, _app: Any, scope: Any) -> Any:
-    """Keep the digest of the API key while its HTTP request is handled."""
-    token = KEY.set(key_of(scope.get("headers", ())))
-    try:
-        return await original()
-    finally:
-        KEY.reset(token)
-
-
 def key_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     """Return the digest of the API key in a request's headers, None if they hold no key."""
     for name, value in headers:
@@ -107,15 +97,24 @@ def refuse(xargs: Mapping[str, Any] | None, config: Any, model: str | None) -> s
     settings = settings_of(config)
     if not asked or settings is None:
         return None
-    tenant = _access(settings).tenant(KEY.get())
-    reason = _refusal(asked, settings, config, model, tenant)
+    reason = _refusal(asked, settings, config, model, tenant_of(settings))
     if reason is not None:
-        show([["refusals", 1]])
-        sink = _sink(settings)
-        if sink is not None:
-            name = name_of(config.model_config)
-            sink.put(partial(refusal_event, reason, model=name, tenant=tenant))
+        report(reason, config, settings)
     return reason
+
+
+def report(reason: str, config: Any, settings: Settings) -> None:
+    """Count a refusal, and write its event."""
+    show([["refusals", 1]])
+    sink = _sink(settings)
+    if sink is not None:
+        name = name_of(config.model_config)
+        sink.put(partial(refusal_event, reason, model=name, tenant=tenant_of(settings)))
+
+
+def tenant_of(settings: Settings) -> str | None:
+    """Return the tenant whose HTTP request is being handled, None if it is nobody's."""
+    return _access(settings).tenant(KEY.get())
 
 
 def _refusal(

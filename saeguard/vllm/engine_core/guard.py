@@ -13,7 +13,7 @@ from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.readings import Readings
 from saeguard.guard.request_verdicts import Verdicts
 from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
-from saeguard.guard.scopes import USER
+from saeguard.guard.scopes import LOOKS, USER
 from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
 from saeguard.reload.reloader import Reloader
@@ -24,7 +24,7 @@ from saeguard.vllm.engine_core.admission import Admission, admission_of
 from saeguard.vllm.engine_core.pending_passes import PendingPasses
 from saeguard.vllm.engine_core.response import reading_response, response
 from saeguard.vllm.engine_core.telemetry import Telemetry
-from saeguard.vllm.messages import ENFORCE, SELF_TEST, TENANT
+from saeguard.vllm.messages import ENFORCE, SELF_TEST, STOP_REASON, TENANT
 from saeguard.vllm.patches import reads
 from saeguard.vllm.settings import Settings, access_of
 from saeguard.vllm.startup import Started
@@ -42,6 +42,7 @@ reads(
     "num_prompt_tokens",
     "num_computed_tokens",
     "block_hashes",
+    "stop_reason",
     why="one ledger entry per request, its coverage, and the prefix cache's keys of its blocks",
 )
 reads(
@@ -123,16 +124,38 @@ class EngineGuard:
 
     def admission(self, sampling_params: Any, lora_request: Any) -> Admission:
         """Decide which policies judge an arriving request; any thread may call this."""
-        pin = self.versions.pin()
         extra = getattr(sampling_params, "extra_args", None) or {}
-        tenant = extra.get(TENANT)
-        asked = extra.get(ENFORCE)
+        tenant, asked = extra.get(TENANT), extra.get(ENFORCE)
+        return self._decide(
+            None if tenant is None else str(tenant),
+            None if lora_request is None else lora_request.lora_name,
+            None if asked is None else str(asked),
+        )
+
+    def against_beams(
+        self, tenant: str | None, adapter: str | None, asked: str | None
+    ) -> list[str]:
+        """Return the policies that are enforced for such a request and that beam search evades.
+
+        Each step of a beam is a request of one token. What a beam wrote before is prompt to it, so
+        policies that look at the output never see it, and a stop would end one step of one beam.
+        """
+        admission = self._decide(tenant, adapter, asked)
+        policies = admission.pin.version.watchlist.policies
+        return [
+            policy.id
+            for policy, acts in zip(policies, admission.decision.enforced, strict=True)
+            if acts
+            and ("output" in LOOKS[policy.scope] or "stop" in (policy.action, policy.on_error))
+        ]
+
+    def _decide(self, tenant: str | None, adapter: str | None, asked: str | None) -> Admission:
         return admission_of(
-            pin,
+            self.versions.pin(),
             self.access,
-            tenant=None if tenant is None else str(tenant),
-            model=self.model if lora_request is None else lora_request.lora_name,
-            asked=frozenset(str(asked).split(",")) if asked else frozenset(),
+            tenant=tenant,
+            model=adapter or self.model,
+            asked=frozenset(asked.split(",")) if asked else frozenset(),
             may_enforce=self.may_enforce,
             today=datetime.now(UTC).date(),
         )
@@ -230,7 +253,14 @@ class EngineGuard:
         if self.readings is not None:
             reading = self.readings.pop(request_id, request.num_prompt_tokens)
             return reading_response(reading, digest)
-        return response(verdicts, coverage_record(coverage), digest, request_id=request_id)
+        stopped = str(request.stop_reason)
+        return response(
+            verdicts,
+            coverage_record(coverage),
+            digest,
+            request_id=request_id,
+            stop_reason=stopped if stopped.startswith(STOP_REASON) else None,
+        )
 
     def response_so_far(self, request_id: str) -> Mapping[str, Any] | None:
         """Return the response as of now, for requests that the API server may end on its own."""

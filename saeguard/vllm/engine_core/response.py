@@ -9,7 +9,7 @@ from saeguard.events.records import verdict_record
 from saeguard.guard.readings import Reading
 from saeguard.guard.request_verdicts import Verdicts
 from saeguard.policy.types import strongest_action
-from saeguard.vllm.messages import COUNTS, KEY, MESSAGE, STATE, VALUES
+from saeguard.vllm.messages import COUNTS, KEY, MESSAGE, STATE, STOPPED_BY, VALUES
 from saeguard.vllm.patches import assumes, reads
 
 VISIBLE = frozenset({"flag", "clamp", "stop"})
@@ -62,7 +62,12 @@ def reading_response(reading: Reading | None, watchlist: str) -> Mapping[str, An
 
 
 def response(
-    verdicts: Verdicts, coverage: Mapping[str, Any], watchlist: str, *, request_id: str
+    verdicts: Verdicts,
+    coverage: Mapping[str, Any],
+    watchlist: str,
+    *,
+    request_id: str,
+    stop_reason: str | None = None,
 ) -> Mapping[str, Any]:
     """Return the `saeguard` object of a response: the acting verdicts that the client may see.
 
@@ -72,6 +77,7 @@ def response(
         verdicts: of one request.
         coverage: of the request, as a dictionary.
         watchlist: digest of the watch list that judged it.
+        stop_reason: names the policy that stopped it; None if none did.
         request_id: the engine's own, as events hold it.
     """
     errors, unseen = verdicts.errors(), verdicts.outcomes().get("not_evaluated", 0)
@@ -79,6 +85,7 @@ def response(
     stops = sorted((v.first_token or 0, v.message) for v in shown if v.message is not None)
     return {
         **({MESSAGE: stops[0][1]} if stops else {}),
+        **({} if stop_reason is None else {STOPPED_BY: stop_reason}),
         "flagged": bool(shown) if shown or errors + unseen < len(verdicts) else None,
         "action": strongest_action(v.acted for v in shown),
         "verdicts": [

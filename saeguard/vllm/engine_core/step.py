@@ -11,6 +11,7 @@ import numpy as np
 from saeguard.guard.forward_pass import ForwardPass
 from saeguard.vllm.attributes import ENGINE_GUARD, FORWARD_PASS, WORKER_UPDATE
 from saeguard.vllm.engine_core.response import attach_response
+from saeguard.vllm.messages import STOP_REASON
 from saeguard.vllm.patches import Original, patch, reads
 
 if TYPE_CHECKING:
@@ -168,12 +169,12 @@ def update_request(
     stop = None if guard is None else guard.passes.stopping.pop(request.request_id, None)
     if stop is None:
         return original()
-    kept, ended = original(new_token_ids=new_token_ids[: max(0, stop.tokens - request.num_tokens)])
-    if not ended:
-        from vllm.v1.request import RequestStatus
+    from vllm.v1.request import RequestStatus
 
-        request.status = RequestStatus.FINISHED_STOPPED
-        request.stop_reason = f"saeguard:{stop.policy}" + (":error" if stop.error else "")
+    kept, _ = original(new_token_ids=new_token_ids[: max(0, stop.tokens - request.num_tokens)])
+    # Also if vLLM ended it at the same token: the answer was stopped, and clients must see that.
+    request.status = RequestStatus.FINISHED_STOPPED
+    request.stop_reason = f"{STOP_REASON}{stop.policy}" + (":error" if stop.error else "")
     return kept, True
 
 
