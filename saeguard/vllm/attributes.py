@@ -45,6 +45,8 @@ ENGINE_GUARD: Attribute[EngineGuard] = Attribute("saeguard_engine")
 """Set on the `Scheduler` and its `KVCacheManager`."""
 ADMISSION: Attribute[Admission] = Attribute("saeguard_admission")
 """Set on a scheduler's `Request`: which policies judge it."""
+STREAMED: Attribute[frozenset[str]] = Attribute("saeguard_streamed")
+"""Set on a scheduler's `Request`: policies of which its stream has told."""
 WORKER_UPDATE: Attribute[WorkerUpdate] = Attribute("saeguard_update")
 """Set on a `SchedulerOutput`, which goes from the engine core to every rank."""
 FORWARD_PASS: Attribute[ForwardPass] = Attribute("saeguard_pass")

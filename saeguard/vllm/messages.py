@@ -19,6 +19,9 @@ MESSAGE = "message"
 STOPPED_BY = "stopped_by"
 """In the verdicts' object: the stop reason, if a policy stopped the request. The API server removes
 it. vLLM's own `stop_reason` would not do: a client's stop string can replace or imitate it."""
+FRESH = "fresh"
+"""In the verdicts' object of a stream under way: the policies that act since the last one. The API
+server removes it."""
 STOP_REASON = "saeguard:"
 """Prefix of the stop reason of a request that a policy stopped; the policy's name follows."""
 VALUES = "values"
@@ -28,6 +31,10 @@ STATE = "state"
 
 ENFORCE = "saeguard_enforce"
 """In a request's extra arguments: shadow policies that it asks to have enforced."""
+STREAM_FLAGS = "saeguard_stream_flags"
+"""In a request's extra arguments: 1 if a stream tells of a policy in the chunk at which it acts."""
+HOLD_TOOL_CALLS = "saeguard_hold_tool_calls"
+"""In a request's extra arguments: 1 if a stream sends tool calls only once the answer is judged."""
 TENANT = "saeguard_tenant"
 """In a request's extra arguments: the tenant. The API server overwrites what a client sent."""
 

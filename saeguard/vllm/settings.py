@@ -78,6 +78,16 @@ class Settings(BaseModel):
         description="Set by offline commands, in place of `policies`: the `feature_set/feature` "
         "names whose values come back with every text. A server refuses it.",
     )
+    stream_flags: bool = Field(
+        False,
+        description="Tell each stream of a policy in the chunk at which it acts, and not only in "
+        "the last one; requests can ask for it.",
+    )
+    hold_tool_calls: bool = Field(
+        False,
+        description="Send a stream's tool calls only once its answer has ended and no policy has "
+        "stopped it; requests can ask for it.",
+    )
     graph: str | None = Field(
         None, description="Set by the guard: digest of what it traces into the model's graph."
     )

@@ -42,9 +42,9 @@ MATCH = {
     "for": "6 of 10 tokens",
 }
 """Holds for any text, after some tokens."""
-TENANTS = ("stopped", "cut", "late", "prompt", "flag")
-"""Tenants that have one policy each: it stops with a message, stops without one, stops late, stops
-on the prompt, flags the prompt. Others have none."""
+TENANTS = ("stopped", "cut", "late", "prompt", "mute", "flag", "flow")
+"""Tenants with one policy each: it stops with a message, stops without one, stops late, stops on
+the prompt with and without a message, flags the prompt, flags the output. Others have none."""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         ("cut", {"id": "test.cut", **MATCH}),
         ("late", {**MATCH, "id": "test.late", "for": "50 of 64 tokens", "message": MESSAGE}),
         ("prompt", {**MATCH, "id": "test.prompt", "scope": "prompt", "message": MESSAGE}),
+        ("mute", {**MATCH, "id": "test.mute", "scope": "prompt"}),
+        ("flow", {**MATCH, "id": "test.flow", "action": "flag"}),
         ("flag", {**MATCH, "id": "test.flag", "scope": "prompt", "action": "flag"}),
     ):
         models.write_policy(guarded.policies / f"{tenant}.yaml", **more)
@@ -72,6 +74,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "  - {policies: [test.cut], tenants: [cut], how: only}\n"
         "  - {policies: [test.late], tenants: [late], how: only}\n"
         "  - {policies: [test.prompt], tenants: [prompt], how: only}\n"
+        "  - {policies: [test.mute], tenants: [mute], how: only}\n"
+        "  - {policies: [test.flow], tenants: [flow], how: only}\n"
         "  - {policies: [test.flag], tenants: [flag], how: only}\n"
     )
     more_ = ["--access", str(root / "access.yaml"), "--enforce-eager", "--max-model-len", "1024"]
@@ -300,6 +304,18 @@ def test_a_stop_on_the_prompt(server: Server) -> None:
     assert text == MESSAGE
 
 
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [("v1/chat/completions", {"messages": CHAT}), ("v1/completions", {"prompt": TEXT})],
+)
+def test_a_stop_with_nothing_to_say(server: Server, route: str, asked: dict[str, Any]) -> None:
+    """On the prompt and without a message: the stream ends with the reason all the same."""
+    chunks = events(post(server, route, "mute", max_tokens=60, stream=True, **asked))
+    last = chunks[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == ("content_filter", "saeguard:test.mute")
+    assert chunks[-1]["saeguard"]["action"] == "stop"
+
+
 def test_generative_scores_are_withheld(server: Server) -> None:
     """They are read from one generated token; its probabilities are withheld with it."""
     response = post(
@@ -412,3 +428,51 @@ def test_beams_cannot_evade(server: Server, route: str, asked: dict[str, Any]) -
         assert said["flagged"] is flagged
         assert [v["policy"] for v in said["verdicts"]] == ["test.flag"] * bool(flagged)
         assert len(response.json()["choices"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [("v1/chat/completions", {"messages": CHAT}), ("v1/completions", {"prompt": TEXT})],
+)
+def test_a_flag_rides_with_its_token(server: Server, route: str, asked: dict[str, Any]) -> None:
+    """A stream that asks is told in the chunk after the token that fired, and again at its end."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    more = {"stream": True, "max_tokens": 30, "stream_options": options}
+    asked = {**asked, **more, "vllm_xargs": {"saeguard_stream_flags": 1}}
+    chunks = [c for c in events(post(server, route, "flow", **asked)) if c["choices"]]
+    [early, last] = [i for i, c in enumerate(chunks) if "saeguard" in c]
+    assert last == len(chunks) - 1
+    [verdict] = chunks[early]["saeguard"]["verdicts"]
+    assert (verdict["policy"], chunks[early]["saeguard"]["flagged"]) == ("test.flow", True)
+    assert not {"fresh", "stopped_by"} & set(chunks[early]["saeguard"])
+    fired = verdict["first_token"] - chunks[early]["usage"]["prompt_tokens"] + 1
+    before, sent = (c["usage"]["completion_tokens"] for c in chunks[early - 1 : early + 1])
+    assert before <= fired <= sent  # its residual exists when the next token is sampled
+    assert chunks[last]["saeguard"]["verdicts"][0]["first_token"] == verdict["first_token"]
+
+
+def test_a_stream_may_ask_for_no_less(server: Server) -> None:
+    """What a switch may be is told; every other value is refused."""
+    for value in (0, "off"):
+        response = post(
+            server,
+            "v1/chat/completions",
+            messages=CHAT,
+            vllm_xargs={"saeguard_stream_flags": value},
+        )
+        assert response.status_code == 400
+        assert "saeguard_stream_flags: expected 1" in response.json()["error"]["message"]
+
+
+def test_tool_calls_can_be_held_back(server: Server) -> None:
+    """Asked to, a stream sends calls only once the answer is judged: whole, or none of them."""
+    asked: dict[str, Any] = {"messages": CHAT, "max_tokens": 300, "tools": [TOOL], "stream": True}
+    asked |= {"tool_choice": "required", "vllm_xargs": {"saeguard_hold_tool_calls": 1}}
+    for tenant in ("late", "none"):
+        chunks = events(post(server, "v1/chat/completions", tenant, **asked))
+        choices = [c["choices"][0] for c in chunks if c["choices"]]
+        calling = [i for i, c in enumerate(choices) if c["delta"].get("tool_calls")]
+        assert calling == ([len(choices) - 1] if tenant == "none" else [])
+    names = [call["function"]["name"] for call in choices[-1]["delta"]["tool_calls"]]
+    assert set(names) == {"send"}
+    assert choices[-1]["finish_reason"] in {"tool_calls", "length"}

@@ -94,6 +94,8 @@ class Teller:
             message = {**message, "body": body}
         elif kind == "http.response.body" and self._events:
             event = message.get("body", b"")
+            if self._told.flags:
+                message = {**message, "body": (event := flagged(event, self._told))}
             if self._told.verdicts or event.startswith(b"event: response.completed"):
                 message = {**message, "body": event_with(event, self._told)}
         await self._send(message)
@@ -109,6 +111,16 @@ def body_with(body: bytes, told: Told) -> bytes:
         return body
     comma = b"," if text[1:-1].strip() else b""
     return b"%s%s%s}" % (text[:-1], comma, _dump({NAME: told.summary()})[1:-1])
+
+
+def flagged(event: bytes, told: Told) -> bytes:
+    """Return a server-sent event with the flags that were not sent yet; others unchanged."""
+    text = event.rstrip()
+    before, _, data = text.partition(DATA)
+    if not (data.startswith(b"{") and data.endswith(b"}")):
+        return event
+    flags = _dump({NAME: told.take_flags()})[1:-1]
+    return b"%s%s%s,%s}\n\n" % (before, DATA, data[:-1], flags)
 
 
 def event_with(event: bytes, told: Told) -> bytes:

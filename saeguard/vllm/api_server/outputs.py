@@ -15,7 +15,7 @@ from saeguard.events.metrics import show
 from saeguard.vllm.api_server.told import TOLD
 from saeguard.vllm.api_server.withheld import Stopped
 from saeguard.vllm.attributes import CHOICE_VERDICTS, REQUEST_VERDICTS, TOLD_OF
-from saeguard.vllm.messages import COUNTS, KEY, MESSAGE, STOPPED_BY
+from saeguard.vllm.messages import COUNTS, FRESH, KEY, MESSAGE, STOPPED_BY
 from saeguard.vllm.patches import Original, assumes, patch, reads
 
 OUTPUTS = "vllm.v1.engine.output_processor"
@@ -56,6 +56,8 @@ assumes(
     why="answers are withheld, and verdicts told, in that one place",
 )
 
+INTERNAL = frozenset({FRESH, STOPPED_BY})
+"""Keys of the verdicts' object that no client sees."""
 BESIDE_TEXT = (
     "cumulative_logprob",
     "routed_experts",
@@ -97,7 +99,11 @@ def make_request_output(original: Original, state: Any, kv_transfer_params: Any)
     """Keep a request's verdicts for its choice, and pass vLLM the parameters without them."""
     if not kv_transfer_params or KEY not in kv_transfer_params:
         return original()
-    REQUEST_VERDICTS.set(state, kv_transfer_params[KEY])
+    found, earlier = kv_transfer_params[KEY], REQUEST_VERDICTS.get(state) or {}
+    unsent = earlier.get(FRESH)  # vLLM may pass over an output of a stream
+    REQUEST_VERDICTS.set(
+        state, {**found, FRESH: [*unsent, *found.get(FRESH, ())]} if unsent else found
+    )
     others = {key: value for key, value in kv_transfer_params.items() if key != KEY}
     return original(kv_transfer_params=others or None)
 
@@ -110,14 +116,19 @@ def new_completion_output(original: Original, state: Any) -> Any:
     """Give a request's last `CompletionOutput` its verdicts; withhold it if a policy stopped it."""
     output = original()
     found = REQUEST_VERDICTS.get(state)
-    if found is None or output.finish_reason is None:
+    if found is None:
         return output
-    reason = found.get(STOPPED_BY)
-    verdicts = {key: value for key, value in found.items() if key != STOPPED_BY}
+    told_of = TOLD_OF.get(state.queue) if state.queue is not None else None
+    fresh, reason = found.get(FRESH), found.get(STOPPED_BY)
+    verdicts = {key: value for key, value in found.items() if key not in INTERNAL}
+    if output.finish_reason is None:
+        if fresh and told_of is not None:
+            told_of[0].flag(told_of[1] + output.index, verdicts, fresh)
+            REQUEST_VERDICTS.set(state, verdicts)
+        return output
     if reason is not None:
         _stop(output, reason, verdicts, state)
     CHOICE_VERDICTS.set(output, verdicts)
-    told_of = TOLD_OF.get(state.queue) if state.queue is not None else None
     if told_of is not None:
         told, first = told_of
         told.tell(first + output.index, verdicts)

@@ -7,6 +7,7 @@ has no tool calls: one that was cut could be executed half.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from saeguard.vllm.api_server.told import TOLD
@@ -31,6 +32,8 @@ class _Aware:
 
     _content_sent = False
     """Whether a stream has sent content, from which a message needs to be set apart."""
+    _held: tuple[Any, ...] | list[Any] = ()
+    """Pieces of tool calls that a stream keeps back until its answer has ended."""
 
     def parse(self, model_output: str, *args: Any, **kwargs: Any) -> Any:
         """Return (reasoning, content, tool calls) of a complete text."""
@@ -49,11 +52,41 @@ class _Aware:
             text = str(delta_text)
             return DeltaMessage(content=text if self._content_sent else text.lstrip())
         delta = super().parse_delta(delta_text, *args, **kwargs)  # type: ignore[misc]
+        told = TOLD.get()
+        if told is not None and told.holds_tool_calls:
+            delta = self._without_calls(delta, finished=kwargs["finished"])
         if delta is not None:
             self._content_sent = self._content_sent or bool(delta.content)
             if isinstance(delta_text, Stopped):
                 delta.tool_calls = []
         return delta
+
+    def _without_calls(self, delta: Any, *, finished: bool) -> Any:
+        """Keep the pieces of tool calls back until the answer has ended; then return them all."""
+        self._held = [*self._held, *(() if delta is None else delta.tool_calls)]
+        calls = whole_calls(self._held) if finished else []
+        if delta is None and calls:
+            from vllm.parser.abstract_parser import DeltaMessage
+
+            delta = DeltaMessage()
+        if delta is not None:
+            delta.tool_calls = calls
+            if not (calls or delta.content or delta.reasoning):
+                return None
+        return delta
+
+
+def whole_calls(pieces: Iterable[Any]) -> list[Any]:
+    """Return tool calls, each in one piece: its first piece with the arguments of all."""
+    calls: dict[int, Any] = {}
+    for piece in pieces:
+        call = calls.get(piece.index)
+        if call is None:
+            calls[piece.index] = piece
+        elif piece.function is not None and piece.function.arguments:
+            more = piece.function.arguments
+            call.function.arguments = (call.function.arguments or "") + more
+    return list(calls.values())
 
 
 @patch(

@@ -17,7 +17,8 @@ from saeguard.events.metrics import show
 from saeguard.events.records import refusal_event
 from saeguard.events.sink import Sink
 from saeguard.policy.access import Access, key_digest, matches
-from saeguard.vllm.messages import ENFORCE, TENANT
+from saeguard.vllm.api_server.told import TOLD
+from saeguard.vllm.messages import ENFORCE, HOLD_TOOL_CALLS, STREAM_FLAGS, TENANT
 from saeguard.vllm.messages import KEY as PREFIX
 from saeguard.vllm.patches import Original, assumes, patch, reads
 from saeguard.vllm.settings import Settings, access_of, name_of, settings_of
@@ -26,6 +27,9 @@ from saeguard.yaml_files.findings import show as quoted
 
 HEADERS = (b"authorization", b"x-api-key")
 """Headers in which OpenAI's and Anthropic's clients send the key."""
+
+SWITCHES = (STREAM_FLAGS, HOLD_TOOL_CALLS)
+"""What any request may ask for about its own stream."""
 
 KEY: ContextVar[bytes | None] = ContextVar("saeguard_key", default=None)
 """Digest of the API key of the HTTP request that is being handled."""
@@ -82,6 +86,9 @@ async def add_request(
         if tenant is not None:
             extra[TENANT] = tenant
         own.extra_args = extra or None
+        told = TOLD.get()
+        if told is not None and (settings.hold_tool_calls or extra.get(HOLD_TOOL_CALLS)):
+            told.holds_tool_calls = True
     return await original()
 
 
@@ -120,12 +127,18 @@ def tenant_of(settings: Settings) -> str | None:
 def _refusal(
     asked: Mapping[str, Any], settings: Settings, config: Any, model: str | None, tenant: str | None
 ) -> str | None:
-    unknown = sorted(set(asked) - {ENFORCE})
+    unknown = sorted(set(asked) - {ENFORCE, *SWITCHES})
     if unknown:
+        known = [ENFORCE, *SWITCHES]
         return (
-            f"vllm_xargs: unknown key {quoted(unknown[0])}; {did_you_mean(unknown[0], [ENFORCE])}"
-            f"allowed: {ENFORCE}. A request can become stricter, never less strict"
+            f"vllm_xargs: unknown key {quoted(unknown[0])}; {did_you_mean(unknown[0], known)}"
+            f"allowed: {', '.join(known)}. A request can become stricter, never less strict"
         )
+    for name in SWITCHES:
+        if str(asked.get(name, 1)) not in {"1", "True"}:
+            return f"vllm_xargs.{name}: expected 1, found {quoted(asked[name])}; leave it out"
+    if ENFORCE not in asked:
+        return None
     names = config.model_config.served_model_name
     base = {*(names if isinstance(names, list) else [names]), None}
     served = name_of(config.model_config) if model in base else str(model)

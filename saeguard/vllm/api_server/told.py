@@ -35,6 +35,10 @@ class Told:
     """By choice: its stop reason, of those that a policy stopped."""
     choices: int = 0
     """Choices of the engine's requests that it has made so far."""
+    flags: list[Mapping[str, Any]] = field(default_factory=list)
+    """The `saeguard` objects of policies that act while a stream is under way, not sent yet."""
+    holds_tool_calls: bool = False
+    """Whether a stream sends tool calls only once its answer has ended."""
     one_answer: bool = False
     """Whether the engine's requests are the steps of one answer, as those of beam search are."""
     embedded: bool = False
@@ -45,6 +49,16 @@ class Told:
         first = self.choices
         self.choices += choices
         return first
+
+    def flag(self, choice: int, found: Mapping[str, Any], fresh: Iterable[str]) -> None:
+        """Add the policies that act since the last flag of a choice that is under way."""
+        verdicts = [v for v in found["verdicts"] if v["policy"] in fresh]
+        self.flags.append({**found, "choice": choice, "verdicts": verdicts})
+
+    def take_flags(self) -> dict[str, Any] | None:
+        """Return one `saeguard` object for the flags that were not sent, None if there are none."""
+        flags, self.flags = self.flags, []
+        return summarise([(f["choice"], f) for f in flags])
 
     def tell(self, choice: int, verdicts: Mapping[str, Any]) -> None:
         """Add the verdicts of a choice that has finished."""

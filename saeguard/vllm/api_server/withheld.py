@@ -23,3 +23,7 @@ class Stopped(str):
         self = super().__new__(cls, text)
         self.is_message, self.tokens = is_message, tokens
         return self
+
+    def __bool__(self) -> bool:
+        """Return true also for an empty text: a stream that skips empty pieces must end with it."""
+        return True

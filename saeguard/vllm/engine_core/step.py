@@ -11,6 +11,7 @@ import numpy as np
 from saeguard.guard.forward_pass import ForwardPass
 from saeguard.vllm.attributes import ENGINE_GUARD, FORWARD_PASS, WORKER_UPDATE
 from saeguard.vllm.engine_core.response import attach_response
+from saeguard.vllm.engine_core.stream_flags import fresh_flags
 from saeguard.vllm.messages import STOP_REASON
 from saeguard.vllm.patches import Original, patch, reads
 
@@ -182,15 +183,17 @@ def _answer(guard: EngineGuard, outputs: Mapping[Any, Any]) -> None:
     """Attach a request's verdicts, and changes of the running totals, to its last output.
 
     A request with stop strings gets its verdicts so far with every output, because the API server
-    may end it.
+    may end it. A stream that asks for flags gets them when a policy acts.
     """
     for client in outputs.values():
         for output in client.outputs:
             response = None
             if output.finish_reason is not None:
                 response = guard.finish(output.request_id, str(output.finish_reason))
-            elif _stops_outside(guard.requests.get(output.request_id)):
-                response = guard.response_so_far(output.request_id)
+            elif (request := guard.requests.get(output.request_id)) is not None:
+                response = fresh_flags(guard, request)
+                if response is None and _stops_outside(request):
+                    response = guard.response_so_far(output.request_id)
             if response is not None:
                 attach_response(output, response, guard.changed_totals())
 
