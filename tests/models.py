@@ -169,6 +169,7 @@ def write_feature_set(
     layers: int = LAYERS,
     high: float = 1.0,
     name: str | None = None,
+    model_sha256: str | None = None,
 ) -> None:
     """Write a feature set of one feature `f{latent}` per latent; `name` if not the file's."""
     info = inspect(sae)
@@ -179,10 +180,16 @@ def write_feature_set(
                 "schema": "saeguard.features/v1",
                 "id": name or path.stem,
                 "title": "random latents for tests",
-                "model": {"name": "tiny", "hidden_size": info.d_in, "num_layers": layers},
+                "model": {
+                    "name": "tiny",
+                    "hidden_size": info.d_in,
+                    "num_layers": layers,
+                    **({"sha256": model_sha256} if model_sha256 else {}),
+                },
                 "sae": {
                     "path": str(sae),
                     "sha256": info.sha256,
+                    **({"config_sha256": info.config_sha256} if info.config_sha256 else {}),
                     "layer": info.layer,
                     "d_in": info.d_in,
                     "d_sae": info.d_sae,

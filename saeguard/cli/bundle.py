@@ -79,7 +79,9 @@ def sign(
     private = key.read_bytes()
     policies = load_policies(folder)
     served, _ = leave_out_templates(policies, feature_sets)
-    digests = _digests(feature_sets, {policy.feature_set for policy in served})
+    names = {policy.feature_set for policy in served}
+    _refuse_unpinned(feature_sets, names)
+    digests = _digests(feature_sets, names)
     last = signing.claimed_revision(folder / signing.BUNDLE)
     try:
         manifest = signing.sign(folder, policies, digests, revision or last + 1, private)
@@ -119,6 +121,24 @@ def verify(
         typer.echo(str(error), err=True)
         raise typer.Exit(FINDINGS) from error
     typer.echo(json.dumps(signing.summary(manifest)))
+
+
+def _refuse_unpinned(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to sign over a feature set that does not pin what it rests on.
+
+    Raises:
+        InputError: names each missing pin.
+    """
+    from saeguard.features.files import read_with_positions
+    from saeguard.features.unpinned import unpinned
+
+    paths = [folder / f"{name}.yaml" for name in sorted(names)]
+    missing = [finding for path in paths for finding in unpinned(*read_with_positions(path))]
+    if missing:
+        raise InputError(
+            "a signature would cover less than it seems to:\n"
+            + "\n".join(finding.render() for finding in missing)
+        )
 
 
 def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

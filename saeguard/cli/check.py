@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,6 +73,8 @@ def verb(
     for policy in referring:
         if policy.feature_set in sets.known:
             found += of_feature_set(policy, sets.known[policy.feature_set])
+    used = {policy.feature_set for policy in referring} & sets.known.keys()
+    found += unpinned_sets(used, feature_sets)
     if model is not None:
         found += of_other_model(referring, sets, model)
     if require_tests:
@@ -95,6 +97,15 @@ def verb(
         raise typer.Exit(BAD_INPUT)
     if wrong or (strict and warned):
         raise typer.Exit(FINDINGS)
+
+
+def unpinned_sets(names: Iterable[str], folder: Path) -> Iterator[Finding]:
+    """Yield a warning for each digest that a feature set in use does not pin."""
+    from saeguard.features.files import read_with_positions
+    from saeguard.features.unpinned import unpinned
+
+    for name in sorted(names):
+        yield from unpinned(*read_with_positions(folder / f"{name}.yaml"))
 
 
 def of_other_model(

@@ -13,10 +13,12 @@ from saeguard.cli import (
     attribute_prompt,
     clamp_effect,
     coactivate,
+    drift,
     fired,
     index,
     learn,
     neighbours,
+    pin_features,
     search_features,
     steer,
 )
@@ -56,6 +58,8 @@ verb.command("steer")(steer.verb)
 verb.command("neighbours")(neighbours.verb)
 verb.command("coactivate")(coactivate.verb)
 verb.command("clamp-effect")(clamp_effect.verb)
+verb.command("pin")(pin_features.verb)
+verb.command("drift")(drift.verb)
 
 
 @verb.command()
@@ -117,6 +121,7 @@ def calibrate(
     from saeguard.features.corpus import norms_of
     from saeguard.features.load import load_feature_set, sae_of, save_feature_set
     from saeguard.features.massive import chosen_bounds
+    from saeguard.features.model_identity import quantization_of, weights_sha256
     from saeguard.hf.corpus import read_corpus
     from saeguard.hf.model import check_model
 
@@ -163,7 +168,20 @@ def calibrate(
             decode=lm.tokenizer.decode,
         )
     target = out or set_
-    features = replace(features, features=done, status="calibrated", max_norm=bounds, norms=norms)
+    measured = replace(
+        features.model,
+        sha256=weights_sha256(lm.path),
+        dtype=dtype,
+        quantization=quantization_of(lm.model.config),
+    )
+    features = replace(
+        features,
+        model=measured,
+        features=done,
+        status="calibrated",
+        max_norm=bounds,
+        norms=norms,
+    )
     save_feature_set(features, target)
     print_unlabelled([n for n, f in done.items() if labelled and f.behaviour not in pairs])
     print_thresholds(done)

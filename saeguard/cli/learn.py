@@ -144,7 +144,7 @@ def verb(
     groups = named_apart(read_groups(data, files, tokenizer, per), topic=topic)
     ordinary = [t for file in ordinary_files for t in read_texts(file, tokenizer)]
     lm = load_model(model, tokenizer, dtype=dtype, device=device)
-    features = set_at(new_set(set_, lm.shape, lm.path, info, lm.special_tokens))
+    features = set_at(new_set(set_, lm.shape, lm.path, info, lm.special_tokens, dtype=dtype))
     part = cut_by_template(
         ((f"{g.name}/{t.label}", t.template) for g in groups for t in g.texts), seed
     )

@@ -171,7 +171,9 @@ def verb(
     lm = load_after(model, read_first, ModelOptions(dtype, device))
     features = None
     if write_set is not None:
-        features = set_at(new_set(write_set, lm.shape, lm.path, info, lm.special_tokens))
+        features = set_at(
+            new_set(write_set, lm.shape, lm.path, info, lm.special_tokens, dtype=dtype)
+        )
 
     def read(path: Path) -> Corpus:
         return read_corpus(lm, path, read_layers, lm.special_tokens)

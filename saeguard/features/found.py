@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from saeguard.errors import InputError
 from saeguard.features.load import load_feature_set
-from saeguard.features.model_fit import WEIGHTS, ModelShape, sae_misfit
-from saeguard.features.pins import file_digest
+from saeguard.features.model_fit import ModelShape, sae_misfit
+from saeguard.features.model_identity import read_quantization, weights_sha256
 from saeguard.features.probe import save_probes
 from saeguard.features.search import Finding, Search
 from saeguard.features.types import Feature, FeatureSet, ModelRef, SaeRef
@@ -77,16 +77,23 @@ def _area(finding: Finding) -> dict[str, Any]:
 
 
 def new_set(
-    path: Path, shape: ModelShape, folder: Path, info: SaeInfo | None, exclude: tuple[int, ...]
+    path: Path,
+    shape: ModelShape,
+    folder: Path,
+    info: SaeInfo | None,
+    exclude: tuple[int, ...],
+    *,
+    dtype: str | None = None,
 ) -> FeatureSet:
     """Return a feature set without features, with the sizes and digests of model and SAE.
 
     Args:
         path: of its file.
         shape: of the model.
-        folder: of the model; its weight file is pinned if it is the only one.
+        folder: of the model, whose weights are pinned.
         info: the SAE, if there is one.
         exclude: token ids that are not evaluated.
+        dtype: of the weights that the model is read with.
 
     Raises:
         FoundError: the SAE does not read this model's residual stream.
@@ -94,7 +101,6 @@ def new_set(
     misfit = "" if info is None else sae_misfit(info.d_in, info.layer, shape)
     if info is not None and misfit:
         raise FoundError(f"{info.path}: {misfit}")
-    weights = folder / WEIGHTS
     parents = [parent.name for parent in real_path(path).parents]
     below = parents.index(FEATURE_SETS) if FEATURE_SETS in parents else 0
     name = "/".join([*reversed(parents[:below]), path.stem])
@@ -105,7 +111,9 @@ def new_set(
             shape.name,
             shape.hidden_size,
             shape.num_layers,
-            sha256=file_digest(weights) if weights.is_file() else None,
+            sha256=weights_sha256(folder),
+            dtype=dtype,
+            quantization=read_quantization(folder),
         ),
         sae=None if info is None else _sae(info),
         features={},
@@ -140,6 +148,7 @@ def set_at(new: FeatureSet) -> FeatureSet:
         ("model.sha256", old.model.sha256, new.model.sha256),
         ("model.hidden_size", old.model.hidden_size, new.model.hidden_size),
         ("model.num_layers", old.model.num_layers, new.model.num_layers),
+        ("model.dtype", old.model.dtype, new.model.dtype),
         ("sae.sha256", old.sae and old.sae.sha256, new.sae and new.sae.sha256),
         ("sae.layer", old.sae and old.sae.layer, new.sae and new.sae.layer),
     ]

@@ -190,9 +190,14 @@ def _digest(content: FeatureSetFile) -> str:
     for feature in plain["features"].values():
         if feature["probe"] is not None:
             feature["probe"] = {k: v for k, v in feature["probe"].items() if v is not None}
-    for key in ("max_norm", "norms_measured"):
-        if plain[key] is None:
-            del plain[key]
+    for part, key in (
+        (plain, "max_norm"),
+        (plain, "norms_measured"),
+        (plain["model"], "dtype"),
+        (plain["model"], "quantization"),
+    ):
+        if part[key] is None:
+            del part[key]
     canonical = json.dumps(plain, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -254,7 +259,11 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
             "name": model.name,
             "hidden_size": model.hidden_size,
             "num_layers": model.num_layers,
-            **({"sha256": model.sha256} if model.sha256 else {}),
+            **{
+                key: value
+                for key in ("sha256", "dtype", "quantization")
+                if (value := getattr(model, key)) is not None
+            },
         },
         **({} if features.sae is None else {"sae": checkpoint(features.sae)}),
         "exclude_tokens": list(features.exclude_tokens),

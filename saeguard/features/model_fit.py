@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from saeguard.errors import InputError
+from saeguard.features.model_identity import weights_sha256
 from saeguard.real_path import real_path
 
 WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-WEIGHTS = "model.safetensors"
-"""The one weight file that a feature set may pin."""
 
 
 class ModelFitError(InputError):
@@ -39,7 +37,7 @@ class Pinned(Protocol):
 
     @property
     def sha256(self) -> str | None:
-        """Digest of its one weight file, if the feature set pins it."""
+        """Digest of its weights (`weights_sha256`), if the feature set pins them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def check_fit(pinned: Pinned, model: ModelShape, folder: Path | None = None, *, 
     Args:
         pinned: what the feature set states about its model.
         model: the one at hand.
-        folder: of the model; if the feature set pins its weight file, that is compared, too.
+        folder: of the model; if the feature set pins its weights, they are compared, too.
         at: the feature set's name or file, for the message.
 
     Raises:
@@ -98,15 +96,17 @@ def check_fit(pinned: Pinned, model: ModelShape, folder: Path | None = None, *, 
         raise ModelFitError(
             f"{at} is {difference}; use that model, or feature sets made for this one"
         )
-    weights = None if folder is None else folder / WEIGHTS
-    if pinned.sha256 is None or weights is None or not weights.is_file():
+    if pinned.sha256 is None or folder is None or not folder.is_dir():
         return
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        found = weights_sha256(folder)
+    except (OSError, ValueError) as error:
+        raise ModelFitError(f"{folder}: the model's weights cannot be compared: {error}") from error
     if found != pinned.sha256:
         raise ModelFitError(
-            f"{weights}: found sha256 {found}, but {at} was made for {pinned.name} with sha256 "
-            f"{pinned.sha256}: its latents mean nothing with other weights"
+            f"{folder}: found weights of sha256 {found}, but {at} was made for {pinned.name} with "
+            f"sha256 {pinned.sha256}: its latents mean nothing with other weights. If these are "
+            "the same weights quantised, or in other shards, calibrate the set with them"
         )
 
 

@@ -41,7 +41,13 @@ class ModelPart(Section):
     name: str = Field(min_length=1)
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)
-    sha256: Digest | None = None
+    sha256: Digest | None = Field(default=None, description="Of its weights, all files together.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="Of the weights that the set was calibrated with."
+    )
+    quantization: str | None = Field(
+        default=None, max_length=100, description="Of these weights, as in the model's config.json."
+    )
 
 
 class RatePart(Section):

@@ -22,7 +22,17 @@ class ModelRef:
     hidden_size: int
     num_layers: int
     sha256: str | None = None
-    """Digest of `model.safetensors`, None if the feature set does not pin it."""
+    """Digest of its weights, None if the feature set does not pin them."""
+    dtype: str | None = None
+    """Type of the weights that the ranges and thresholds were measured under; None if unknown."""
+    quantization: str | None = None
+    """How these weights were quantised, in the words of the model's configuration."""
+
+    @property
+    def arithmetic(self) -> str:
+        """Type and quantisation in words, such as `float32` or `bfloat16, quantised: awq`."""
+        how = f", quantised: {self.quantization}" if self.quantization else ""
+        return f"{self.dtype or 'an unknown type'}{how}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,14 @@ def _models(sets: Iterable[FeatureSet]) -> tuple[ModelRef, ...]:
 
 
 def _contents(sets: Iterable[FeatureSet]) -> list[str]:
-    return [f"{s.id} {s.digest} {s.sae and s.sae.sha256}" for s in sets]
+    return [f"{s.id} {s.digest} {_checkpoint(s)}" for s in sets]
+
+
+def _checkpoint(features: FeatureSet) -> str:
+    """Return the digests of weights and configuration that are read, pinned or not."""
+    if features.sae is None:
+        return ""
+    return f"{features.sae.sha256} {features.sae.inspect().config_sha256}"
 
 
 def _sinks(sets: Mapping[str, FeatureSet], layers: Sequence[int]) -> dict[str, str]:

@@ -87,6 +87,10 @@ class Layout:
     """[N], gated only: log of the magnitude path's scale."""
     b_mag: str | None = None
     """[N], gated only."""
+    centred: bool = False
+    """Whether the SAE reads the residual without its mean over the token's coordinates, as in a
+    model whose writing weights are centred. Then the mean of each row of W is subtracted from it,
+    after b."""
     decoder_norm: Literal["none", "before_threshold", "after_threshold"] = "none"
     """Whether activations are in units of the decoder rows' norms, and what the threshold sees."""
     W_enc_factor: float = 1.0

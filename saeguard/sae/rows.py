@@ -110,7 +110,7 @@ def _read(info: SaeInfo, latents: Sequence[int]) -> EncoderRows:
     if info.stand_ins:
         theta = torch.maximum(theta, _stand_ins(info, latents))
     W, b = W * scale[:, None], b * scale + shift
-    if info.norm == "layer_norm":  # stands for subtracting each token's mean
+    if layout.centred or info.norm == "layer_norm":  # stands for subtracting each token's mean
         W = W - W.mean(1, keepdim=True)
     return EncoderRows(W=W.float(), b=b.float(), theta=theta.float())
 

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from saeguard.features.model_fit import ModelShape, check_fit
 from saeguard.features.types import ModelRef
 from saeguard.vllm.patches import reads
 
+log = structlog.get_logger("saeguard")
+
 reads(
     "vllm.config:ModelConfig",
     "model",
     "hf_text_config",
-    why="the width and depth of the model served, and its folder",
+    "dtype",
+    "quantization",
+    why="the width and depth of the model served, its folder, and the type of its weights",
 )
 
 
 def check_models(config: Any, models: Iterable[ModelRef]) -> ModelShape:
     """Return the shape of the served model, after checking that the feature sets were made for it.
+
+    If the model is served with another type or quantisation than a set was calibrated with, or the
+    set does not record it, the log warns.
 
     Args:
         config: vLLM's `ModelConfig`.
@@ -30,6 +40,24 @@ def check_models(config: Any, models: Iterable[ModelRef]) -> ModelShape:
     """
     text = config.hf_text_config
     shape = ModelShape("the model served", int(text.hidden_size), int(text.num_hidden_layers))
+    folder = Path(config.model)
     for model in models:
-        check_fit(model, shape, Path(config.model), at="the feature set")
+        check_fit(model, shape, folder, at="the feature set")
+        if model.sha256 is not None and not folder.is_dir():
+            log.warning(
+                "saeguard: the model's weights are not compared with the feature set's pin; serve "
+                "a folder instead of a name",
+                model=config.model,
+            )
+        served = replace(
+            model, dtype=str(config.dtype).removeprefix("torch."), quantization=config.quantization
+        )
+        if served != model:
+            log.warning(
+                "saeguard: the features were calibrated under other arithmetic than the model is "
+                "served with; `saeguard features drift` measures what that changes",
+                model=model.name,
+                calibrated=model.arithmetic,
+                served=served.arithmetic,
+            )
     return shape

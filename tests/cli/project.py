@@ -17,8 +17,8 @@ FEATURES = f"""\
 schema: saeguard.features/v1
 id: demo/unsafe-code
 title: Unsafe code
-model: {{name: tiny, hidden_size: 8, num_layers: 2}}
-sae: {{path: nowhere, sha256: {"a" * 64}, layer: 1, d_in: 8, d_sae: 16}}
+model: {{name: tiny, hidden_size: 8, num_layers: 2, sha256: {"c" * 64}}}
+sae: {{path: nowhere, sha256: {"a" * 64}, config_sha256: {"b" * 64}, layer: 1, d_in: 8, d_sae: 16}}
 features:
   shell_exec:
     title: Shell

@@ -26,7 +26,9 @@ def run(*arguments: object) -> int:
 def test_sign_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A key is made once and not overwritten; each signature has the next revision."""
     key, folder, sets = tmp_path / "key", tmp_path / "policies", tmp_path / "sets"
-    models.write_feature_set(sets / "tiny.yaml", models.make_sae(tmp_path / "sae"), latents=(0, 1))
+    models.write_feature_set(
+        sets / "tiny.yaml", models.make_sae(tmp_path / "sae"), latents=(0, 1), model_sha256="a" * 64
+    )
     detect = {"a": {"feature": "f0", "above": 0.5}}
     models.write_policy(folder / "one.yaml", detect=detect, condition="a")
     where = [folder, "--feature-sets", sets]
@@ -54,7 +56,9 @@ def test_sign_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_bundle_is_there_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is written, and where that ends half-way, a server sees the signed one before."""
     key, folder, sets = tmp_path / "key", tmp_path / "policies", tmp_path / "sets"
-    models.write_feature_set(sets / "tiny.yaml", models.make_sae(tmp_path / "sae"), latents=(0,))
+    models.write_feature_set(
+        sets / "tiny.yaml", models.make_sae(tmp_path / "sae"), latents=(0,), model_sha256="a" * 64
+    )
     detect = {"a": {"feature": "f0", "above": 0.5}}
     models.write_policy(folder / "one.yaml", detect=detect, condition="a")
     sign = ["policy", "sign", "--key", key, folder, "--feature-sets", sets]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,103 @@ def test_converted_equals_its_source(tmp_path: Path, architecture: str) -> None:
         before = getattr(read_rows(source, latents), name)
         assert torch.equal(getattr(read_rows(info, latents), name), before)
     assert torch.equal(read_decoder_rows(info, latents), read_decoder_rows(source, latents))
+
+
+CENTRED = {"center_writing_weights": True, "fold_ln": False}
+
+
+@pytest.mark.parametrize("norm", ["none", "expected_average_only_in", "layer_norm"])
+@pytest.mark.parametrize("architecture", list(CLASSES))
+@torch.no_grad()
+def test_centred_writing_weights(tmp_path: Path, architecture: str, norm: str) -> None:
+    """What SAELens computes from the residual without its mean, the folded rows do from it whole.
+
+    So it is with gpt2-small-res-jb and its family.
+    """
+    sae = save_saelens(tmp_path / "sae", architecture, normalize_activations=norm)
+    stated = Stated(norm_factor=FACTOR) if norm == "expected_average_only_in" else None
+    if stated is not None:
+        sae.cfg.normalize_activations = "none"
+        sae.fold_activation_norm_scaling_factor(FACTOR)
+    retold(tmp_path / "sae", "gpt2-small", CENTRED)
+    info = inspect(tmp_path / "sae", stated)
+    assert "each token's mean is subtracted from the input" in info.folded
+    rows = read_rows(info, range(N))
+    x = residuals() + 3.0
+    centred = x - x.mean(1, keepdim=True)
+    torch.testing.assert_close(rows.W @ x.T, rows.W @ centred.T, rtol=1e-3, atol=1e-3)
+    agree_on_codes(info, x, sae.encode(centred))
+    converted = convert(tmp_path / "sae", tmp_path / "converted", stated=stated)
+    assert converted.layout.centred
+    torch.testing.assert_close(read_rows(converted, range(N)).W, rows.W)
+
+
+def agree_on_codes(info: Any, x: torch.Tensor, f: torch.Tensor) -> None:
+    """Compare activations with a library's."""
+    assert 0.01 < (f > 0).float().mean() < 0.99
+    torch.testing.assert_close(canonical.encode(info, x), f, rtol=1e-4, atol=2e-4)
+
+
+def retold(folder: Path, model: str, given: object) -> None:
+    """State in a checkpoint's configuration how its model was changed before training."""
+    file = folder / "cfg.json"
+    config = json.loads(file.read_text())
+    config["metadata"] |= {"model_name": model, "model_from_pretrained_kwargs": given}
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("model", "norm", "given", "said"),
+    [
+        ("my/model", "none", CENTRED, "whether the norms of 'my/model' subtract the mean"),
+        ("gpt2", "constant_norm_rescale", CENTRED, "the norm of a token without its mean"),
+        ("gpt2", "none", {"checkpoint_value": 3000}, "has checkpoint_value: 3000"),
+        ("gpt2", "none", ["fold_ln"], "an object is needed"),
+    ],
+)
+def test_other_changes_of_the_model_are_refused(
+    tmp_path: Path, model: str, norm: str, given: object, said: str
+) -> None:
+    """An SAE of a model that is served otherwise than it was trained on is not watched wrongly."""
+    save_saelens(tmp_path / "sae", "standard", normalize_activations=norm)
+    retold(tmp_path / "sae", model, given)
+    with pytest.raises(SaeError, match=said):
+        inspect(tmp_path / "sae")
+
+
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        ("gemma-2b", CENTRED),  # whose norms keep the mean: TransformerLens does not centre it
+        ("gpt2", {"center_writing_weights": False, "device": "cuda"}),
+        ("gpt2", {}),
+        ("gpt2", None),
+    ],
+)
+def test_a_model_that_is_served_as_it_was(tmp_path: Path, model: str, given: object) -> None:
+    """Nothing is folded."""
+    save_saelens(tmp_path / "sae", "standard")
+    before = read_rows(inspect(tmp_path / "sae"), range(N)).W
+    retold(tmp_path / "sae", model, given)
+    torch.testing.assert_close(read_rows(inspect(tmp_path / "sae"), range(N)).W, before)
+
+
+@torch.no_grad()
+def test_what_centring_does_to_a_residual() -> None:
+    """TransformerLens' own: the stream loses each token's mean and nothing else."""
+    lens = pytest.importorskip("transformer_lens")
+    config = lens.HookedTransformerConfig(
+        n_layers=2, d_model=32, n_ctx=16, d_head=8, n_heads=4, d_vocab=50, act_fn="gelu",
+        normalization_type="LN", seed=0,
+    )  # fmt: skip
+    model, centred = lens.HookedTransformer(config), lens.HookedTransformer(config)
+    randomise(model)
+    centred.load_and_process_state_dict(
+        model.state_dict(), fold_ln=False, center_writing_weights=True, center_unembed=False,
+        fold_value_biases=False,
+    )  # fmt: skip
+    tokens = torch.arange(12)[None]
+    name = "blocks.1.hook_resid_post"
+    (x, y) = (m.run_with_cache(tokens)[1][name] for m in (model, centred))
+    torch.testing.assert_close(y, x - x.mean(-1, keepdim=True), rtol=1e-3, atol=1e-3)
+    assert float(x.mean(-1).abs().max()) > 0.01

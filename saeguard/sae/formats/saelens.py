@@ -11,6 +11,7 @@ from typing import Any
 
 from saeguard.sae.checkpoint_info import Activation, Layout, Norm, Part, SaeInfo
 from saeguard.sae.errors import SaeError
+from saeguard.sae.formats.processed_model import is_centred
 from saeguard.sae.formats.source import (
     Source,
     check_config_sizes,
@@ -67,6 +68,7 @@ def describe(source: Source) -> SaeInfo:
     metadata = source.config.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     norm, factor = _normalisation(source)
+    centred = is_centred(source, metadata, norm)
     subtracts = flag(source, "apply_b_dec_to_input", default=True) and not transcoder
     rescales = architecture == "topk" and flag(
         source, "rescale_acts_by_decoder_norm", default=False
@@ -96,6 +98,7 @@ def describe(source: Source) -> SaeInfo:
         transcoder=transcoder,
         model=_model(metadata, source.config),
         folded=(
+            *(["each token's mean is subtracted from the input"] if centred else []),
             *(["b_dec is subtracted from the input"] if subtracts else []),
             *([f"the input is multiplied by {factor:g}"] if factor != 1 else []),
             *(["activations are in units of the decoder rows' norms"] if rescales else []),
@@ -105,6 +108,7 @@ def describe(source: Source) -> SaeInfo:
             W_dec=Part("W_dec", 0),
             b_enc="b_gate" if architecture == "gated" else "b_enc",
             subtract="b_dec" if subtracts else None,
+            centred=centred,
             b_dec="b_dec",
             threshold="threshold" if jumps else None,
             r_mag="r_mag" if architecture == "gated" else None,
