@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import track
@@ -24,6 +26,8 @@ from tests.engine.test_compile_cache import SAME_HASH
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "mutants.md"
+ACCIDENT = re.compile(r"\b(TypeError|AttributeError|NameError|ImportError|ModuleNotFoundError): ")
+"""Errors of a line that breaks a mechanism and no longer fits the code."""
 SMALL = "60"
 """Requests of a storm; the broken mechanism shows long before."""
 
@@ -42,7 +46,8 @@ MUTANTS = (
     Mutant(
         "fired latents of cached prefixes are recorded",
         "every recall returns nothing",
-        "import saeguard.guard.prefix.store as m\nm.PrefixStore.get = lambda self, key: None\n",
+        "import saeguard.guard.prefix.store as m\n"
+        "m.PrefixStore.get = lambda self, key, needs=0: None\n",
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(
@@ -50,8 +55,8 @@ MUTANTS = (
         "every recall returns another block's record",
         "import saeguard.guard.prefix.store as m\n"
         "get = m.PrefixStore.get\n"
-        "m.PrefixStore.get = lambda self, key: get(self, next(iter(self._blocks), key)) and "
-        "get(self, next(iter(self._blocks)))\n",
+        "m.PrefixStore.get = lambda self, key, needs=0: "
+        "get(self, next(iter(self._blocks), key), needs)\n",
         "tests/engine/test_storm.py::test_model_runner_v1",
     ),
     Mutant(
@@ -215,8 +220,18 @@ MUTANTS = (
 )
 
 
-def run(mutant: Mutant, *, broken: bool) -> tuple[bool, str]:
-    """Run the mutant's test; return whether it passed, and its last line."""
+class Run(NamedTuple):
+    """What became of a mutant's test."""
+
+    passed: bool
+    why: str
+    """The first line of the failure."""
+    accidents: frozenset[str]
+    """Python errors that it printed, such as a patch that takes other arguments would cause."""
+
+
+def run(mutant: Mutant, *, broken: bool) -> Run:
+    """Run the mutant's test."""
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "SAEGUARD_STORM": SMALL}
         if broken:
@@ -232,14 +247,15 @@ def run(mutant: Mutant, *, broken: bool) -> tuple[bool, str]:
             timeout=1200,
         )
     errors = [line for line in done.stdout.splitlines() if line.startswith("E ")]
-    return done.returncode == 0, errors[0].strip("E ") if errors else done.stdout[-300:]
+    why = errors[0].strip("E ") if errors else done.stdout[-300:]
+    return Run(done.returncode == 0, why, frozenset(ACCIDENT.findall(done.stdout)))
 
 
 def main(words: Sequence[str], page: Path) -> None:
-    """Run them, print and write the table; fail where a broken mechanism goes unnoticed."""
+    """Run them, print and write the table; fail if a broken mechanism goes unnoticed."""
     earlier = {key(row): row for row in page.read_text().splitlines() if row.startswith("| ")}
     rows, unnoticed = {}, 0
-    whole: dict[str, bool] = {}
+    whole: dict[str, Run] = {}
     for mutant in track(MUTANTS, "mutants", console=Console(stderr=True)):
         test = mutant.test.removeprefix("tests/")
         row = f"| {mutant.mechanism} | {mutant.broken} | `{test}` |"
@@ -247,26 +263,32 @@ def main(words: Sequence[str], page: Path) -> None:
             rows[key(row)] = earlier.get(key(row), f"{row} not run | not run |")
             continue
         if mutant.test not in whole:
-            whole[mutant.test] = run(mutant, broken=False)[0]
-        survived, why = run(mutant, broken=True)
-        caught = whole[mutant.test] and not survived
-        unnoticed += not caught
-        why = why.replace("|", "/").replace("`", "'")[:90]
-        rows[key(row)] = (
-            f"{row} {'passes' if whole[mutant.test] else '**fails**'} | "
-            f"{'fails' if not survived else '**passes**'}: {why} |"
-        )
+            whole[mutant.test] = run(mutant, broken=False)
+        intact, broken = whole[mutant.test], run(mutant, broken=True)
+        accidents = broken.accidents - intact.accidents
+        unnoticed += not intact.passed or broken.passed or bool(accidents)
+        result = "**passes**" if broken.passed else "fails"
+        if accidents:
+            result = f"**dies of {', '.join(sorted(accidents))}**"
+        as_it_is = "passes" if intact.passed else f"**fails**: {cell(intact.why)}"
+        rows[key(row)] = f"{row} {as_it_is} | {result}: {cell(broken.why)} |"
         print(rows[key(row)], flush=True)
     page.write_text(
         "# Mechanisms broken on purpose\n\n"
         "`make mutants` runs each test twice, with the code as it is and with one mechanism\n"
-        "broken, and writes this page. It fails if a test passes with its mechanism broken.\n\n"
+        "broken, and writes this page. It fails if a test passes with its mechanism broken, and\n"
+        "if it dies of a Python error that the broken line itself caused.\n\n"
         "| mechanism | how it is broken | test | as it is | broken |\n|---|---|---|---|---|\n"
         + "\n".join(rows.values())
         + "\n"
     )
     if unnoticed:
         raise SystemExit(f"{unnoticed} broken mechanisms went unnoticed")
+
+
+def cell(text: str) -> str:
+    """Return the start of a text as a cell of the table."""
+    return text.replace("|", "/").replace("`", "'")[:90]
 
 
 def key(row: str) -> tuple[str, ...]:
