@@ -17,7 +17,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # The model of the feature set that the shipped policies name.
 POLICY_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: setup demo demo-model test test-all nightly storm mutants parity compat contract soak reload-storm fuzz lsp check check-texts format bench bench-encode bench-serve bench-peers build docs doctor clean
+.PHONY: setup demo demo-model test test-all nightly storm hostile mutants parity compat contract soak reload-storm fuzz lsp check check-texts format bench bench-encode bench-serve bench-peers build docs doctor clean
 
 setup: $(READY)
 
@@ -56,12 +56,16 @@ test-all: setup
 	$(BIN)/python -m tests.lanes --all $(ARGS)
 
 # What takes too long for each change. `make -k nightly` goes on after a failure.
-nightly: test-all storm parity mutants fuzz soak reload-storm bench bench-encode
+nightly: test-all storm hostile parity mutants fuzz soak reload-storm bench bench-encode
 
 # Ten thousand random requests on V1, two thousand with drafts, five hundred on V2.
 REQUESTS ?= 10000
 storm: setup
 	SAEGUARD_STORM=$(REQUESTS) $(BIN)/python -m pytest -s tests/engine/test_storm.py $(ARGS)
+
+# Ten thousand hostile HTTP requests to a server whose policy stops every answer.
+hostile: setup
+	SAEGUARD_HOSTILE=$(REQUESTS) $(BIN)/python -m pytest -s tests/server/test_hostile_http.py $(ARGS)
 
 # ARGS="llama gpt2" for some of the families.
 parity: setup

@@ -28,6 +28,7 @@ RUN_BY = {
     "test-all": HERE,
     "nightly": HERE,
     "storm": HERE,
+    "hostile": HERE,
     "mutants": HERE,
     "parity": HERE,
     "compat": HERE,
@@ -39,6 +40,8 @@ RUN_BY = {
     "demo-model": HERE,
     "bench": BENCHMARKS,
     "bench-encode": BENCHMARKS,
+    "bench-peers": BENCHMARKS,
+    "bench-serve": HERE,
     "soak": BENCHMARKS,
     "reload-storm": BENCHMARKS,
 }
@@ -95,7 +98,8 @@ def test_nightly_is_all_that_is_long() -> None:
     """Slow tests, storms, parity, mutants, fuzzing, soaks and benchmarks, at full size."""
     planned = make("nightly", "--dry-run")
     for command in (
-        "tests.lanes --all", "SAEGUARD_STORM=10000", "tests.engine.parity_table", "tests.mutants",
+        "tests.lanes --all", "SAEGUARD_STORM=10000", "SAEGUARD_HOSTILE=10000",
+        "tests.engine.parity_table", "tests.mutants",
         "tests.fuzz --inputs 1000000", "benchmarks.soak --minutes 30",
         "benchmarks.reload_storm --minutes 10", "benchmarks.overhead", "benchmarks.encode",
     ):  # fmt: skip
@@ -112,6 +116,17 @@ def test_test_all() -> None:
 def test_storm() -> None:
     """The storm's tests are found; the suite itself runs them."""
     assert "test_model_runner_v1" in make("storm", "REQUESTS=20", "ARGS=--collect-only -q")
+
+
+def test_bench_serve() -> None:
+    """It makes the model first; the benchmark itself runs in `tests/test_benchmarks.py`."""
+    assert "-m benchmarks.serve --quick" in make("bench-serve", "--dry-run", "ARGS=--quick")
+
+
+def test_hostile() -> None:
+    """The tests of hostile requests are found; the suite itself runs them."""
+    found = make("hostile", "REQUESTS=20", "ARGS=--collect-only -q")
+    assert "test_every_request_has_one_account" in found
 
 
 def test_mutants(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,7 @@ def test_no_stopped_body_holds_token_ids(answers: list[Answer]) -> None:
             continue
         for choice in json.loads(answer.text)["choices"]:
             if choice.get("stop_reason") == "saeguard:test.stop":
+                assert choice["finish_reason"] == "content_filter", answer
                 assert not choice.get("token_ids"), answer
                 assert not choice.get("logprobs"), answer
                 assert choice["message"]["content"] == MESSAGE, answer
@@ -174,23 +176,20 @@ def test_no_stopped_body_holds_token_ids(answers: list[Answer]) -> None:
 
 
 def test_every_request_has_one_account(server: Server, answers: list[Answer]) -> None:
-    """Whatever became of a request, each policy judged it once, and its tokens add up."""
+    """Whatever became of a request, it has one line, both policies and all of its tokens in it."""
     _wait_until_idle(server)
-    accounts: collections.Counter[tuple[str, str]] = collections.Counter()
-    for event in server.lines():
-        if event["event"] == "verdict":
-            accounts[event["request_id"], event["policy"]] += 1
-            coverage = event["coverage"]
-            total = coverage["evaluated"] + sum(coverage["skipped"].values())
-            assert coverage["tokens"] == total, event
-    ids = {request_id for request_id, _ in accounts}
+    accounts = collections.Counter[str]()
+    for line in server.request_lines():
+        accounts[line["request_id"]] += 1
+        coverage = line["coverage"]
+        assert coverage["tokens"] == coverage["evaluated"] + sum(coverage["skipped"].values()), line
+        assert sum(line["verdicts"].values()) == line["policies"] == 2, line
 
     assert set(accounts.values()) == {1}
-    assert len(accounts) == 2 * len(ids)
     for answer in answers:
         if answer.status == 200 and answer.ask.path in NAMED and "error" not in answer.text:
             name = answer.ask.headers["x-request-id"]
-            own = [i for i in ids if name in i]
+            own = [i for i in accounts if name in i]
             assert len(own) == answer.ask.choices or "beam" in str(answer.ask.body), answer
 
 
@@ -221,8 +220,6 @@ def _without_probabilities(text: str) -> str:
 
 
 def _wait_until_idle(server: Server) -> None:
-    import time
-
     for _ in range(300):
         running: dict[str, Any] = server.metrics("vllm:num_requests_")
         if sum(running.values()) == 0:
