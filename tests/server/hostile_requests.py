@@ -221,7 +221,7 @@ ROUTES: dict[str, tuple[float, Callable[[random.Random], tuple[dict[str, Any], i
     "/v1/messages": (2, _messages),
     "/v1/chat/completions/batch": (1, _batch),
     "/invocations": (1, _invocations),
-    "/cohere/v2/chat": (0.5, _cohere),
+    "/v2/chat": (0.5, _cohere),
     "/v1/embeddings": (0.1, _other),
     "/pooling": (0.1, _other),
     "/v1/score": (0.1, _other),
