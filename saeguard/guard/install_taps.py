@@ -71,7 +71,7 @@ def install_taps(
             clamps={},
             norm=None if hook.norm is None else hook.norm.to(device),
             kernels=kernels,
-            loop=host_loop(W, b, floor, halves, f) if plain else None,
+            loop=host_loop(W, b, floor, halves, f) if plain and kernels is None else None,
             scale=None
             if hook.norm is None or kernels is None
             else torch.zeros(max_tokens, len(b) + 1, device=device),

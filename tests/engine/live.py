@@ -172,15 +172,18 @@ BETWEEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def beams(llm: Any, prompts: list[list[int]], width: int, tokens: int) -> list[list[list[int]]]:
-    """Search with beams; return the best texts of each prompt."""
+def beams(llm: Any, prompts: list[list[int]], width: int, tokens: int) -> str | None:
+    """Search with beams; return why that is refused, None if it is not."""
     from vllm.sampling_params import BeamSearchParams
 
-    found = llm.beam_search(
-        [{"prompt_token_ids": p} for p in prompts],
-        BeamSearchParams(beam_width=width, max_tokens=tokens, ignore_eos=True),
-    )
-    return [[list(beam.tokens) for beam in output.sequences] for output in found]
+    try:
+        llm.beam_search(
+            [{"prompt_token_ids": p} for p in prompts],
+            BeamSearchParams(beam_width=width, max_tokens=tokens, ignore_eos=True),
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def answer(llm: Any, ended: dict[str, dict[str, Any]], asked: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def check_ranked() -> None:
         admit(ranked, Clamped(1, 1, ["user"], [True]))
         hidden = run(ranked, 1, 0, x)
         assert int(ranked.ticks) == 1
-        assert next(iter(ranked.clamps.values())).launch is (kernels and tap.edit)
+        clamp = next(iter(ranked.clamps.values()))
+        assert clamp.launch is (kernels and tap.edit)
+        assert (clamp.on_host is None) == (kernels is not None), "the kernels run"
         seen.append((ranked.f[: len(x)].clone(), hidden))
     (f, hidden), (by_kernels, edited) = seen
     assert torch.equal(f[:, :-1], by_kernels[:, :-1])

@@ -159,7 +159,8 @@ def make_clamp(
         max_norm=hook.max_norm,
         launch=launch,
     )
-    return replace(clamp, on_host=_arrays(clamp)) if device.type == "cpu" else clamp
+    on_host = device.type == "cpu" and launch is None
+    return replace(clamp, on_host=_arrays(clamp)) if on_host else clamp
 
 
 def _arrays(clamp: Clamp) -> Clamp:
