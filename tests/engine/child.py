@@ -33,6 +33,12 @@ def run(main: Callable[..., None], *arguments: Any) -> NoReturn:
     os._exit(code)
 
 
+def said(choice: Any) -> dict[str, Any] | None:
+    """Return what an answer says of its request, without the request's id: two can be compared."""
+    found = getattr(choice, "saeguard", None)
+    return None if found is None else {k: v for k, v in found.items() if k != "request_id"}
+
+
 def ready() -> None:
     """Record that the engine can serve, and collect garbage from now on."""
     gc.freeze()

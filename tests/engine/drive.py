@@ -80,7 +80,7 @@ def main(job_path: Path, out_path: Path) -> None:
                     "prompt": list(out.prompt_token_ids),
                     "output": list(choice.token_ids),
                     "cached": out.num_cached_tokens,
-                    "saeguard": getattr(choice, "saeguard", None),
+                    "saeguard": child.said(choice),
                 }
                 for choice in out.outputs
             ]

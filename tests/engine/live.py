@@ -95,7 +95,7 @@ def ends(output: Any) -> list[dict[str, Any]]:
             "why": choice.finish_reason,
             "stop_reason": choice.stop_reason,
             "cached": output.num_cached_tokens,
-            "saeguard": getattr(choice, "saeguard", None),
+            "saeguard": child.said(choice),
         }
         for choice in output.outputs
         if choice.finish_reason is not None

@@ -108,6 +108,7 @@ def test_kinds_side_by_side(tmp_path: Path) -> None:
         "policies": str(tmp_path / "policies"),
         "feature_sets": str(tmp_path / "feature_sets"),
         "events": str(tmp_path / "events.jsonl"),
+        "event_lines": "all",
     }
     served = engines.serve(
         tmp_path / "served",

@@ -52,6 +52,8 @@ def ask(rng: random.Random, n: int) -> Ask:
     route = rng.choices(list(ROUTES), [weight for weight, _ in ROUTES.values()])[0]
     made = ROUTES[route][1](rng)
     body, choices = made
+    if rng.random() < 0.97:
+        body["model"] = "tiny"
     stream = bool(body.get("stream"))
     if rng.random() < 0.05:
         _spoil(rng, body)
@@ -147,7 +149,7 @@ def _chat(rng: random.Random) -> tuple[dict[str, Any], int]:
 
 
 def _completion(rng: random.Random) -> tuple[dict[str, Any], int]:
-    ids = [rng.choice([1, 5, 40, 511, 300, 0]) for _ in range(rng.randint(1, 9))]
+    ids = [rng.choice([1, 5, 40, 250, 0]) for _ in range(rng.randint(1, 9))]
     prompt = rng.choice(
         [_text(rng), [_text(rng), _text(rng)], ids, [ids, ids], "", [], [-5], [10**7]]
     )

@@ -170,8 +170,8 @@ def test_no_stopped_body_holds_token_ids(answers: list[Answer]) -> None:
             if choice.get("stop_reason") == "saeguard:test.stop":
                 assert choice["finish_reason"] == "content_filter", answer
                 assert not choice.get("token_ids"), answer
-                assert not choice.get("logprobs"), answer
-                assert choice["message"]["content"] == MESSAGE, answer
+                assert not (choice.get("logprobs") or {}).get("content"), answer
+                assert choice["message"]["content"].endswith(MESSAGE), answer  # behind an echo
                 assert not choice["message"].get("tool_calls"), answer
 
 
@@ -210,7 +210,11 @@ def _pieces(answer: Answer) -> list[str]:
     if not answer.ask.stream:
         return [answer.text]
     events = [line for line in answer.text.splitlines() if line.startswith("data: ")]
-    repeats = [e for e in events if re.search(r'"type":\s*"response\.[a-z_.]*(done|completed)"', e)]
+    repeats = [
+        e
+        for e in events
+        if re.search(r'"type":\s*"response\.[a-z_.]*(done|completed|incomplete)"', e)
+    ]
     return ["\n".join(e for e in events if e not in repeats), *repeats]
 
 
