@@ -13,7 +13,7 @@ from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.readings import Readings
 from saeguard.guard.request_verdicts import Verdicts
 from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
-from saeguard.guard.scopes import LOOKS, USER
+from saeguard.guard.scopes import USER
 from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
 from saeguard.reload.reloader import Reloader
@@ -126,30 +126,14 @@ class EngineGuard:
         """Decide which policies judge an arriving request; any thread may call this."""
         extra = getattr(sampling_params, "extra_args", None) or {}
         tenant, asked = extra.get(TENANT), extra.get(ENFORCE)
-        return self._decide(
+        return self.decide(
             None if tenant is None else str(tenant),
             None if lora_request is None else lora_request.lora_name,
             None if asked is None else str(asked),
         )
 
-    def against_beams(
-        self, tenant: str | None, adapter: str | None, asked: str | None
-    ) -> list[str]:
-        """Return the policies that are enforced for such a request and that beam search evades.
-
-        Each step of a beam is a request of one token. What a beam wrote before is prompt to it, so
-        policies that look at the output never see it, and a stop would end one step of one beam.
-        """
-        admission = self._decide(tenant, adapter, asked)
-        policies = admission.pin.version.watchlist.policies
-        return [
-            policy.id
-            for policy, acts in zip(policies, admission.decision.enforced, strict=True)
-            if acts
-            and ("output" in LOOKS[policy.scope] or "stop" in (policy.action, policy.on_error))
-        ]
-
-    def _decide(self, tenant: str | None, adapter: str | None, asked: str | None) -> Admission:
+    def decide(self, tenant: str | None, adapter: str | None, asked: str | None) -> Admission:
+        """Decide about a request by its tenant, LoRA adapter, and policies that it asks for."""
         return admission_of(
             self.versions.pin(),
             self.access,

@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+from functools import partial
 from typing import Any
 
 import structlog
@@ -16,6 +17,7 @@ from saeguard.guard.roles.assign import RoleMarks
 from saeguard.start_report import failed
 from saeguard.vllm.attributes import ADMISSION, ENGINE_GUARD
 from saeguard.vllm.engine_core import prefix_cache, reload, selftest, step, totals
+from saeguard.vllm.engine_core.beams import against_beams
 from saeguard.vllm.engine_core.guard import EngineGuard
 from saeguard.vllm.messages import AGAINST_BEAMS
 from saeguard.vllm.patches import Original, assumes, patch, reads
@@ -166,7 +168,7 @@ def run_busy_loop(original: Original, core: Any) -> Any:
 def _test_once(core: Any) -> None:
     guard = ENGINE_GUARD.get(core.scheduler)
     if guard is not None:
-        setattr(core, AGAINST_BEAMS, guard.against_beams)
+        setattr(core, AGAINST_BEAMS, partial(against_beams, guard))
     if guard is not None and guard.watchlist.hooks and not guard.self_test:
         selftest.run(core, guard)
         reload.begin(core, guard)
