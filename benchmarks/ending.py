@@ -3,7 +3,7 @@
 `python -m benchmarks.ending`. The engine core's own `EngineGuard` judges requests of 64 tokens
 whose activations are random, and is asked to end them as the scheduler asks: verdicts, counters,
 the response's part, and handing the events to their writer. Times are processor time of this
-thread, so that other work on the machine shows little in them; the writer's is told beside it, and
+thread, so that other work on the machine shows little in them; the writer's is printed too, and
 what a request without a match leaves in the event log, by the setting `event_lines`.
 """
 

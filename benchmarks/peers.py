@@ -1,6 +1,6 @@
 """saeguard beside what a user would pick instead, each in an engine of its own.
 
-`python -m benchmarks.peers` (`make bench-peers`); `--quick` in under two minutes, `--tiny` to see
+`python -m benchmarks.peers` (`make bench-peers`); `--quick` for a shorter look, `--tiny` to see
 whether it works. Every engine has a process of its own and serves the same batches by turns, in
 random order within each round, so that only ratios within a round are compared. See README.md
 beside this file.
@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=12, metavar="N", help="default 12")
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="output tokens")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="prompt tokens")
-    parser.add_argument("--quick", action="store_true", help="a smaller model: under two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer batches and rounds")
     parser.add_argument("--tiny", action="store_true", help="see whether it works")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peers.json"))
     parser.add_argument("--plot", type=Path, metavar="SVG", help="draw the ratios")

@@ -1,6 +1,6 @@
 """What a client sees of a guarded server: vLLM's own benchmark client against real servers.
 
-`python -m benchmarks.serve` (`make bench-serve`); `--quick` in under two minutes, `--tiny` to see
+`python -m benchmarks.serve` (`make bench-serve`); `--quick` for a shorter look, `--tiny` to see
 whether it works. One server for each state runs throughout, and the client of `vllm bench serve`
 asks one after the other, in random order within each round. Only ratios within a round are
 compared. See README.md beside this file.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saeguard.browse import views
+from saeguard.browse.feature_page import feature_view
 from saeguard.browse.render import STATIC, file_name, render
 from saeguard.browse.site import Site
 from saeguard.errors import InputError
@@ -65,7 +66,7 @@ def export(
         write("latent", views.latent_view(site, latent), latent)
         done(1)
     for name in {} if site.features is None else site.features.features:
-        write("feature", views.feature_view(site, name), name)
+        write("feature", feature_view(site, name), name)
     for policy in site.policies:
         write("policy", views.policy_view(site, policy.id), policy.id)
     if site.events:

@@ -21,9 +21,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from saeguard.browse import api, views
+from saeguard.browse.feature_page import feature_view
 from saeguard.browse.live import Live
 from saeguard.browse.render import STATIC, render
-from saeguard.browse.site import Site
+from saeguard.browse.site import NotThereError, Site
 
 HOSTS = ["localhost", "127.0.0.1", "[::1]", "::1"]
 HEADERS = {
@@ -69,7 +70,7 @@ def app(site: Site, live: Live | None = None) -> Starlette:
                 page("home", lambda r: views.home(site, r.query_params.get("q", "")[:200])),
             ),
             Route("/latent/{latent:int}", page("latent", by_name(views.latent_view, "latent"))),
-            Route("/feature/{name:path}", page("feature", by_name(views.feature_view, "name"))),
+            Route("/feature/{name:path}", page("feature", by_name(feature_view, "name"))),
             Route("/policy/{id:path}", page("policy", by_name(views.policy_view, "id"))),
             Route("/events", page("events", lambda _request: views.events_view(site))),
             Route("/event/{number:int}", page("event", by_name(views.event_view, "number"))),
@@ -93,7 +94,7 @@ def _page(
     def make(request: Request) -> Response:
         try:
             contents, status, name = view(request), 200, template
-        except views.NotThereError as error:
+        except NotThereError as error:
             contents, status, name = {"message": str(error)}, 404, "error"
         return HTMLResponse(render(site, name, contents, live=live is not None), status)
 

@@ -10,6 +10,7 @@ from threading import Lock
 import numpy as np
 import torch
 
+from saeguard.errors import InputError
 from saeguard.events.record_schema import Event
 from saeguard.features.types import Feature, FeatureSet
 from saeguard.latents.index import Index
@@ -20,6 +21,10 @@ from saeguard.sae import SaeInfo
 NEIGHBOURS = 12
 MAPPED = 60
 """Neighbours on the map."""
+
+
+class NotThereError(InputError):
+    """There is no such latent, feature, policy or event."""
 
 
 @dataclass(frozen=True)

@@ -47,45 +47,31 @@ def coverage_record(coverage: Any) -> dict[str, Any]:
     }
 
 
-def verdict_event(
-    verdict: Any,
-    *,
-    request_id: str,
-    model: str,
-    watchlist: str,
-    finished: str | None,
-    tenant: str | None = None,
-) -> Mapping[str, Any]:
-    """Return the event of one verdict on one request."""
+def of_request(
+    event: str, *, request_id: str, model: str, watchlist: str, tenant: str | None = None
+) -> dict[str, Any]:
+    """Return the fields with which every event about a request begins."""
     return {
-        "event": "verdict",
+        "event": event,
         "schema": SCHEMA,
         "request_id": request_id,
         "model": model,
         "tenant": tenant,
         "watchlist": watchlist,
-        **verdict_record(verdict),
-        "finished": finished,
     }
 
 
-def request_event(
-    verdicts: Any,
-    *,
-    request_id: str,
-    model: str,
-    watchlist: str,
-    finished: str,
-    tenant: str | None = None,
-) -> Mapping[str, Any]:
+def verdict_event(verdict: Any, *, finished: str | None, **request: Any) -> Mapping[str, Any]:
+    """Return the event of one verdict on one request; for `request` see `of_request`."""
+    return {**of_request("verdict", **request), **verdict_record(verdict), "finished": finished}
+
+
+def request_event(verdicts: Any, *, finished: str, **request: Any) -> Mapping[str, Any]:
     """Return the event of a request: its `guard.request_verdicts.Verdicts`, counted."""
+    begin = of_request("request", **request)
     return {
-        "event": "request",
-        "schema": SCHEMA,
-        "request_id": request_id,
-        "model": model,
-        "tenant": tenant,
-        "watchlist": watchlist[:12],
+        **begin,
+        "watchlist": begin["watchlist"][:12],  # every request leaves this line
         "policies": len(verdicts),
         "verdicts": verdicts.outcomes(),
         "coverage": coverage_record(verdicts.coverage),
@@ -101,7 +87,7 @@ def ended_events(
     Args:
         verdicts: the request's `guard.request_verdicts.Verdicts`.
         policies: those whose verdicts have an event; None for all.
-        request: see `request_event`.
+        request: `finished`, and what `of_request` takes.
     """
     found = verdicts if policies is None else map(verdicts.of_policy, policies)
     for verdict in found:
@@ -109,23 +95,10 @@ def ended_events(
     yield request_event(verdicts, **request)
 
 
-def mismatch_event(
-    coverage: Any,
-    *,
-    request_id: str,
-    model: str,
-    watchlist: str,
-    finished: str,
-    tenant: str | None = None,
-) -> Mapping[str, Any]:
+def mismatch_event(coverage: Any, *, finished: str, **request: Any) -> Mapping[str, Any]:
     """Return the event of a request whose coverage does not add up, a fault of the guard."""
     return {
-        "event": "ledger_mismatch",
-        "schema": SCHEMA,
-        "request_id": request_id,
-        "model": model,
-        "tenant": tenant,
-        "watchlist": watchlist,
+        **of_request("ledger_mismatch", **request),
         "coverage": coverage_record(coverage),
         "finished": finished,
     }

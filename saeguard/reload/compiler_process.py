@@ -35,7 +35,7 @@ from saeguard.reload.columns import RowId, row_ids, row_tensors, without_weights
 from saeguard.reload.dry_run import RehearsalError, rehearse
 from saeguard.reload.file_watcher import Look, looks
 from saeguard.reload.policy_source import Loaded, ReadCache, Source, SourceError, load
-from saeguard.yaml_files.findings import printable
+from saeguard.yaml_files.findings import bounded
 
 Trigger: TypeAlias = Literal["files", "signal"]
 
@@ -45,8 +45,6 @@ CORES = sorted(os.sched_getaffinity(0))
 NICE = 10
 IDLE_S, MOST_READINGS = 1.0, 100
 """Idle seconds, or readings, after which the compiler process collects garbage."""
-MOST_CHARACTERS = 20_000
-"""Of the message about files that are refused; a folder may hold thousands of mistakes."""
 CHUNK = 25
 """Policies in a message, so that unpickling it takes well under a millisecond of a step."""
 REFUSALS = (
@@ -185,9 +183,10 @@ def read(
         loaded = load(source, known)
         rehearse(loaded.watchlist)
     except REFUSALS as error:
-        return CompilerReading(trigger, time.perf_counter() - began, error=shown(str(error))), None
+        message = bounded(str(error))
+        return CompilerReading(trigger, time.perf_counter() - began, error=message), None
     except Exception as error:  # noqa: BLE001 - a bug must not end the process
-        message = shown(f"{type(error).__name__} while reading: {error}")
+        message = bounded(f"{type(error).__name__} while reading: {error}")
         return CompilerReading(trigger, time.perf_counter() - began, error=message), None
     reading = CompilerReading(
         trigger,
@@ -199,20 +198,6 @@ def read(
         doubts=loaded.weak,
     )
     return reading, loaded
-
-
-def shown(error: str) -> str:
-    """Return a message fit for log, event and status file: no control characters, never long."""
-    lines = [printable(line) for line in error.splitlines()]
-    kept: list[str] = []
-    room = MOST_CHARACTERS
-    for line in lines:
-        room -= len(line) + 1
-        if room < 0:
-            kept.append(f"{line[:200]}... ({len(lines) - len(kept)} more lines)")
-            break
-        kept.append(line)
-    return "\n".join(kept)
 
 
 def serve(pipe: Connection) -> None:

@@ -261,8 +261,7 @@ class Reloader:
     def _failed(self, error: str) -> None:
         present = self._where.versions.current.watchlist
         revision = None if self._manifest is None else self._manifest.revision
-        policies = len(present.policies)
-        digest, none = present.digest, Difference()
+        policies, digest, none = len(present.policies), present.digest, Difference()
         self._report(
             Report("failed", "files", digest, None, error, policies, revision, 0.0, 0.0, 0, none)
         )

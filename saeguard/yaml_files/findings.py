@@ -14,6 +14,8 @@ from saeguard.yaml_files.codes import Code, page
 
 Level: TypeAlias = Literal["error", "warning", "note"]
 
+MOST_CHARACTERS = 20_000
+"""Of a message about files that are refused; a folder may hold thousands of mistakes."""
 SHOWN = 60
 """Characters of a value that a message quotes at most."""
 
@@ -84,6 +86,20 @@ def render_all(findings: Sequence[Finding], style: Callable[[str], str] = str) -
 def printable(text: str) -> str:
     """Return `text` at the same length, without characters that could steer a terminal."""
     return "".join(c if c.isprintable() else " " if c == "\t" else "\ufffd" for c in text)
+
+
+def bounded(message: str) -> str:
+    """Return a message fit for log, event and status file: no control characters, never long."""
+    lines = [printable(line) for line in message.splitlines()]
+    kept: list[str] = []
+    room = MOST_CHARACTERS
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0:
+            kept.append(f"{line[:200]}... ({len(lines) - len(kept)} more lines)")
+            break
+        kept.append(line)
+    return "\n".join(kept)
 
 
 def show(value: object) -> str:

@@ -12,9 +12,10 @@ import pytest
 
 from saeguard.events.record_schema import LINE, Reload
 from saeguard.events.records import reload_event
-from saeguard.reload.compiler_process import MOST_CHARACTERS, read
+from saeguard.reload.compiler_process import read
 from saeguard.reload.file_watcher import fingerprint, looks
 from saeguard.reload.policy_source import ReadCache, Source
+from saeguard.yaml_files.findings import MOST_CHARACTERS
 from tests import models
 
 

@@ -13,7 +13,7 @@ from saeguard.vllm.api_server.tenants import report, tenant_of
 from saeguard.vllm.api_server.told import TOLD
 from saeguard.vllm.messages import AGAINST_BEAMS
 from saeguard.vllm.patches import Original, assumes, calls, patch, reads
-from saeguard.vllm.settings import name_of, settings_of
+from saeguard.vllm.settings import settings_of
 
 SEARCH = "vllm.entrypoints.generate.beam_search"
 CLIENT = "vllm.v1.engine.core_client"
@@ -48,13 +48,6 @@ async def refusal(engine: Any, adapter: str | None, asked: str | None) -> str | 
     if reason is not None:
         report(reason, engine.vllm_config, settings)
     return reason
-
-
-def adapter_of(config: Any, model: str | None) -> str | None:
-    """Return the adapter that a request's `model` names, None if it names the base model."""
-    names = config.model_config.served_model_name
-    base = {*(names if isinstance(names, list) else [names]), name_of(config.model_config), None}
-    return None if model in base else model
 
 
 def _reason(policies: list[str]) -> str | None:

@@ -58,7 +58,7 @@ async def create(original: Original, serving: Any, request: Any) -> Any:
     refusal = tenants.refuse(getattr(request, "vllm_xargs", None), config, request.model)
     if refusal is None and getattr(request, "use_beam_search", False):
         asked = (request.vllm_xargs or {}).get(ENFORCE)
-        adapter = beams.adapter_of(config, request.model)
+        adapter = tenants.adapter_of(config, request.model)
         refusal = await beams.refusal(serving.engine_client, adapter, asked)
     if refusal is not None:
         return serving.create_error_response(

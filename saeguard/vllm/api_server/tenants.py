@@ -110,6 +110,13 @@ def refuse(xargs: Mapping[str, Any] | None, config: Any, model: str | None) -> s
     return reason
 
 
+def adapter_of(config: Any, model: str | None) -> str | None:
+    """Return the LoRA adapter that a request's `model` names, None if it names the base model."""
+    names = config.model_config.served_model_name
+    base = {*(names if isinstance(names, list) else [names]), name_of(config.model_config), None}
+    return None if model in base else model
+
+
 def report(reason: str, config: Any, settings: Settings) -> None:
     """Count a refusal, and write its event."""
     show([["refusals", 1]])
@@ -139,9 +146,7 @@ def _refusal(
             return f"vllm_xargs.{name}: expected 1, found {quoted(asked[name])}; leave it out"
     if ENFORCE not in asked:
         return None
-    names = config.model_config.served_model_name
-    base = {*(names if isinstance(names, list) else [names]), None}
-    served = name_of(config.model_config) if model in base else str(model)
+    served = adapter_of(config, model) or name_of(config.model_config)
     wanted = str(asked[ENFORCE]).split(",")
     allowed = set(settings.request_may_enforce)
     allowed |= _access(settings).may_ask(tenant, served)
