@@ -72,7 +72,7 @@ def verb(
 ) -> None:
     """Answer a question from one or many event logs.
 
-    Logs hold no text. Needs `pip install 'saeguard[tables]'`. Exit codes: 0 whatever the answer, 2
+    Logs hold no text. Needs the extra `tables` of saeguard. Exit codes: 0 whatever the answer, 2
     a log or the command is wrong, 3 a package is missing or the answer cannot be written.
     """
     from saeguard.events.log_tables import LogTables, log_files

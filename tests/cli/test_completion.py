@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from saeguard import __version__
+from saeguard.cli import VERBS, load
 from tests.cli.project import run
 
 
@@ -50,3 +53,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert ours == f"saeguard {__version__}"
     assert re.fullmatch(r"vLLM (not found|\S+ \(package vllm(-cpu)?\))", vllm)
     assert python == f"Python {sys.version.split()[0]}"
+
+
+def helps(command: Any) -> Iterator[str]:
+    """Yield the help texts of a command, of its options and of its own verbs."""
+    yield command.help or ""
+    yield from (getattr(p, "help", None) or "" for p in command.params)
+    for inner in getattr(command, "commands", {}).values():
+        yield from helps(inner)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_loses_no_words(verb: str) -> None:
+    """Help texts pass through Rich's markup, which takes a word in brackets for a style."""
+    lost = [text for text in helps(load(verb)) if re.search(r"(?<!\\)\[/?[a-z@#]", text)]
+    assert lost == []
