@@ -61,6 +61,7 @@ def ends(root: Path, policies: int, lines: str) -> Ends:
         request = SimpleNamespace(
             request_id=f"chatcmpl-{n:032x}-{n:08x}", num_prompt_tokens=8, num_tokens=TOKENS + 1,
             num_computed_tokens=TOKENS, block_hashes=[], sampling_params=None, lora_request=None,
+            stop_reason=None,
         )  # fmt: skip
         guard.admit(request, None)
         f = rng.normal(size=(TOKENS, started.watchlist.columns)).astype(np.float32).clip(0)

@@ -72,15 +72,15 @@ def test_a_response_says_what_fired(server: Server) -> None:
 def test_a_response_says_what_was_not_judged(server: Server) -> None:
     """With one token, which nothing reads, policies of the output are no clean verdicts."""
     said = server.chat(max_tokens=1).saeguard
-    found = [e["verdict"] for e in server.told(said["request_id"])]
-    assert said["not_evaluated"] == found.count("not_evaluated") > 0
+    [line] = server.request_lines(said["request_id"])
+    assert said["not_evaluated"] == line["verdicts"]["not_evaluated"] > 0
     assert said["flagged"] is not None  # others look at the prompt
 
     skipped = said["coverage"]["skipped"]
     assert skipped["not_forwarded"] == 1
     both = server.chat(n=2, max_tokens=1, temperature=1.0).saeguard
     assert both["not_evaluated"] == 2 * said["not_evaluated"]
-    assert all(server.told(id_) for id_ in both["request_id"])
+    assert all(server.request_lines(id_) for id_ in both["request_id"])
 
 
 def test_a_start_ends_in_a_box(server: Server) -> None:
