@@ -146,4 +146,4 @@ def test_folders_below_folders(source: Source) -> None:
         assert next(looks([source.policies], threading.Event())).changed is False
         assert error_of(source) is None or "long" in str(error_of(source))
     finally:  # `shutil.rmtree`, with which pytest clears old folders, recurses and fails
-        subprocess.run(["rm", "-rf", source.policies], check=True)  # noqa: S607
+        subprocess.run(["rm", "-rf", source.policies], check=True)
