@@ -50,6 +50,7 @@ def begin(core: Any, guard: EngineGuard) -> None:
 def _run(queue: Any, guard: EngineGuard) -> None:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
+    failed = ""
     while not guard.closed:
         try:
             counts = guard.changed_totals(at_once=True)
@@ -57,6 +58,9 @@ def _run(queue: Any, guard: EngineGuard) -> None:
                 request_id=TOTALS, new_token_ids=[], kv_transfer_params={KEY: {COUNTS: counts}}
             )
             queue.put_nowait((FIRST, EngineCoreOutputs(outputs=[carrier])))
-        except Exception:
-            log.exception("saeguard: the running totals could not be reported")
+            failed = ""
+        except Exception as error:
+            if repr(error) != failed:  # once for each reason, not once a second
+                log.exception("saeguard: the running totals could not be reported; trying again")
+            failed = repr(error)
         time.sleep(EVERY_S)
