@@ -215,7 +215,9 @@ def test_counters_without_traffic(live: Live) -> None:
     refused = "saeguard_reloads_total,outcome=refused"
     policy = live.server.guarded.policies / "s.yaml"
     good, before = policy.read_bytes(), live.metrics_when(lambda m: m[current] == 1)
-    policy.write_bytes(good + b"oops")
+    broken = live.root / "broken.yaml"
+    broken.write_bytes(good + b"oops")
+    broken.replace(policy)  # at once, so that it is refused once
     assert live.metrics_when(lambda m: m[current] == 0)[refused] == before[refused] + 1
     policy.write_bytes(good)
     after = live.metrics_when(lambda m: m[current] == 1)
