@@ -7,6 +7,7 @@ that neither slows the other down. Each lane has a compile cache of its own.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ LONG = (
 def pytest_configure(config: pytest.Config) -> None:
     """Take a core if this process is a lane; prepare the report if it is not."""
     config.pluginmanager.register(costs.Meter())
+    # A shell has what it starts in the background ignore Ctrl-C, and so would what the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         _keep_to_one_core(int(worker.removeprefix("gw")))
     else:
