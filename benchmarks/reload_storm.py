@@ -193,6 +193,7 @@ def main() -> None:
     """Run it, print what it showed, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--eager", action="store_true", help="compile nothing; starts sooner")
     parser.add_argument("--pause", type=float, default=0.3, help="Seconds between two changes.")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "reload-storm.json"
@@ -201,9 +202,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (moved, storm), port = prepare(root), free_port()
-        process = soak.start(
-            root, moved, port, "--state", str(root / "state"), "--watch-capacity", str(CAPACITY)
-        )
+        more = ["--state", str(root / "state"), "--watch-capacity", str(CAPACITY)]
+        more += ["--enforce-eager"] * options.eager
+        process = soak.start(root, moved, port, *more)
         stop = threading.Event()
         try:
             soak.wait(port, process, root / "server.log")

@@ -247,12 +247,13 @@ def main() -> None:
     """Run it, print what it showed, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--eager", action="store_true", help="compile nothing; starts sooner")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "soak.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         guarded, port = make(root), free_port()
-        process = start(root, guarded, port)
+        process = start(root, guarded, port, *["--enforce-eager"] * options.eager)
         try:
             wait(port, process, root / "server.log")
             seen, samples = asyncio.run(load(port, process, options.minutes))

@@ -173,7 +173,7 @@ def test_scan(tmp_path: Path) -> None:
 @pytest.mark.server
 def test_soak(tmp_path: Path) -> None:
     """A few seconds of random load: every request has its events, and they add up."""
-    result = made("soak", tmp_path / "soak.json")
+    result = made("soak", tmp_path / "soak.json", "--eager")
     positive(result, "requests", "events", "tokens_evaluated")
     assert result["events"] % result["requests"] == 0
     positive(result["memory"], "mib_at_the_end")
@@ -182,7 +182,7 @@ def test_soak(tmp_path: Path) -> None:
 @pytest.mark.server
 def test_reload_storm(tmp_path: Path) -> None:
     """A few seconds of changing policies under load: every request has its verdicts."""
-    result = made("reload-storm", tmp_path / "storm.json")
+    result = made("reload-storm", tmp_path / "storm.json", "--eager")
     positive(result, "requests", "changes", "state_read")
     assert result["without_a_verdict"] == result["state_not_of_a_good_list"] == 0
 
