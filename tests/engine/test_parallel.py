@@ -66,9 +66,10 @@ def serve_and_check(
     return served
 
 
-def test_tensor_parallel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_tensor_parallel(tmp_path: Path, *, eager: bool) -> None:
     """Two ranks, clamped alike: any other text would come out if one of them were not."""
-    served = serve_and_check(tmp_path, make(tmp_path), **TENSOR)
+    served = serve_and_check(tmp_path, make(tmp_path), enforce_eager=eager, **TENSOR)
     assert served.log.count("saeguard ready") == 2
 
 

@@ -150,12 +150,19 @@ def test_model_runner_v2(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("how", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {"tensor_parallel_size": 2, "enforce_eager": True},
+        {"pipeline_parallel_size": 2},  # uncompiled, it fails by itself on a CPU
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: dict[str, Any]) -> None:
     """Norms travel between pipeline stages; each tensor-parallel rank leaves the same rows."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
-    check(tmp_path, make(tmp_path), prompts(4), **{how: 2})
+    check(tmp_path, make(tmp_path), prompts(4), **ranks)
 
 
 def test_a_bound_that_leaves_out_everything_ends_the_start(tmp_path: Path) -> None:
