@@ -83,6 +83,12 @@ def sign(
     _refuse_unpinned(feature_sets, names)
     digests = _digests(feature_sets, names)
     last = signing.claimed_revision(folder / signing.BUNDLE)
+    if revision is not None and revision <= last:
+        raise InputError(
+            f"--revision: expected a number above {last}, the revision of "
+            f"{folder / signing.BUNDLE}, got {revision}; a server that has seen {last} would "
+            "refuse it"
+        )
     try:
         manifest = signing.sign(folder, policies, digests, revision or last + 1, private)
     except BundleError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +13,7 @@ import typer
 from saeguard.cli.event_output import Form, shown, write
 from saeguard.cli.report import count
 from saeguard.errors import InputError
+from saeguard.yaml_files.findings import did_you_mean, show
 
 if TYPE_CHECKING:
     from saeguard.events.log_tables import LogTables
@@ -22,6 +23,7 @@ LOOK_S = 0.5
 """Seconds between two looks at a log that is followed."""
 CLEAR = "\x1b[2J\x1b[H"
 """Empties a terminal."""
+POLICIES = "SELECT DISTINCT policy FROM lines WHERE policy IS NOT NULL ORDER BY policy"
 
 
 def verb(
@@ -102,6 +104,7 @@ def verb(
     def answer() -> Answer:
         return run(tables, query) if question == "sql" else ask(tables, question, chosen)
 
+    _warn_of_unknown(tables, chosen.policies)
     if follow:
         _follow(tables, logs[-1], lambda: shown(answer(), form))
         return
@@ -114,6 +117,21 @@ def verb(
         write(found, form, out)
         typer.echo(f"{count(len(found.rows), 'row')} written to {out}")
     _warn(tables)
+
+
+def _warn_of_unknown(tables: LogTables, policies: Sequence[str]) -> None:
+    """Name policies that no line is about: a misspelt one would look like one that never fires."""
+    if not policies:
+        return
+    known = [str(row[0]) for row in tables.execute(POLICIES).fetchall()]
+    for policy in policies:
+        if policy not in known:
+            typer.echo(
+                f"no line is of the policy {show(policy)}: it has not fired, or the id is "
+                f"misspelt; {did_you_mean(policy, known)}those with lines: "
+                f"{', '.join(known) or 'none'}",
+                err=True,
+            )
 
 
 def _warn(tables: LogTables) -> None:

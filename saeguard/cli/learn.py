@@ -124,11 +124,11 @@ def verb(
     """
     from saeguard.features.cut import cut_by_template, last_part
     from saeguard.features.found import new_set, set_at
-    from saeguard.features.learn import Wish, learn
+    from saeguard.features.learn import Wish, check_texts, learn
     from saeguard.features.load import load_feature_set, save_feature_set
     from saeguard.features.massive import chosen_bounds, norms_as_plain
     from saeguard.hf.held_out import write_held_out
-    from saeguard.hf.labelled import read_groups, text_files
+    from saeguard.hf.labelled import by_part, counts_of, in_scope, read_groups, text_files
     from saeguard.hf.model import load_model, load_tokenizer
     from saeguard.hf.subjects import record
     from saeguard.hf.texts import read_texts
@@ -143,12 +143,17 @@ def verb(
     tokenizer = load_tokenizer(model)
     groups = named_apart(read_groups(data, files, tokenizer, per), topic=topic)
     ordinary = [t for file in ordinary_files for t in read_texts(file, tokenizer)]
-    lm = load_model(model, tokenizer, dtype=dtype, device=device)
-    features = set_at(new_set(set_, lm.shape, lm.path, info, lm.special_tokens, dtype=dtype))
     part = cut_by_template(
         ((f"{g.name}/{t.label}", t.template) for g in groups for t in g.texts), seed
     )
     calm_part = cut_by_template((("ordinary", t.template) for t in ordinary), seed, (1, 1, 1))
+    check_texts(
+        {g.name: counts_of(g.texts, part) for g in groups},
+        [len(texts) for texts in by_part([t for t in ordinary if in_scope(t, scope)], calm_part)],
+        scope,
+    )
+    lm = load_model(model, tokenizer, dtype=dtype, device=device)
+    features = set_at(new_set(set_, lm.shape, lm.path, info, lm.special_tokens, dtype=dtype))
     subjects, calm, sinks = record(
         lm, groups, ordinary, (part, calm_part), read_layers, cache,
         chosen_bounds(features.max_norm, features.norms),
@@ -159,8 +164,7 @@ def verb(
         scope, form, fpr, layers=tuple(probed), seed=seed, accept_weak=accept_weak,
         labelled_only=labelled_only, topic=topic, twin_fpr=twin_fpr,
     )  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    written: list[Path] = []
+    rows, written = list[dict[str, Any]](), list[Path]()
     for number, subject in enumerate(subjects, 1):
         typer.echo(f"[{number}/{len(groups)}] {subject.name}", err=True)
         features, learnt = learn(features, info, subject, calm, wish, tokenizer.decode)

@@ -142,6 +142,11 @@ def of_events(path: Path, old: Sequence[Policy], new: Sequence[Policy]) -> dict[
             )  # fmt: skip
     if not quiet and not unread and not any(tally.values()):
         raise InputError(f"{path}: {NO_VERDICT}")
+    if unread and not any(tally.values()):
+        raise InputError(
+            f"{path}: none of its verdicts is of a policy in --was; name the policies that wrote "
+            f"the log. It has: {', '.join(sorted(unread))}"
+        )
     if torn:
         typer.echo(f"{path}: {torn_lines(torn)}", err=True)
     unasked = [pair.name for pair in pairs(old, new) if pair.old is None]

@@ -25,7 +25,9 @@ from saeguard.cli.serve_checks import (
 from saeguard.errors import COULD_NOT_RUN, CannotRunError, InputError, SaeguardError
 from saeguard.start_report import begin as begin_start
 
-SETTING = re.compile(r"(?:additional-config: )?\bsaeguard\.([a-z_]+)(?:\.[a-z_]+)?(?=[:, ])")
+SETTING = re.compile(
+    r"(?:additional-config: )?(?<![\w./-])saeguard\.([a-z_]+)(?:\.[a-z_]+)?(?=[:, ])"
+)
 """How errors of the guard name a setting; on this command line it is an option."""
 
 
@@ -94,6 +96,10 @@ def verb(
     try:
         rest, additional = split_additional(context.args)
         check_model_named_once(model, rest)
+        if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
+            raise InputError(
+                f"MODEL: {model}: there is no such folder; name one, or a model of the hub"
+            )
         if watch_capacity is not None and watch_capacity < 1:
             raise InputError(
                 f"--watch-capacity: expected a number of encoder rows from 1, got {watch_capacity}"

@@ -152,12 +152,12 @@ class LogTables:
         """Add the lines of further files."""
         names = [str(file) for file in files]
         types = ", ".join(f"'{name}': '{type_}'" for name, type_ in COLUMNS.items())
-        self.connection.execute(
+        self.execute(
             "CREATE OR REPLACE TEMP TABLE added AS SELECT * FROM read_json($1, filename = true, "
             f"format = 'newline_delimited', columns = {{{types}}}, ignore_errors = true)",
             [names],
         )
-        self.connection.execute("INSERT INTO lines SELECT * FROM added WHERE event IS NOT NULL")
+        self.execute("INSERT INTO lines SELECT * FROM added WHERE event IS NOT NULL")
         self.unread += self.count("SELECT count(*) FROM added WHERE event IS NULL")
         self.unread -= sum(_is_cut_off(Path(name)) for name in names)
 
@@ -170,8 +170,22 @@ class LogTables:
 
     def count(self, query: str) -> int:
         """Return the number that a query selects."""
-        found: Any = self.connection.execute(query).fetchone()
+        found: Any = self.execute(query).fetchone()
         return int(found[0])
+
+    def execute(self, query: str, values: Sequence[Any] = ()) -> Any:
+        """Run a query.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C has ended it, which DuckDB reports as an error of its own.
+            duckdb.Error: DuckDB refuses it.
+        """
+        try:
+            return self.connection.execute(query, list(values))
+        except RuntimeError as error:
+            if "interrupted" in str(error).lower():
+                raise KeyboardInterrupt from error
+            raise
 
 
 def _is_cut_off(path: Path) -> bool:

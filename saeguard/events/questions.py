@@ -178,7 +178,7 @@ def run(tables: LogTables, query: str, values: Sequence[Any] = ()) -> Answer:
     import duckdb  # noqa: PLC0415 - of the extra `tables`
 
     try:
-        found = tables.connection.execute(query, list(values))
+        found = tables.execute(query, values)
         names = tuple(str(column[0]) for column in found.description or ())
         return Answer(names, found.fetchall())
     except duckdb.Error as error:

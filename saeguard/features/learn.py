@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,14 +11,17 @@ import numpy as np
 
 from saeguard.features.calibrate import Decode, Texts, calibrate
 from saeguard.features.corpus import Corpus, Scope, with_ordinary
-from saeguard.features.cut import PARTS
+from saeguard.features.cut import FRACTIONS, PARTS
 from saeguard.features.found import Form, choose, evidence_of, useless, with_found
 from saeguard.features.joint import TopicTexts, add_topic
 from saeguard.features.reading import READINGS, Reading
-from saeguard.features.search import Search, SearchError, search
+from saeguard.features.search import MIN_HOLD_OUT, Search, SearchError, search
 from saeguard.features.types import Feature, FeatureSet
 from saeguard.features.weakness import useless_with_topic, weaknesses
 from saeguard.sae import SaeInfo
+
+ENOUGH = math.ceil(MIN_HOLD_OUT / FRACTIONS[-1])
+"""Texts of a label of which the hold-out part gets as many as it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,39 @@ def held_out(subject: Subject, scope: Scope) -> tuple[Corpus, np.ndarray]:
     counts = np.bincount(scoped.owner, weights=scoped.looked, minlength=len(scoped))
     mask = (subject.part == PARTS.index("holdout")) & (counts > 0)
     return scoped.select(mask), subject.ids[mask]
+
+
+def check_texts(
+    subjects: Mapping[str, Sequence[tuple[int, int]]], ordinary: Sequence[int], scope: Scope
+) -> None:
+    """Refuse texts of which nothing can be learnt, before the model reads them.
+
+    Args:
+        subjects: by name, how many texts of each part show the behaviour and how many do not.
+        ordinary: how many ordinary texts of each part have a token in scope.
+        scope: tokens to look at.
+
+    Raises:
+        SearchError: says how many there are, and how many are needed.
+    """
+    empty = [name for name, n in zip(PARTS, ordinary, strict=True) if not n]
+    if empty:
+        raise SearchError(
+            f"--benign: expected ordinary texts with tokens in scope {scope}, got none for the "
+            f"{' and '.join(empty)} part ({sum(ordinary)} in all); give more, or another --scope"
+        )
+    needed = {PARTS[0]: MIN_HOLD_OUT, PARTS[1]: 1, PARTS[2]: MIN_HOLD_OUT}
+    short = [
+        f"{name} has {positives} positive and {negatives} negative texts in the {part} part"
+        for name, counts in subjects.items()
+        for part, (positives, negatives) in zip(PARTS, counts, strict=True)
+        if min(positives, negatives) < needed[part]
+    ]
+    if len({line.split(" has ")[0] for line in short}) == len(subjects):
+        raise SearchError(
+            f"too few labelled texts: expected {MIN_HOLD_OUT} of each label in the search and in "
+            f"the holdout part, which is about {ENOUGH} of each label in a file; {short[0]}"
+        )
 
 
 def _check(counts: Mapping[str, tuple[int, int]]) -> None:

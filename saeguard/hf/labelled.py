@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from saeguard.features.corpus import Scope
+from saeguard.features.cut import PARTS
 from saeguard.features.found import feature_name
 from saeguard.hf.text_rows import TextError
 from saeguard.hf.texts import Text, read_texts
@@ -101,3 +103,20 @@ def _groups(file: Path, behaviour: str, texts: Sequence[Text], per: Per) -> Iter
 
 def _stem(file: Path) -> str:
     return file.stem.removesuffix(".search").removesuffix(".holdout")
+
+
+def by_part(texts: Sequence[Text], part: Mapping[str, int]) -> list[list[Text]]:
+    """Return the texts of each part, by the part of each template."""
+    return [[t for t in texts if part[t.template] == i] for i in range(len(PARTS))]
+
+
+def counts_of(texts: Sequence[Text], part: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Return by part how many texts show the behaviour, and how many do not."""
+    labels = [[bool(t.label) for t in of] for of in by_part(texts, part)]
+    return [(sum(of), len(of) - sum(of)) for of in labels]
+
+
+def in_scope(text: Text, scope: Scope) -> bool:
+    """Return whether a text has a token in scope."""
+    prompt, tokens = text.prompt_tokens, len(text.tokens)
+    return {"prompt": prompt > 0, "output": tokens > prompt}.get(scope, tokens > 0)

@@ -118,7 +118,7 @@ def of_feature_set(policy: Policy, document: FeatureSetFile) -> Iterator[Finding
     if acting is not None:
         yield acting
     yield from _seen_by_clamp(policy, document)
-    yield from weak(policy, document)
+    yield from weak(policy, document, review=True)
     stand_ins = stand_ins_read(policy, document)
     if stand_ins is not None:
         message = (

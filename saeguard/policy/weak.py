@@ -37,7 +37,9 @@ class Parts(Protocol):
         """`published` if nothing was measured, ranges included."""
 
 
-def weak(policy: Policy, of: Parts, may_enforce: Collection[str] = ()) -> Iterator[Finding]:
+def weak(
+    policy: Policy, of: Parts, may_enforce: Collection[str] = (), *, review: bool = False
+) -> Iterator[Finding]:
     """Yield a finding for each reason for which a policy would guard nothing, or too roughly.
 
     A weak feature is an error if the policy is enforced, unless the policy accepts it; a warning
@@ -47,6 +49,7 @@ def weak(policy: Policy, of: Parts, may_enforce: Collection[str] = ()) -> Iterat
         policy: over the set; features that the set lacks are passed over.
         of: the set.
         may_enforce: ids of shadow policies that requests may have enforced.
+        review: also point at `accept_weak` where nothing is weak, which matters to the author only.
     """
     enforced = policy.mode == "enforce" or policy.id in may_enforce
     found = False
@@ -74,7 +77,7 @@ def weak(policy: Policy, of: Parts, may_enforce: Collection[str] = ()) -> Iterat
             at: Loc = ("detect", name, "feature")
             yield replace(locate(policy).error("weak-feature", message, at), level="warning")
     yield from _unmeasured(policy, of, enforced)
-    if policy.accept_weak is not None and not found:
+    if review and policy.accept_weak is not None and not found:
         message = "no feature and no threshold of the policy is weak; remove the key"
         finding = locate(policy).error("weak-feature", message, ("accept_weak",), at_key=True)
         yield replace(finding, level="note")

@@ -16,10 +16,13 @@ Scalar: TypeAlias = str | int | float | bool | date | None
 
 # C0 and C1 controls but tab and newline; line and paragraph separators, which count as line
 # breaks to YAML but not to editors; bidirectional controls, which reorder what a reviewer sees;
-# byte order marks, lone surrogates and non-characters.
+# byte order marks, lone surrogates and non-characters; characters without a shape, but for the
+# joiners and variation selectors that scripts and emoji need.
 CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-    r"\ufeff\ud800-\udfff\ufffe\uffff]"
+    r"\ufeff\ud800-\udfff\ufffe\uffff"
+    r"\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b\u2060-\u2065\u206a-\u206f\u3164\uffa0"
+    r"\U000e0000-\U000e007f]"
 )
 _NULL = {"", "~", "null"}
 _BOOLEAN = {"true": True, "false": False}

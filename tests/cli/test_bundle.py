@@ -43,6 +43,8 @@ def test_sign_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("policy", "verify", "--key", public, *where) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["revision"], said["policies"]) == (2, 1)
+    assert run("policy", "sign", "--key", key, *where, "--revision", "2") == 2
+    assert "--revision: expected a number above 2" in capsys.readouterr().err
     models.write_policy(folder / "two.yaml", detect=detect, condition="a")
     assert run("policy", "verify", "--key", public, *where) == 1
     assert "two.yaml: found, but not signed" in capsys.readouterr().err

@@ -86,14 +86,15 @@ def test_unknown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_digest(capsys: pytest.CaptureFixture[str]) -> None:
-    """Events of a policy that is not given are counted as skipped, never as unchanged."""
+    """Events of a policy that is not given are never unchanged; with no other, nothing is said."""
     Path("policies/p.yaml").write_text(ONE.replace("above: 0.6", "above: 0.7"))
     changed()
 
-    assert run("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies") == 0
-    out = capsys.readouterr().out
-    assert "2 events of unsafe-code.shell-injection " in out
-    assert "0 verdicts would change" in out
+    assert run("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies") == 2
+    said = capsys.readouterr()
+    assert "none of its verdicts is of a policy in --was" in said.err
+    assert "It has: unsafe-code.shell-injection " in said.err
+    assert not said.out
 
 
 def test_recording_agrees_with_the_log(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from saeguard import start_report
 from saeguard.cli import serve
 from saeguard.cli.serve_checks import startup_report
+from saeguard.policy import signing_keys
 from tests import models
 from tests.cli.project import plain, run
 
@@ -52,6 +53,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         )  # fmt: skip
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "key.pub").write_bytes(signing_keys.keygen()[1])
     commands: list[str] = []
     monkeypatch.setattr(os, "execv", lambda _, command: commands.append(" ".join(command)))
     monkeypatch.setattr(serve, "preflight", lambda _: None)
@@ -103,6 +105,10 @@ SERVE = ("serve", "model", "--policies", "policies", "--feature-sets", "feature_
             "--additional-config {} --additional-config={}",
             "found 2 times; give it once, as one JSON",
         ),
+        (
+            "--verify key.pub --state empty",
+            "policies/saeguard.bundle.json: there is no such file",
+        ),
         ("--model other", "--model: found other, but the first argument names the model model"),
         ("--model=other", "--model: found other, but the first argument names the model model"),
     ],
@@ -125,3 +131,12 @@ def test_right_values_start(started: list[str]) -> None:
     [command] = started
     assert '"watch_capacity": 40' in command
     assert '"request_may_enforce": ["in.shadow"]' in command
+
+
+def test_a_missing_model_is_told_at_once(
+    started: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path that leads nowhere; a name of the hub may be anything."""
+    assert run("serve", "./gone", "--policies", "policies") == 2
+    assert "MODEL: ./gone: there is no such folder" in plain(capsys.readouterr().err)
+    assert not started

@@ -205,6 +205,29 @@ def test_wrong_commands(
     assert says in capsys.readouterr().err
 
 
+def test_a_misspelt_policy_is_named(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It looks like one that never fires; the answer says which ids there are."""
+    assert run("events", "policies", str(log), "--policy", "code.secrte") == 0
+    said = capsys.readouterr().err
+    assert 'no line is of the policy "code.secrte"' in said
+    assert 'did you mean "code.secret"?' in said
+    assert run("events", "policies", str(log), "--policy", "code.secret") == 0
+    assert "no line is of" not in capsys.readouterr().err
+
+
+def test_ctrl_c_within_a_query(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DuckDB reports it as an error of its own; it is Ctrl-C all the same."""
+    found = tables(log)
+
+    class Interrupted:
+        def execute(self, *_: object) -> None:
+            raise RuntimeError("Query interrupted")
+
+    monkeypatch.setattr(found, "connection", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        found.count("SELECT 1")
+
+
 def test_followed_lines(log: Path) -> None:
     """Whole lines only, each once, also across both ways of rotation."""
     follower = Follower(log)

@@ -15,7 +15,7 @@ from saeguard.cli.features import verb
 from saeguard.cli.policy import verb as policy_verb
 from saeguard.features.corpus import Corpus
 from saeguard.features.cut import cut_by_template
-from saeguard.features.learn import Subject, Wish
+from saeguard.features.learn import Subject, Wish, check_texts
 from saeguard.features.learn import learn as learn_one
 from saeguard.features.load import load_feature_set
 from saeguard.features.search import SearchError
@@ -165,6 +165,30 @@ def test_nothing_learnt_is_a_finding(learnt: Path) -> None:
     assert code == 1, output
     assert "Nothing was learnt" in output
     assert not (learnt / "feature_sets" / "own.yaml").exists()
+
+
+ENOUGH_OF_EACH = [(30, 30), (9, 9), (20, 20)]
+
+
+@pytest.mark.parametrize(
+    ("labelled", "ordinary", "says"),
+    [
+        ({"a": ENOUGH_OF_EACH, "b": [(1, 1)] * 3}, (1, 1, 1), None),
+        ({"a": [(30, 30), (9, 9), (20, 19)]}, (1, 1, 1), "about 67 of each label in a file; a has"),
+        ({"a": [(30, 19), (9, 9), (20, 20)]}, (1, 1, 1), "a has 30 positive and 19 negative"),
+        ({"a": ENOUGH_OF_EACH}, (0, 0, 0), "tokens in scope output, got none for the search and"),
+        ({"a": ENOUGH_OF_EACH}, (9, 0, 9), r"none for the calibration part \(18 in all\)"),
+    ],
+)
+def test_texts_are_counted_before_the_model_reads_them(
+    labelled: dict[str, list[tuple[int, int]]], ordinary: tuple[int, int, int], says: str | None
+) -> None:
+    """Too few of each label, or no ordinary one with a token in scope."""
+    if says is None:
+        check_texts(labelled, ordinary, "output")
+    else:
+        with pytest.raises(SearchError, match=says):
+            check_texts(labelled, ordinary, "output")
 
 
 def test_the_cut() -> None:

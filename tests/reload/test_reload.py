@@ -139,6 +139,11 @@ def test_doubts_of_a_new_policy_are_logged(settings: Settings, server: Server) -
     found = [line["finding"] for line in logs if "finding" in line]
     assert any("60 lies above the calibrated range" in finding for finding in found), logs
     assert any("for 60 % write 0.6" in finding for finding in found)
+    with capture_logs() as logs:
+        write(Path(settings.policies), 0, above=0.6, accept_weak="a drill")
+        server.until(lambda r: r.outcome == "active")
+    findings = [line["finding"] for line in logs if "finding" in line]
+    assert not any("is weak; remove the key" in finding for finding in findings)
 
 
 def waits(settings: Settings, server: Server) -> tuple[Pin, str]:
