@@ -82,9 +82,6 @@ class Bench:
 
     def switch(self, state: str) -> None:
         """Guard the requests in flight in another way from the next step on."""
-        for left in self.guards.values():
-            if left.engine is not None:  # passes wait for others; here they would be jumped over
-                left.engine.passes.catch_up()
         guards = self.guards[state]
         TAPS.clear()
         TAPS.update(guards.taps)
@@ -95,7 +92,7 @@ class Bench:
             for name, request in self.core.scheduler.requests.items():
                 # Steps under other guards are no gaps: the guard would be in place all along.
                 state = versions[name].ledger.save(name)
-                state.next[:] = request.num_computed_tokens
+                state.state.requests["next"] = request.num_computed_tokens
                 versions[name].ledger.restore(name, state)
 
     def start(self, batch: int, tokens: int) -> list[str]:

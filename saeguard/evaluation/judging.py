@@ -57,7 +57,7 @@ def transformers_engine(lm: LanguageModel, watchlist: WatchList) -> Engine:
     def read(texts: Sequence[Text], evidence: bool) -> Iterator[Judged]:
         for seen in see(lm, watchlist, texts):
             verdicts = list(seen.judge(watchlist.rules))
-            scored = seen.score(watchlist.rules).evidence[0] if evidence else None
+            scored = seen.score(watchlist.rules).evidence if evidence else None
             evaluable = seen.evaluable & ~seen.massive
             yield Judged(seen.text, verdicts, evaluable, seen.residuals, scored)
 
@@ -70,7 +70,7 @@ def reading_engine(reader: readings.Engine, watchlist: WatchList, tokenizer: Any
     def read(texts: Sequence[Text], evidence: bool) -> Iterator[Judged]:
         for _, seen in readings.see_texts(reader, watchlist, tokenizer, texts):
             verdicts = list(seen.judge(watchlist.rules))
-            scored = seen.score(watchlist.rules).evidence[0] if evidence else None
+            scored = seen.score(watchlist.rules).evidence if evidence else None
             yield Judged(seen.text, verdicts, seen.evaluable & ~seen.massive, {}, scored)
 
     return read

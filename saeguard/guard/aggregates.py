@@ -2,147 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from saeguard.guard.compiled_rules import Aggregates
-from saeguard.guard.state import State
+from saeguard.guard.compiled import compiled
+from saeguard.guard.tables import AVERAGE, FADED, FOREVER, MEAN, PEAK, WHOLE, Tables
 
 
-def aggregate(
-    over: Aggregates,
-    s: State,
-    at: np.ndarray,
-    position: np.ndarray,
-    shares: np.ndarray,
-    looked: np.ndarray,
-) -> np.ndarray:
-    """Return the value of each aggregate at each token, and update the state.
+@compiled
+def aggregate(rules: Tables, s: Any, slot: int, trace: int, t: int, value: float) -> float:
+    """Add a token's share to an aggregate; return the aggregate at this token."""
+    rule = rules.traces[trace]
+    mine = s.aggregates[slot, rule["aggregate"]]
+    before = s.scopes[slot, rule["scope"]]["looked"]
+    kind, rest = rule["kind"], rule["rest"]
+    level = mine["level"]
+    if kind == AVERAGE:
+        if level != 0:
+            for _ in range(mine["at"] + 1, t):  # tokens that count as 0
+                level *= rule["decay"]
+        level = rule["decay"] * level + (1 - rule["decay"]) * value
+        if abs(level) < FADED:
+            level = 0.0
+        mine["at"] = t
+    elif kind == PEAK:
+        if mine["kept"] == 0:
+            level = rest if before > 0 else value
+        mine["kept"] += 1
+        level = max(level, value)
+    elif kind == WHOLE:
+        level += value
+    else:
+        return of_window(rules, s, slot, trace, t, value)
+    mine["level"] = level
+    mine["restless"] = t if level == (rest if kind == PEAK else 0.0) else FOREVER
+    return level / (before + 1) if kind == WHOLE else level
 
-    Args:
-        over: the aggregates to compute.
-        s: the state; `past`, `level` and `summed` are updated.
-        at: [requests] slots.
-        position: [requests, tokens], consecutive within each request.
-        shares: [requests, tokens, features].
-        looked: [requests, tokens, scopes] bool: the token is in the scope and evaluated.
 
-    Returns:
-        [requests, tokens, A] float64.
+@compiled
+def of_window(rules: Tables, s: Any, slot: int, trace: int, t: int, value: float) -> float:
+    """Return the mean or maximum of the last `n` tokens, this one included.
+
+    Tokens are added up oldest first, whatever they came in: so the sum rounds the same.
     """
-    x = np.where(
-        looked[..., over.scope], shares[..., over.feature].astype(np.float64), over.missing
-    )
-    out = np.empty_like(x)
-    windowed = s.past.shape[-1]
-    for kind, n, which in over.windows:
-        back = (position[:, :1] + np.arange(1 - n, 0)) % over.longest
-        line = np.concatenate([s.past[at[:, None], back, which], x[..., which]], axis=1)
-        if kind == "mean":
-            out[..., which] = of_last(line, n, np.add) / n
-        else:
-            out[..., which] = of_last(line, n, np.maximum)
-    if windowed:
-        kept = slice(-over.longest, None)
-        s.past[at[:, None], position[:, kept] % over.longest] = x[:, kept, :windowed]
-    if x.shape[-1] > windowed:
-        level = s.level[at]
-        average, peak = over.average, over.peak
-        if average.stop:
-            mine = slice(average.start - windowed, average.stop - windowed)
-            out[..., average] = decayed(x[..., average], over.decay, level[:, mine])
-        if peak.stop:
-            mine = slice(peak.start - windowed, peak.stop - windowed)
-            line = np.concatenate([level[:, None, mine], x[..., peak]], axis=1)
-            out[..., peak] = np.maximum.accumulate(line, axis=1)[:, 1:]
-        level = out[:, -1, windowed:]
-        if over.whole.stop:  # the state keeps sums, the result holds means
-            level = level.copy()
-            level[:, over.whole.start - windowed :] = _means_so_far(over, s, at, x, looked, out)
-        s.level[at] = level
-    return out
+    rule = rules.traces[trace]
+    mine = s.aggregates[slot, rule["aggregate"]]
+    kind, n, first, rest = rule["kind"], rule["n"], rule["first_kept"], rule["rest"]
+    kept = s.kept[slot, first + mine["kept"] % n]
+    kept["at"] = t
+    kept["value"] = value
+    mine["kept"] += 1
+    if value != (0.0 if kind == MEAN else rest):
+        mine["restless"] = t + n - 1
+    total, most, inside = 0.0, -np.inf, 0
+    held = min(n, mine["kept"])
+    at = (mine["kept"] - held) % n
+    for _ in range(held):
+        kept = s.kept[slot, first + at]
+        at = at + 1 if at + 1 < n else 0
+        if kept["at"] > t - n:
+            total += kept["value"]
+            most = max(most, kept["value"])
+            inside += 1
+    if kind == MEAN:
+        return total / n
+    if looked_since(s, slot, rule["scope"], t - n) >= inside:  # some token was at rest
+        most = max(most, rest)
+    return most
 
 
-def _means_so_far(
-    over: Aggregates,
-    s: State,
-    at: np.ndarray,
-    x: np.ndarray,
-    looked: np.ndarray,
-    out: np.ndarray,
-) -> np.ndarray:
-    """Write the means over the request so far into `out`, and return their sums at the end.
-
-    A running sum adds one token after the other, so it does not depend on how a text is cut.
-    """
-    which = over.whole
-    before = s.level[at][:, None, which.start - s.past.shape[-1] :]
-    total = np.cumsum(np.concatenate([before, x[..., which]], axis=1), axis=1)[:, 1:]
-    counted = looked[..., over.scope[which]]
-    count = s.summed[at][:, None] + counted.cumsum(axis=1)
-    out[..., which] = total / np.maximum(count, 1)
-    s.summed[at] = count[:, -1]
-    last: np.ndarray = total[:, -1]
-    return last
-
-
-def pass_over(over: Aggregates, s: State, slot: int, first: int, end: int) -> None:
-    """Advance the aggregates of one slot over the skipped tokens at `first` to `end - 1`."""
-    windowed = s.past.shape[-1]
-    if windowed:
-        missed = np.arange(max(first, end - over.longest), end)
-        s.past[slot, missed % over.longest] = over.missing[:windowed]
-    if over.average.stop:
-        mine = slice(over.average.start - windowed, over.average.stop - windowed)
-        s.level[slot, mine] *= over.decay ** (end - first)
-
-
-def of_last(
-    line: np.ndarray, n: int, combine: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Return the combination of each `n` consecutive entries, at the last of them.
-
-    Runs of 1, 2, 4, ... entries are combined from two shorter runs, and `n` entries from the runs
-    of its binary digits. A running sum would round differently if a text were chunked differently.
-
-    Args:
-        line: [requests, n - 1 + tokens, columns].
-        n: number of entries.
-        combine: `np.add` or `np.maximum`.
-
-    Returns:
-        [requests, tokens, columns].
-    """
-    tokens = line.shape[1] - n + 1
-    out: np.ndarray | None = None
-    run, size, done = line, 1, 0
-    while done < n:
-        if n & size:
-            start = n - done - size
-            part = run[:, start : start + tokens]
-            out = part if out is None else combine(out, part)
-            done += size
-        if done < n:
-            run = combine(run[:, size:], run[:, :-size])
-            size *= 2
-    assert out is not None
-    return out
-
-
-def decayed(x: np.ndarray, decay: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Return `y[t] = decay * y[t-1] + (1 - decay) * x[t]`, in log2(tokens) array operations.
-
-    Args:
-        x: [requests, tokens, columns].
-        decay: [columns].
-        before: [requests, columns] `y[-1]`.
-    """
-    y: np.ndarray = (1 - decay) * x
-    step = 1
-    while step < y.shape[1]:
-        y[:, step:] += decay**step * y[:, :-step]
-        step *= 2
-    power = decay ** np.arange(1, y.shape[1] + 1)[:, None]
-    y += power * before[:, None]
-    return y
+@compiled
+def looked_since(s: Any, slot: int, scope: int, t: int) -> int:
+    """Return how many of a scope's evaluated tokens before this one lie after position `t`."""
+    ring, looked = s.looked[slot, scope], s.scopes[slot, scope]["looked"]
+    n, at = 0, s.scopes[slot, scope]["place"]
+    while n < min(looked, len(ring)):
+        at = at - 1 if at > 0 else len(ring) - 1
+        if ring[at] <= t:
+            break
+        n += 1
+    return n

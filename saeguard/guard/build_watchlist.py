@@ -67,7 +67,7 @@ def build_watchlist(
         mix=_mix(used, column),
         low=low,
         span=high - low,
-        rules=_rules(policies, used, approximations),
+        rules=_rules(policies, used, approximations, (np.float32(0) - low) / (high - low)),
         exclude_tokens=_excluded(sets.values()),
         models=_models(sets.values()),
         digest=_digest(
@@ -105,7 +105,7 @@ def build_readings(names: Iterable[str], feature_sets: Mapping[str, FeatureSet])
         mix=_mix(used, column),
         low=np.zeros(len(used), np.float32),
         span=np.ones(len(used), np.float32),
-        rules=_rules((), used, {}),
+        rules=_rules((), used, {}, np.zeros(len(used))),
         exclude_tokens=_excluded(sets.values()),
         models=_models(sets.values()),
         digest=_digest([*used, *_contents(sets.values())]),
@@ -178,7 +178,10 @@ def _lookup(
 
 
 def _rules(
-    policies: Sequence[Policy], used: Used, approximations: Mapping[str, Approximation]
+    policies: Sequence[Policy],
+    used: Used,
+    approximations: Mapping[str, Approximation],
+    rest: np.ndarray,
 ) -> Rules:
     approximate = {
         name
@@ -186,7 +189,7 @@ def _rules(
         if name.rsplit("/", 1)[0] in approximations and (feature.detect or feature.clamp)
     }
     try:
-        return compile_rules(policies, {name: i for i, name in enumerate(used)}, approximate)
+        return compile_rules(policies, {name: i for i, name in enumerate(used)}, approximate, rest)
     except RulesError as error:
         raise WatchListError(str(error)) from error
 

@@ -1,122 +1,86 @@
-"""The policies' rules as arrays: features, selections, aggregates, conditions, windows.
+"""The policies' rules as tables, which lead from a feature that fires to the policies it concerns.
 
-A step evaluates them with array operations, without a Python loop over policies.
+feature -> traces (its own share, and aggregates of it) -> terms and policies that compare them.
+
+Everything has a value at rest: a trace while its feature stays quiet, a policy while all its traces
+do. `saeguard.guard.evaluate` evaluates what a token moves away from rest, and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from saeguard.errors import InputError
-from saeguard.guard.condition_program import Program, compile_program
-from saeguard.guard.scopes import BY_ROLE, SCOPES
-from saeguard.policy.types import Aggregate, Over, Policy, Scope
+from saeguard.guard.conditions import Nodes, Op
+from saeguard.guard.evidence import rest_evidence
+from saeguard.guard.scopes import BY_ROLE, MEMBERS, SCOPES
+from saeguard.guard.tables import (
+    AVERAGE,
+    COUNT,
+    FEATURE,
+    LAST,
+    LEAF,
+    LEAST,
+    MAX,
+    MEAN,
+    MOST,
+    NEGATED,
+    NODE,
+    PEAK,
+    POINTS,
+    POLICY,
+    TERM,
+    THRESHOLD,
+    TOKEN,
+    TRACE,
+    WHOLE,
+    WINDOW,
+    WINDOW_OF,
+    Scratch,
+    Tables,
+)
+from saeguard.policy.types import Aggregate, Expr, Over, Policy
 
 MAX_NODES = 1_000_000
 """Selections and parts of conditions over all policies."""
+
+KINDS: Mapping[Aggregate, int] = {
+    "token": TOKEN,
+    "mean": MEAN,
+    "max": MAX,
+    "average": AVERAGE,
+    "peak": PEAK,
+    "whole": WHOLE,
+}
+OPS: Mapping[Op, int] = {"min": LEAST, "max": MOST, "points": POINTS}
 
 
 class RulesError(InputError):
     """The policies' conditions have too many parts."""
 
 
-class Aggregates(NamedTuple):
-    """The aggregates of `over`: those of a window first, then averages, maxima and means so far."""
-
-    feature: np.ndarray
-    """[A] feature column."""
-    scope: np.ndarray
-    """[A] index into `SCOPES`; tokens outside the scope do not count."""
-    missing: np.ndarray
-    """[A] value of a token that does not count: 0 in a sum, -inf in a maximum."""
-    windows: tuple[tuple[Aggregate, int, slice], ...]
-    """(`mean` or `max`, tokens of the window, the aggregates of that kind and length)."""
-    longest: int
-    """Tokens of the longest window, 0 without any."""
-    average: slice
-    """The averages with a half-life."""
-    decay: np.ndarray
-    """[averages] the fraction of a value that is left one token later, `2 ** (-1 / half-life)`."""
-    peak: slice
-    """The maxima over the request so far."""
-    whole: slice
-    """The means over the request so far."""
-
-
-class Windowed(NamedTuple):
-    """Policies with `for: k of n tokens` where n is above 1."""
-
-    policy: np.ndarray
-    """Their indices among all policies."""
-    groups: tuple[tuple[int, int, np.ndarray], ...]
-    """(k, n, indices into `policy`)."""
-    longest: int
-    """Largest n, 1 without such a policy."""
-
-
-class Counted(NamedTuple):
-    """Policies with `for: k tokens in the request`."""
-
-    policy: np.ndarray
-    """Their indices among all policies."""
-    k: np.ndarray
-
-
-class Last(NamedTuple):
-    """Policies with `for: the last token`."""
-
-    policy: np.ndarray
-    """Their indices among all policies."""
-    scope: np.ndarray
-    """Index into `SCOPES` of each."""
-
-
-class Terms(NamedTuple):
-    """The distinct pairs of selection and scope; verdicts report how often each one fired."""
-
-    trace: np.ndarray
-    """[Q] the compared value, see `Rules.trace`."""
-    above: np.ndarray
-    """[Q] float64 threshold."""
-    scope: np.ndarray
-    """[Q] index into `SCOPES`."""
-    of: np.ndarray
-    """[selections of all policies] term of each selection, policy by policy, in `detect` order."""
-    start: np.ndarray
-    """[P + 1] first entry of each policy in `of`."""
-
-    def of_policy(self, i: int) -> list[int]:
-        """Return the term of each selection of policy `i`, in `detect` order."""
-        found: list[int] = self.of[self.start[i] : self.start[i + 1]].tolist()
-        return found
-
-
 class Rules(NamedTuple):
     """The compiled policies, in the watch list's order."""
 
     policies: tuple[Policy, ...]
-    features: int
-    """Number of features."""
-    aggregates: Aggregates
-    trace: np.ndarray
-    """[selections] the compared value: a feature, or `features` + the index of an aggregate."""
-    above: np.ndarray
-    """[selections, 1] float64 threshold."""
-    program: Program
+    tables: Tables
     scope: np.ndarray
     """[P] index into `SCOPES`."""
-    keep: np.ndarray
-    """[P] number of tokens for which a match keeps the policy on."""
-    windowed: Windowed
-    counted: Counted
-    last: Last
-    terms: Terms
-    sampled: bool
-    """Whether some policy looks at a sample of the requests only."""
+    aggregates: int
+    """Number of distinct aggregates."""
+    kept: int
+    """Tokens that are kept of each request: all windows, one after the other."""
+    longest: int
+    """Tokens of the longest window."""
+    terms: tuple[tuple[int, ...], ...]
+    """[P] term of each selection, in `detect` order."""
+    sampled: tuple[int, ...]
+    """The policies that look at a sample of the requests only."""
     clamps: np.ndarray
     """[P] bool: the policy's action is a clamp, which the device carries out."""
     approximate: tuple[bool, ...]
@@ -126,59 +90,85 @@ class Rules(NamedTuple):
 
 
 def compile_rules(
-    policies: Sequence[Policy], column: Mapping[str, int], approximate: Collection[str] = ()
+    policies: Sequence[Policy],
+    column: Mapping[str, int],
+    approximate: Collection[str] = (),
+    rest: np.ndarray | None = None,
 ) -> Rules:
-    """Compile policies to arrays.
+    """Compile policies to tables.
 
     Args:
         policies: in the watch list's order.
         column: `feature_set/feature` -> its column among the shares.
         approximate: the features whose latents fire by fixed thresholds in place of ranks.
+        rest: [features] share of each feature while none of its latents fires; None for 0. It
+            decides what is evaluated, and changes no verdict.
 
     Raises:
         RulesError: the conditions have too many parts.
     """
-    over = _aggregates(policies, column)
-    aggregate_of = {key: len(column) + i for i, key in enumerate(over)}
-    selections: dict[tuple[int, float], int] = {}
-    terms: dict[tuple[int, float, int], int] = {}
-    conditions, of_terms, start = [], [], [0]
+    traces, terms, windows = _Keys(), _Keys(), _Keys()
+    conditions = _Conditions()
+    of_policies, of_terms, reads, kept = [], [], [], 0
     for policy in policies:
-        names = {}
+        names, mine = {}, []
+        scope = SCOPES.index(policy.scope)
         for name, selection in policy.detect.items():
-            feature = column[f"{policy.feature_set}/{selection.feature}"]
-            trace = aggregate_of.get((selection.over, feature, policy.scope), feature)
-            names[name] = selections.setdefault((trace, selection.above), len(selections))
-            term = (trace, selection.above, SCOPES.index(policy.scope))
-            of_terms.append(terms.setdefault(term, len(terms)))
-        conditions.append((policy.condition, names))
-        start.append(len(of_terms))
-    program = compile_program(conditions)
-    if program.size > MAX_NODES:
+            over, feature = selection.over, column[f"{policy.feature_set}/{selection.feature}"]
+            trace = traces[over, feature, -1 if over.kind == "token" else scope]
+            names[name] = trace, selection.above
+            mine.append(terms[trace, selection.above, scope])
+        of_terms.append(tuple(mine))
+        reads.append([trace for trace, _ in names.values()])
+        nodes = conditions.add(policy.condition, names)
+        k, n = policy.window.k, policy.window.n or 1
+        kind = LAST if policy.window.last else COUNT if policy.window.n is None else WINDOW
+        window = windows[scope, k, n] if kind == WINDOW else -1
+        of_policies.append((0.0, scope, kind, k, n, policy.keep, window, kept, *nodes))
+        kept += k if kind == COUNT else n if n > 1 else 0
+    if len(conditions.nodes) > MAX_NODES:
         raise RulesError(
-            f"the policies' conditions have {program.size:,} parts in all, at most {MAX_NODES:,} "
-            "are allowed; load fewer policies, or split them over several servers"
+            f"the policies' conditions have {len(conditions.nodes):,} parts in all, at most "
+            f"{MAX_NODES:,} are allowed; load fewer policies, or split them over several servers"
         )
+    at_rest = np.zeros(len(column)) if rest is None else rest.astype(np.float64)
+    table = _trace_table(list(traces), at_rest)
+    held = np.where(np.isin(table["kind"], (MEAN, MAX)), table["n"], 0)
+    table["first_kept"] = kept + np.cumsum(held) - held
+    features = np.zeros(len(column), FEATURE)
+    features["rest"] = at_rest
+    links = conditions.links
+    _link(features, "first", "end", [[feature] for feature in table["feature"].tolist()], links)
+    _link(table, "first_term", "end_term", [[trace] for trace, _, _ in terms], links)
+    _link(table, "first_policy", "end_policy", reads, links)
+    moving = np.isin(table["kind"], (MEAN, AVERAGE, WHOLE)) & (at_rest[table["feature"]] != 0)
+    tables = Tables(
+        looks=MEMBERS,
+        features=features,
+        traces=table,
+        policies=np.array(of_policies, POLICY),
+        nodes=np.array(conditions.nodes, NODE),
+        links=np.array(links, np.int32),
+        terms=np.array([(above, trace, scope) for trace, above, scope in terms], TERM),
+        windows=np.array(list(windows), WINDOW_OF),
+        restless=np.flatnonzero(moving).astype(np.int32),
+        awake=np.empty(0, np.int32),
+        on_error=np.array([i for i, p in enumerate(policies) if p.on_error == "stop"], np.int32),
+    )
+    longest = max(int(table["n"].max(initial=1)), int(tables.policies["n"].max(initial=1)))
+    evidence = np.zeros(len(policies))
+    rest_evidence(tables, make_scratch(tables, longest), evidence)
+    tables.policies["rest"] = evidence
+    awake = np.flatnonzero(~(evidence <= THRESHOLD))
     return Rules(
         policies=tuple(policies),
-        features=len(column),
-        aggregates=_columns_of(list(over)),
-        trace=np.array([trace for trace, _ in selections], np.intp),
-        above=np.array([[above] for _, above in selections], np.float64).reshape(-1, 1),
-        program=program,
-        scope=np.array([SCOPES.index(p.scope) for p in policies], np.intp),
-        keep=np.array([p.keep for p in policies], np.int64),
-        windowed=_windowed(policies),
-        counted=_counted(policies),
-        last=_last(policies),
-        terms=Terms(
-            np.array([trace for trace, _, _ in terms], np.intp),
-            np.array([above for _, above, _ in terms], np.float64),
-            np.array([scope for _, _, scope in terms], np.intp),
-            np.array(of_terms, np.intp),
-            np.array(start, np.intp),
-        ),
-        sampled=any(p.sample < 1 for p in policies),
+        tables=tables._replace(awake=awake.astype(np.int32)),
+        scope=tables.policies["scope"].copy(),
+        aggregates=int((table["kind"] != TOKEN).sum()),
+        kept=kept + int(held.sum()),
+        longest=longest,
+        terms=tuple(of_terms),
+        sampled=tuple(i for i, p in enumerate(policies) if p.sample < 1),
         clamps=np.array([p.action == "clamp" for p in policies], bool),
         approximate=tuple(
             any(f"{p.feature_set}/{name}" in approximate for name in _read_by(p)) for p in policies
@@ -187,71 +177,98 @@ def compile_rules(
     )
 
 
+class _Keys(dict[Any, int]):
+    """Numbers keys in the order in which they are first looked up."""
+
+    def __missing__(self, key: Any) -> int:
+        self[key] = number = len(self)
+        return number
+
+
+@dataclass(slots=True)
+class _Conditions:
+    """Collects the nodes of conditions, policy by policy, a node's terms before the node."""
+
+    nodes: list[tuple[Any, ...]] = field(default_factory=list)
+    links: list[int] = field(default_factory=list)
+
+    def add(self, condition: Expr, names: Mapping[str, tuple[int, float]]) -> tuple[int, int]:
+        """Add a condition; return the first of its nodes, and the node after the last."""
+        first, found = len(self.nodes), Nodes()
+        selections = list(names.values())
+        found.add(condition, {name: i for i, name in enumerate(names)})
+        for node in sorted(found.number, key=found.number.__getitem__):
+            if found.level[node] == 0:
+                trace, above = selections[node[0]]
+                self.nodes.append((above, NEGATED if node[1] else LEAF, trace, 0, 0, 0))
+                continue
+            op, k, terms = node
+            start = len(self.links)
+            for points, term in terms:
+                self.links += [found.number[term], points]
+            self.nodes.append((0.0, OPS[op], 0, k, start, len(self.links)))
+        return first, len(self.nodes)
+
+
+def _trace_table(keys: Sequence[tuple[Over, int, int]], at_rest: np.ndarray) -> np.ndarray:
+    table = np.zeros(len(keys), TRACE)
+    for i, (over, feature, scope) in enumerate(keys):
+        here = table[i]
+        here["kind"], here["feature"], here["scope"], here["n"] = (
+            KINDS[over.kind], feature, scope, over.n
+        )  # fmt: skip
+        here["rest"] = at_rest[feature]
+        here["decay"] = 0.5 ** (1 / over.n)
+    table["aggregate"] = np.cumsum(table["kind"] != TOKEN) - 1
+    return table
+
+
+def _link(
+    table: np.ndarray, first: str, end: str, items: Sequence[Iterable[int]], links: list[int]
+) -> None:
+    """Append to `links`, for each record of the table, which items name it; note where they lie."""
+    named: dict[int, list[int]] = {}
+    for i, item in enumerate(items):
+        for at in dict.fromkeys(item):
+            named.setdefault(at, []).append(i)
+    for at, found in named.items():
+        table[first][at] = len(links)
+        links += found
+        table[end][at] = len(links)
+
+
+def make_scratch(rules: Tables, longest: int, *, record: bool = False) -> Scratch:
+    """Return scratch memory for `advance`, with everything at rest.
+
+    Args:
+        rules: the compiled policies.
+        longest: tokens of the longest window.
+        record: whether evidence, scores and compared values of each token are asked for.
+    """
+    policies = len(rules.policies)
+    most = max(len(rules.features), len(rules.traces), policies, 1)
+    nodes = rules.policies["end_node"] - rules.policies["first_node"]
+    return Scratch(
+        shares=rules.features["rest"].copy(),
+        values=rules.traces["rest"].copy(),
+        nodes=np.zeros(int(nodes.max(initial=1))),
+        window=np.zeros(longest),
+        lists=np.zeros((3, most), np.int64),
+        marked=np.zeros((3, most), bool),
+        evidence=np.zeros(policies if record else 0),
+        scores=np.zeros(policies if record else 0),
+        compared=np.zeros(len(rules.traces) if record else 0),
+    )
+
+
+def make_hits(rules: Tables) -> np.ndarray:
+    """Return memory for the hits of some tokens, [hits, 4] int64; see `evaluate.advance`."""
+    return np.empty((2 * (len(rules.policies) + len(rules.on_error)) + 64, 4), np.int64)
+
+
 def _read_by(policy: Policy) -> list[str]:
     clamped = policy.clamp.features if policy.clamp else ()
     return [*(s.feature for s in policy.detect.values()), *clamped]
-
-
-AggregateKey = tuple[Over, int, Scope]
-
-
-def _aggregates(policies: Sequence[Policy], column: Mapping[str, int]) -> dict[AggregateKey, None]:
-    """Return the distinct aggregates, sorted by kind and length."""
-    kinds: tuple[Aggregate, ...] = ("mean", "max", "average", "peak", "whole")
-    found = {
-        (s.over, column[f"{policy.feature_set}/{s.feature}"], policy.scope)
-        for policy in policies
-        for s in policy.detect.values()
-        if s.over.kind != "token"
-    }
-    return dict.fromkeys(
-        sorted(found, key=lambda a: (kinds.index(a[0].kind), a[0].n, a[1], SCOPES.index(a[2])))
-    )
-
-
-def _columns_of(keys: Sequence[AggregateKey]) -> Aggregates:
-    def where(kind: Aggregate, n: int | None = None) -> slice:
-        at = [i for i, (o, _, _) in enumerate(keys) if o.kind == kind and n in (None, o.n)]
-        return slice(at[0], at[-1] + 1) if at else slice(0, 0)
-
-    lengths = sorted({(o.kind, o.n) for o, _, _ in keys if o.kind in ("mean", "max")})
-    average = where("average")
-    return Aggregates(
-        feature=np.array([feature for _, feature, _ in keys], np.intp),
-        scope=np.array([SCOPES.index(scope) for _, _, scope in keys], np.intp),
-        missing=np.array([-np.inf if o.kind in ("max", "peak") else 0.0 for o, _, _ in keys]),
-        windows=tuple((kind, n, where(kind, n)) for kind, n in lengths),
-        longest=max((n for _, n in lengths), default=0),
-        average=average,
-        decay=np.array([0.5 ** (1 / o.n) for o, _, _ in keys[average]], np.float64),
-        peak=where("peak"),
-        whole=where("whole"),
-    )
-
-
-def _windowed(policies: Sequence[Policy]) -> Windowed:
-    at = [i for i, p in enumerate(policies) if p.window.n is not None and p.window.n > 1]
-    windows = [(policies[i].window.k, policies[i].window.n or 0) for i in at]
-    return Windowed(
-        np.array(at, np.intp),
-        tuple(
-            (k, n, np.array([j for j, w in enumerate(windows) if w == (k, n)], np.intp))
-            for k, n in sorted(set(windows))
-        ),
-        max((n for _, n in windows), default=1),
-    )
-
-
-def _counted(policies: Sequence[Policy]) -> Counted:
-    at = [i for i, p in enumerate(policies) if p.window.n is None]
-    return Counted(np.array(at, np.intp), np.array([policies[i].window.k for i in at], np.intp))
-
-
-def _last(policies: Sequence[Policy]) -> Last:
-    at = [i for i, p in enumerate(policies) if p.window.last]
-    return Last(
-        np.array(at, np.intp), np.array([SCOPES.index(policies[i].scope) for i in at], np.intp)
-    )
 
 
 def is_sampled(policy: Policy, request_id: str) -> bool:

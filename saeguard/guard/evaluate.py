@@ -1,227 +1,262 @@
-"""Evaluate the rules on blocks of tokens; `saeguard.guard.judge` defines the semantics.
+"""Evaluate the rules token by token, as plain loops; `saeguard.guard.judge` defines the semantics.
 
-A block holds consecutive tokens of each of several requests: the next token of each decoding
-request, their tokens of several forward passes, or a chunk of one request's prompt.
+What a token costs follows what fires: latent -> features that add it up -> traces -> terms and
+policies that compare them. All else is at rest, and a quiet token only adds to a count; `conclude`
+puts it into the verdicts. A trace or policy that an earlier token still moves is listed until it is
+at rest again. numba compiles this module; with `NUMBA_DISABLE_JIT=1` it runs as Python.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
-from saeguard.guard.aggregates import aggregate, pass_over
-from saeguard.guard.compiled_rules import Counted, Rules, Windowed
-from saeguard.guard.condition_program import evidence
-from saeguard.guard.scopes import OUTPUT, ROLES, TEMPLATE, in_scopes
-from saeguard.guard.state import FATES, State
-from saeguard.guard.verdict import THRESHOLD
-
-EVALUATED, SPECIAL, CACHED, ERROR, UNTRACKED, MASSIVE = range(FATES)
-"""What became of a token: evaluated, or skipped by reason."""
-
-
-class Tokens(NamedTuple):
-    """A block of tokens."""
-
-    position: np.ndarray
-    """[requests, tokens] int64, consecutive within each request."""
-    shares: np.ndarray
-    """[requests, tokens, features] float32 or float64."""
-    eligible: np.ndarray
-    """[requests, tokens] bool, False for tokens that are excluded by id."""
-    finite: np.ndarray
-    """[requests, tokens] bool, False if the token's activations could not be read."""
-    massive: np.ndarray
-    """[requests, tokens] bool, True for attention sinks: see `WatchList.massive`."""
-
-    def take(self, rows: np.ndarray | None) -> Tokens:
-        """Return the tokens at `rows` [requests, tokens] of a block whose arrays are [rows, ...].
-
-        With None, the whole block becomes one request.
-        """
-        return Tokens(*(part[rows] for part in self))
+from saeguard.guard.aggregates import aggregate
+from saeguard.guard.compiled import compiled
+from saeguard.guard.step_policy import step_policy
+from saeguard.guard.tables import (
+    AWAKE,
+    ERROR,
+    EVALUATED,
+    FEATURES,
+    POLICIES,
+    RESTLESS,
+    TOKEN,
+    TRACES,
+    UNSETTLED,
+    Scratch,
+    Tables,
+)
 
 
-class Scored(NamedTuple):
-    """Role, values, evidence and score of each token of a block."""
+@compiled
+def advance(
+    rules: Tables, s: Any, x: Scratch, slot: int, t: int, role: int, fate: int, touched: int,
+    everything: bool, hits: np.ndarray, found: int, request: int,
+) -> int:  # fmt: skip
+    """Advance a request by the token at position `t`.
 
-    role: np.ndarray
-    """[requests, tokens] indices into `ROLES`."""
-    values: np.ndarray
-    """[requests, tokens, features + aggregates] the values that selections compare."""
-    looked: np.ndarray
-    """[requests, tokens, scopes] bool: the token is in the scope and evaluated."""
-    evidence: np.ndarray
-    """[requests, tokens, P]; -inf if the token is out of scope, not evaluated or not sampled."""
-    score: np.ndarray
-    """[requests, tokens, P]. It may be -inf instead of a score that is no match and not above the
-    request's highest score, which saves computing it."""
-
-
-def roles_at(s: State, at: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Return the roles of consecutive positions: [requests, tokens] indices into `ROLES`."""
-    role = np.where(position < s.prompt[at, None], TEMPLATE, OUTPUT)
-    for r in np.flatnonzero(
-        position[:, 0] < s.prompt[at]
-    ):  # few requests: most are past their prompt
-        roles = s.roles[at[r]]
-        if roles is not None:
-            here = roles[position[r, 0] : position[r, -1] + 1]
-            role[r, : len(here)] = here
-    return role
-
-
-def score_tokens(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> Scored:
-    """Return the scores of a block of requests in distinct slots `at`; advance their windows."""
-    role = roles_at(s, at, tokens.position)
-    looked = in_scopes(role, tokens.eligible & tokens.finite & ~tokens.massive)
-    values = tokens.shares
-    if len(rules.aggregates.feature):
-        more = aggregate(rules.aggregates, s, at, tokens.position, values, looked)
-        values = np.concatenate([values, more], axis=2)
-    requests, length, width = values.shape
-    ratio = values.reshape(-1, width).T[rules.trace].astype(np.float64) / rules.above
-    e = evidence(rules.program, ratio).T.reshape(requests, length, -1)
-    seen = looked[..., rules.scope]
-    if rules.sampled:
-        seen &= s.sampled[at, None]
-    e = np.where(seen, e, -np.inf)
-    score = e
-    if len(rules.windowed.policy) or len(rules.counted.policy):
-        score = e.copy()
-        if len(rules.windowed.policy):
-            _of_window(rules.windowed, s, at, tokens.position, score)
-        if len(rules.counted.policy):
-            _of_request(rules.counted, s, at, score)
-    return Scored(role, values, looked, e, score)
-
-
-def _of_window(w: Windowed, s: State, at: np.ndarray, position: np.ndarray, e: np.ndarray) -> None:
-    """Replace the evidence at each token by the k-th largest of its window, in place.
-
-    A window's k-th largest value can exceed the previous window's only if the new token's evidence
-    does. So if no evidence in the block exceeds the request's highest score, and that score is no
-    match, the block's windows are not evaluated. That is so for nearly all blocks.
-    """
-    x = e[..., w.policy]
-    before = s.score[at[:, None], w.policy]
-    worth = (x.max(axis=1) > before) | (before > THRESHOLD)
-    score = np.full_like(x, -np.inf)
-    for k, n, which in w.groups:
-        r, j = np.nonzero(worth[:, which])
-        if len(r):
-            c = which[j]
-            back = (position[r, :1] + np.arange(1 - n, 0)) % w.longest
-            line = np.concatenate([s.ring[at[r, None], back, c[:, None]], x[r, :, c]], axis=1)
-            windows = np.lib.stride_tricks.sliding_window_view(line, n, axis=1)
-            score[r, :, c] = np.partition(windows, n - k, axis=-1)[..., n - k]
-    kept = slice(-w.longest, None)
-    s.ring[at[:, None], position[:, kept] % w.longest] = x[:, kept]
-    e[..., w.policy] = score
-
-
-def _of_request(counted: Counted, s: State, at: np.ndarray, e: np.ndarray) -> None:
-    """Replace the evidence at each token by the k-th largest of the request so far, in place.
-
-    This score never falls, so its highest value is that of the last token. For the other tokens it
-    only matters whether the score exceeds the threshold, which a count of tokens above it decides.
-    """
-    x = e[..., counted.policy]
-    best = s.best[at]
-    held = (best > THRESHOLD).sum(axis=1)[:, None] + (x > THRESHOLD).cumsum(axis=1)
-    most = best.shape[1]
-    best = np.sort(np.concatenate([best, x], axis=1), axis=1)[:, -most:]
-    s.best[at] = best
-    kth = best[:, most - counted.k, np.arange(len(counted.k))][:, None]
-    reached = held >= counted.k
-    reached[:, -1] = True
-    e[..., counted.policy] = np.where(reached, kth, -np.inf)
-
-
-def advance(rules: Rules, s: State, at: np.ndarray, tokens: Tokens) -> np.ndarray | None:
-    """Advance the requests in distinct slots `at` by a block.
+    Args:
+        rules: the compiled policies.
+        s: the state.
+        x: with the shares of the features that are not at rest.
+        slot: of the request.
+        t: position, not before the request's next one.
+        role: index into `ROLES`.
+        fate: EVALUATED, or why the token is skipped.
+        touched: length of the list of features that are not at rest.
+        everything: evaluate every trace and policy.
+        hits: [most, 4] first matches and unread tokens: request, policy, position, error.
+        found: number of hits so far.
+        request: number that its hits have.
 
     Returns:
-        [requests, P] position of a policy's first match if it lies in this block, else -1; None if
-        no policy has one.
+        The number of hits.
     """
-    position = tokens.position
-    scored = score_tokens(rules, s, at, tokens)
-    read = np.where(tokens.massive, MASSIVE, EVALUATED)
-    what = np.where(tokens.eligible, np.where(tokens.finite, read, ERROR), SPECIAL)
-    what += FATES * scored.role
-    kinds = FATES * len(ROLES)
-    what += kinds * np.arange(len(at))[:, None]
-    counted = np.bincount(what.ravel(), minlength=kinds * len(at))
-    s.counts[at] += counted.reshape(-1, len(ROLES), FATES)
-    s.next[at] = position[:, -1] + 1
-    _keep_scores(rules, s, at, position, scored)
-    _record_activity(rules, s, at, position, scored)
-
-    match = scored.score > THRESHOLD
-    match[..., rules.last.policy] = False  # decided when the request ends
-    # Few pairs of request and policy match in this block or are still on.
-    r, p = np.nonzero(match.any(axis=1) | (s.on_until[at] >= position[:, :1]))
-    if not len(r):
-        return None
-    slot, match, when = at[r], match[r, :, p], position[r]
-    last = np.where(match, when + rules.keep[p, None], -1)
-    last[:, 0] = np.maximum(last[:, 0], s.on_until[slot, p])
-    last = np.maximum.accumulate(last, axis=1)
-    s.on_until[slot, p] = last[:, -1]
-    s.matched[slot, p] += (last >= when).sum(axis=1)
-    new = np.flatnonzero(match.any(axis=1) & (s.first[slot, p] < 0))
-    if not len(new):
-        return None
-    s.first[slot[new], p[new]] = when[new, match[new].argmax(axis=1)]
-    first = np.full((len(at), len(rules.policies)), -1)
-    first[r[new], p[new]] = s.first[slot[new], p[new]]
-    return first
-
-
-def _keep_scores(
-    rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: Scored
-) -> None:
-    """Keep each policy's highest score; with `for: the last token`, the score of that token."""
-    best = np.maximum(s.score[at], scored.score.max(axis=1))
-    which = rules.last.policy
-    if len(which):
-        seen = scored.evidence[..., which] > -np.inf
-        end = seen.shape[1] - 1 - seen[:, ::-1].argmax(axis=1)
-        r, j = np.nonzero(seen.any(axis=1))
-        best[:, which] = s.score[at[:, None], which]
-        best[r, which[j]] = scored.evidence[r, end[r, j], which[j]]
-        s.last[at[r], j] = position[r, end[r, j]]
-    s.score[at] = best
+    here = s.requests[slot]
+    here["next"] = t + 1
+    s.counts[slot, role, fate] += 1
+    evaluated = fate == EVALUATED
+    traces = policies = 0
+    if evaluated:
+        traces = touch_traces(rules, s, x, slot, t, role, touched, everything)
+        policies = touch_policies(rules, s, x, slot, t, role, traces)
+    elif fate == ERROR:
+        for p in rules.on_error:
+            if rules.looks[role, rules.policies[p]["scope"]] and s.policies[slot, p]["sampled"]:
+                hits[found, 0], hits[found, 1] = request, p
+                hits[found, 2], hits[found, 3] = t, 1
+                found += 1
+    policies = wake_policies(rules, s, x, slot, t, policies, everything)
+    for i in range(policies):
+        p = x.lists[POLICIES, i]
+        x.marked[POLICIES, p] = False
+        looked = evaluated and rules.looks[role, rules.policies[p]["scope"]]
+        if step_policy(rules, s, x, slot, p, t, looked and s.policies[slot, p]["sampled"] != 0):
+            hits[found, 0], hits[found, 1] = request, p
+            hits[found, 2], hits[found, 3] = t, 0
+            found += 1
+    if evaluated:
+        count_looked(rules, s, slot, t, role)
+    for i in range(traces):
+        trace = x.lists[TRACES, i]
+        x.marked[TRACES, trace] = False
+        if len(x.compared):
+            x.compared[trace] = x.values[trace]
+        x.values[trace] = rules.traces[trace]["rest"]
+    return found
 
 
-def _record_activity(
-    rules: Rules, s: State, at: np.ndarray, position: np.ndarray, scored: Scored
-) -> None:
-    """Record how often and how strongly each selection fired."""
-    t = rules.terms
-    trace = np.where(scored.looked[..., t.scope], scored.values[..., t.trace], -np.inf)
-    above = trace > t.above
-    r, q = np.nonzero(above.any(axis=1))
-    if len(r):
-        s.fired[at[r], q] += above[r, :, q].sum(axis=1)
-    top = trace.max(axis=1)
-    r, q = np.nonzero(top > s.peak[at])  # few, once a request has some tokens
-    if len(r):
-        s.peak[at[r], q] = top[r, q]
-        s.peak_at[at[r], q] = position[r, trace[r, :, q].argmax(axis=1)]
+@compiled
+def touch_traces(
+    rules: Tables, s: Any, x: Scratch, slot: int, t: int, role: int, touched: int, everything: bool
+) -> int:
+    """List the traces that are not at rest, with their values; return their number."""
+    n = 0
+    for i in range(touched):
+        feature = rules.features[x.lists[FEATURES, i]]
+        for link in range(feature["first"], feature["end"]):
+            n = touch_trace(rules, s, x, slot, t, role, rules.links[link], n)
+    for trace in rules.restless:
+        n = touch_trace(rules, s, x, slot, t, role, trace, n)
+    n = touch_restless(rules, s, x, slot, t, role, n)
+    if everything:
+        for trace in range(len(rules.traces)):
+            n = touch_trace(rules, s, x, slot, t, role, trace, n)
+    here = s.requests[slot]
+    for i in range(n):
+        trace = x.lists[TRACES, i]
+        if rules.traces[trace]["kind"] != TOKEN:
+            state = s.aggregates[slot, rules.traces[trace]["aggregate"]]
+            if state["restless"] > t and not state["listed"]:
+                state["listed"] = 1
+                s.lists[slot, RESTLESS, here["restless"]] = trace
+                here["restless"] += 1
+    return n
 
 
-def skip(rules: Rules, s: State, slot: int, position: int, why: int) -> None:
-    """Skip the tokens before `position` for the reason `why`; no activations of them were read."""
-    first = int(s.next[slot])
-    gap = position - first
-    if gap <= 0:
-        return
-    role = roles_at(s, np.array([slot]), np.arange(first, position)[None])
-    s.counts[slot, :, why] += np.bincount(role[0], minlength=len(ROLES))
-    longest = rules.windowed.longest
-    s.ring[slot, np.arange(max(first, position - longest), position) % longest] = -np.inf
-    pass_over(rules.aggregates, s, slot, first, position)
-    s.next[slot] = position
+@compiled
+def touch_restless(rules: Tables, s: Any, x: Scratch, slot: int, t: int, role: int, n: int) -> int:
+    """Add the aggregates that earlier tokens still move to the list of `n`."""
+    here, left = s.requests[slot], 0
+    for i in range(here["restless"]):
+        trace = s.lists[slot, RESTLESS, i]
+        state = s.aggregates[slot, rules.traces[trace]["aggregate"]]
+        if state["restless"] < t:
+            state["listed"] = 0
+        else:
+            s.lists[slot, RESTLESS, left] = trace
+            left += 1
+            n = touch_trace(rules, s, x, slot, t, role, trace, n)
+    here["restless"] = left
+    return n
+
+
+@compiled
+def touch_trace(
+    rules: Tables, s: Any, x: Scratch, slot: int, t: int, role: int, trace: int, n: int
+) -> int:
+    """Add a trace to the list of `n` unless it is there or its scope does not look at the token."""
+    rule = rules.traces[trace]
+    scope = rule["scope"]
+    if x.marked[TRACES, trace] or (scope >= 0 and not rules.looks[role, scope]):
+        return n
+    x.marked[TRACES, trace] = True
+    x.lists[TRACES, n] = trace
+    value = x.shares[rule["feature"]]
+    x.values[trace] = value if scope < 0 else aggregate(rules, s, slot, trace, t, value)
+    return n + 1
+
+
+@compiled
+def touch_policies(
+    rules: Tables, s: Any, x: Scratch, slot: int, t: int, role: int, traces: int
+) -> int:
+    """Update the terms of the listed traces, and list their policies; return their number."""
+    n = 0
+    for i in range(traces):
+        trace = rules.traces[x.lists[TRACES, i]]
+        value = x.values[x.lists[TRACES, i]]
+        for link in range(trace["first_term"], trace["end_term"]):
+            q = rules.links[link]
+            if rules.looks[role, rules.terms[q]["scope"]]:
+                touch_term(rules, s, slot, q, t, value)
+        for link in range(trace["first_policy"], trace["end_policy"]):
+            p = rules.links[link]
+            if rules.looks[role, rules.policies[p]["scope"]] and not x.marked[POLICIES, p]:
+                x.marked[POLICIES, p] = True
+                x.lists[POLICIES, n] = p
+                n += 1
+    for p in rules.awake:
+        if rules.looks[role, rules.policies[p]["scope"]] and not x.marked[POLICIES, p]:
+            x.marked[POLICIES, p] = True
+            x.lists[POLICIES, n] = p
+            n += 1
+    here, left = s.requests[slot], 0
+    for i in range(here["unsettled"]):
+        q = s.lists[slot, UNSETTLED, i]
+        rule = rules.terms[q]
+        if rules.looks[role, rule["scope"]] and not x.marked[TRACES, rule["trace"]]:
+            settle(s.terms[slot, q], rules.traces[rule["trace"]]["rest"], t)
+        else:
+            s.lists[slot, UNSETTLED, left] = q
+            left += 1
+    here["unsettled"] = left
+    return n
+
+
+@compiled
+def touch_term(rules: Tables, s: Any, slot: int, q: int, t: int, value: float) -> None:
+    """Count a term that is not at rest, and keep its peak."""
+    rule, mine = rules.terms[q], s.terms[slot, q]
+    scope = s.scopes[slot, rule["scope"]]
+    if mine["touched"] == 0 and scope["looked"] > 0:
+        settle(mine, rules.traces[rule["trace"]]["rest"], scope["first"])
+    mine["touched"] += 1
+    mine["fired"] += value > rule["above"]
+    if value > mine["peak"]:
+        mine["peak"], mine["peak_at"] = value, t
+    if not mine["settled"] and not mine["listed"]:
+        here = s.requests[slot]
+        mine["listed"] = 1
+        s.lists[slot, UNSETTLED, here["unsettled"]] = q
+        here["unsettled"] += 1
+
+
+@compiled
+def settle(mine: Any, rest: float, t: int) -> None:
+    """Let a term's peak cover the first token at which the term was at rest."""
+    mine["settled"] = 1
+    if rest > mine["peak"]:
+        mine["peak"], mine["peak_at"] = rest, t
+
+
+@compiled
+def wake_policies(
+    rules: Tables, s: Any, x: Scratch, slot: int, t: int, n: int, everything: bool
+) -> int:
+    """Add the policies that earlier tokens still concern to the list of `n`."""
+    here, left = s.requests[slot], 0
+    for i in range(here["awake"]):
+        p = s.lists[slot, AWAKE, i]
+        if s.policies[slot, p]["awake"] < t:
+            s.policies[slot, p]["listed"] = 0
+            continue
+        s.lists[slot, AWAKE, left] = p
+        left += 1
+        if not x.marked[POLICIES, p]:
+            x.marked[POLICIES, p] = True
+            x.lists[POLICIES, n] = p
+            n += 1
+    here["awake"] = left
+    if everything:
+        for p in range(len(rules.policies)):
+            if not x.marked[POLICIES, p]:
+                x.marked[POLICIES, p] = True
+                x.lists[POLICIES, n] = p
+                n += 1
+    return n
+
+
+@compiled
+def count_looked(rules: Tables, s: Any, slot: int, t: int, role: int) -> None:
+    """Count an evaluated token in the scopes that look at its role, after its policies."""
+    for scope in range(rules.looks.shape[1]):
+        if rules.looks[role, scope]:
+            mine, ring = s.scopes[slot, scope], s.looked[slot, scope]
+            if mine["looked"] == 0:
+                mine["first"] = t
+            ring[mine["place"]] = t
+            mine["place"] = mine["place"] + 1 if mine["place"] + 1 < len(ring) else 0
+            mine["looked"] += 1
+            mine["last"] = t
+    for i in range(len(rules.windows)):
+        window = rules.windows[i]
+        if rules.looks[role, window["scope"]]:
+            ring, mine = s.looked[slot, window["scope"]], s.scopes[slot, window["scope"]]
+            at = mine["place"] - window["k"]
+            if at < 0:
+                at += len(ring)
+            if mine["looked"] >= window["k"] and ring[at] > t - window["n"]:
+                s.full[slot, i] = t

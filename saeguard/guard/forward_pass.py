@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -112,38 +112,3 @@ class ForwardPass:
     watchlist: str
     swaps: int = 0
     acted_by: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def of_requests(self, which: Sequence[int]) -> ForwardPass:
-        """Return the part of the pass that belongs to the requests at the indices `which`."""
-        start, end = self.query_start[:-1][which], self.query_start[1:][which]
-        rows = np.concatenate([np.arange(a, b) for a, b in zip(start, end, strict=True)])
-        return replace(
-            self,
-            request_ids=[self.request_ids[i] for i in which],
-            query_start=np.concatenate([[0], np.cumsum(end - start)]),
-            positions=self.positions[rows],
-            eligible=self.eligible[rows],
-            f=self.f[rows],
-            acted=None if self.acted is None else self.acted[rows],
-            acted_by={digest: acted[rows] for digest, acted in self.acted_by.items()},
-        )
-
-
-def in_step(passes: Sequence[tuple[ForwardPass, np.ndarray, object]]) -> int:
-    """Return how many leading passes bring one token each of the same requests; at least 1.
-
-    Args:
-        passes: each with [requests] the number of rows that count, as `Ledger.ingest` takes it.
-    """
-    first = passes[0][0]
-    requests = len(first.request_ids)
-    for n, (forward_pass, valid, _) in enumerate(passes):
-        if (
-            forward_pass.request_ids != first.request_ids
-            or len(forward_pass.positions) != requests
-            or not forward_pass.ran
-            or (valid != 1).any()
-            or (forward_pass.positions != first.positions + n).any()
-        ):
-            return max(n, 1)
-    return len(passes)

@@ -2,13 +2,11 @@
 
 Each call of a torch function costs about ten microseconds here once a forward pass has filled the
 processor's caches, and the product of a few rows with a few encoder rows costs less than that. The
-loop is compiled by numba, on which vLLM depends. Without numba the tap runs as torch functions.
+loop is compiled by numba. Where numba cannot compile, the tap runs as torch functions.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,19 +15,19 @@ import numpy as np
 import structlog
 import torch
 
+from saeguard.guard.compiled import by_address
+
 log = structlog.get_logger("saeguard")
 
 MOST = 2 * 2**20
 """Most multiplications of a pass that the loop computes; torch uses several threads for more."""
 TOGETHER = 32
 """Rows that share a reading of the encoder rows; they fit the processor's second cache."""
-KEPT: list[Any] = []
-"""Compiled functions whose code is called by its address."""
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may change: the order of sums. NaN and infinities keep their meaning."""
 
 
-def read_rows(
+def read_few(
     hidden: Any, residual: Any, half: Any, W: Any, b: Any, floor: Any, x: Any, f: Any, shape: Any
 ) -> None:
     """Write the activations and norms of a few rows to `f`, as `saeguard.guard.tap.read` does.
@@ -70,26 +68,16 @@ def read_rows(
 
 @cache
 def compiled() -> Callable[..., None] | None:
-    """Return `read_rows` compiled, None if numba is not installed or cannot compile it here."""
+    """Return `read_few` compiled; None if numba cannot compile it on this machine."""
     try:
-        numba = importlib.import_module("numba")
-        numbers, shape = numba.types.CPointer(numba.float32), numba.types.CPointer(numba.int64)
-        signature = numba.void(*[numbers] * 8, shape)
-        try:  # seconds at a first start, none at later ones
-            function = numba.cfunc(signature, fastmath=FAST_MATH, cache=True)(read_rows)
-        except RuntimeError:  # no folder to keep it in
-            function = numba.cfunc(signature, fastmath=FAST_MATH)(read_rows)
+        return by_address(read_few, ["float32"] * 8 + ["int64"], FAST_MATH)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it, torch computes the same
         log.warning("saeguard reads taps without numba, more slowly", why=str(error))
         return None
-    # Addresses as numbers, since making typed pointers takes longer than the loop.
-    call: Callable[..., None] = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 9)(function.address)
-    KEPT.append(function)
-    return call
 
 
 class HostLoop:
-    """The loop of one tap: `read_rows` with its buffers.
+    """The loop of one tap: `read_few` with its buffers.
 
     They stay in place, so their addresses are looked up once.
     """

@@ -4,8 +4,8 @@ These semantics hold for serving too, token by token (docs/policy-language.md ex
 
 - A selection compares the feature's share at a token, or with `over` an aggregate of the shares of
   several tokens. Tokens that are out of scope or not evaluated do not count in the aggregate.
-- The evidence `e[t]` of a policy is the evidence of its condition (`condition_program`) if position
-  `t` is in scope and evaluated, else -inf.
+- The evidence `e[t]` of a policy is the evidence of its condition (`saeguard.guard.conditions`) if
+  position `t` is in scope and evaluated, else -inf.
 - Its score at `t` is the k-th largest evidence among positions `(t - n, t]` for `for: k of n`,
   and among all up to `t` for `for: k tokens in the request`.
 - It matches at `t` if that score exceeds 1, and stays on for `keep` further positions.
@@ -15,14 +15,16 @@ These semantics hold for serving too, token by token (docs/policy-language.md ex
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.compiled_rules import Rules, compile_rules
-from saeguard.guard.evaluate import Scored, Tokens, advance, score_tokens
+from saeguard.guard.compiled_rules import Rules, compile_rules, make_hits, make_scratch
+from saeguard.guard.read_rows import advance_text
 from saeguard.guard.request_verdicts import Verdicts, verdicts_of
-from saeguard.guard.scopes import of_prompt
+from saeguard.guard.scopes import in_scopes, of_prompt, roles_between
 from saeguard.guard.state import State, make_state
+from saeguard.guard.tables import ERROR, EVALUATED, MASSIVE, SPECIAL
 from saeguard.guard.verdict import THRESHOLD, Verdict
 from saeguard.policy.types import Policy, strongest_action
 
@@ -45,6 +47,20 @@ def alone(policy: Policy, shares: Mapping[str, np.ndarray]) -> tuple[Rules, np.n
     return rules, np.stack([np.asarray(shares[n], np.float64) for n in names], axis=1)
 
 
+class Scored(NamedTuple):
+    """What the rules make of each token of one text."""
+
+    values: np.ndarray
+    """[tokens, traces] the values that selections compare; NaN where no scope looks."""
+    looked: np.ndarray
+    """[tokens, scopes] bool: the token is in the scope and evaluated."""
+    evidence: np.ndarray
+    """[tokens, P]; -inf if the token is out of scope or not evaluated."""
+    score: np.ndarray
+    """[tokens, P]. It may be -inf instead of a score that is no match and not above the text's
+    highest score so far, which saves computing it."""
+
+
 def score_text(
     rules: Rules,
     shares: np.ndarray,
@@ -53,9 +69,14 @@ def score_text(
     roles: np.ndarray | None = None,
     massive: np.ndarray | None = None,
 ) -> Scored:
-    """Return evidence and score of each token of one text, as a block of one request."""
-    state, block = _block(rules, shares, evaluable, prompt_tokens, roles, massive)
-    return score_tokens(rules, state, np.zeros(1, np.int64), block)
+    """Return evidence and score of each token of one text; see `judge_text`."""
+    text = _Text(rules, shares, evaluable, prompt_tokens, roles, massive)
+    evaluated = text.fates == EVALUATED
+    shape = len(shares), len(rules.policies)
+    values = np.empty((len(shares), len(rules.tables.traces)))
+    scored = Scored(values, in_scopes(text.roles, evaluated), np.empty(shape), np.empty(shape))
+    text.advance(scored)
+    return scored
 
 
 def on_tokens(match: np.ndarray, keep: int) -> np.ndarray:
@@ -77,10 +98,10 @@ def clamped_tokens(
     """Return [tokens] bool: the tokens that clamp policy `i` edits if it is enforced."""
     policy = rules.policies[i]
     scored = score_text(rules, shares, evaluable, prompt_tokens, roles, massive)
-    looked = scored.looked[0, :, rules.scope[i]]
+    looked = scored.looked[:, rules.scope[i]]
     if policy.clamp is not None and policy.clamp.when == "always":
         return looked
-    match = scored.score[0, :, i] > THRESHOLD
+    match = scored.score[:, i] > THRESHOLD
     matched = policy.clamp is not None and policy.clamp.when == "matched"
     on = on_tokens(match, policy.keep if matched else len(match))
     return on if massive is None else on & ~massive
@@ -113,28 +134,49 @@ def judge_text(
     Raises:
         ValueError: a policy's scope is a role, and `roles` is missing.
     """
-    state, block = _block(rules, shares, evaluable, prompt_tokens, roles, massive)
-    if len(shares):
-        advance(rules, state, np.zeros(1, np.int64), block)
-    return verdicts_of(rules, state, 0, len(shares))
+    text = _Text(rules, shares, evaluable, prompt_tokens, roles, massive)
+    text.advance()
+    return verdicts_of(rules, text.state, 0, text.roles[:prompt_tokens], len(shares))
 
 
-def _block(
-    rules: Rules,
-    shares: np.ndarray,
-    evaluable: np.ndarray,
-    prompt_tokens: int,
-    roles: np.ndarray | None,
-    massive: np.ndarray | None,
-) -> tuple[State, Tokens]:
-    state = make_state(rules, 1)
-    state.prompt[0] = prompt_tokens
-    if rules.by_role:
-        state.roles[0] = of_prompt(roles, prompt_tokens)
-    state.enforced[0] = [p.mode == "enforce" for p in rules.policies]
-    state.acted[0] = True  # serving sets it when a clamp policy matches
-    finite = np.isfinite(shares).all(axis=1)
-    massive = np.zeros(len(shares), bool) if massive is None else massive
-    position = np.arange(len(shares))
-    parts = (position, shares, evaluable, finite, massive)
-    return state, Tokens(*(part[None] for part in parts))
+class _Text:
+    """One text, and the state of its only request."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        shares: np.ndarray,
+        evaluable: np.ndarray,
+        prompt_tokens: int,
+        roles: np.ndarray | None,
+        massive: np.ndarray | None,
+    ) -> None:
+        given = of_prompt(roles, prompt_tokens) if rules.by_role else None
+        self.rules = rules
+        self.shares = np.ascontiguousarray(shares, np.float64)
+        self.roles = roles_between(prompt_tokens, given, 0, len(shares))
+        read = np.where(np.isfinite(shares).all(axis=1), EVALUATED, ERROR)
+        if massive is not None:
+            read = np.where(massive & (read == EVALUATED), MASSIVE, read)
+        self.fates = np.where(evaluable, read, SPECIAL).astype(np.uint8)
+        self.state: State = make_state(rules, 1)
+        self.state.requests["prompt"] = prompt_tokens
+        self.state.policies["enforced"] = [p.mode == "enforce" for p in rules.policies]
+        self.state.policies["acted"] = True  # serving sets it when a clamp policy matches
+
+    def advance(self, scored: Scored | None = None) -> None:
+        """Advance by all tokens; write what each of them scores to `scored`."""
+        tables, nothing = self.rules.tables, np.empty((0, 0))
+        out = (nothing, nothing, nothing)
+        if scored is not None:
+            out = (scored.evidence, scored.score, scored.values)
+        advance_text(
+            tables,
+            self.state,
+            make_scratch(tables, self.rules.longest, record=scored is not None),
+            self.roles,
+            self.fates,
+            self.shares,
+            make_hits(tables),
+            *out,
+        )

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.compiled_rules import is_sampled
-from saeguard.guard.evaluate import CACHED, UNTRACKED, Tokens, advance, skip
-from saeguard.guard.forward_pass import ForwardPass, in_step
-from saeguard.guard.hits import Hit, matched, unread
+from saeguard.guard.compiled_rules import is_sampled, make_hits, make_scratch
+from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.prefix.blocks import PrefixBlocks
 from saeguard.guard.prefix.store import PrefixStore, PrefixView
+from saeguard.guard.read_rows import Reads, as_given, ingest_rows, reads_of
 from saeguard.guard.readings import Readings
-from saeguard.guard.request_verdicts import Verdicts, verdicts_of, whole_coverage
-from saeguard.guard.scopes import of_prompt
-from saeguard.guard.state import State, blank, copy_slot, grown, make_state, write_slot
-from saeguard.guard.verdict import Coverage
+from saeguard.guard.request_verdicts import Verdicts, verdicts_of
+from saeguard.guard.slots import Saved, Slots
+from saeguard.guard.tables import CACHED, UNTRACKED
 from saeguard.guard.watchlist import WatchList
 
-CELLS = 2**15
-"""Most numbers in one array of a block; larger arrays do not fit the CPU's caches."""
 
-ValidPass: TypeAlias = tuple[ForwardPass, np.ndarray, Container[str]]
-"""A forward pass, its `valid` rows and the requests `entering`, as `Ledger.ingest` takes them."""
+class Hit(NamedTuple):
+    """One policy's first match on a request, or a token that it could not read."""
+
+    request_id: str
+    policy: int
+    """Index into the watch list's policies."""
+    position: int
+    error: bool = False
+    """True if a token in scope could not be read, False if the policy matched."""
 
 
 class Ledger:
@@ -49,27 +52,23 @@ class Ledger:
         self.unwatched_passes = 0
         self.readings: Readings | None = None
         """Collects the feature values of whole texts; None while serving."""
-        self._rules = watchlist.rules
+        self._rules = rules = watchlist.rules
         self._prefixes = PrefixBlocks(prefix_store) if prefix_store is not None else None
         self._enforced = np.array([p.mode == "enforce" for p in watchlist.policies], bool)
-        self._stops_on_error = np.array([p.on_error == "stop" for p in watchlist.policies], bool)
         self._clamped = [i for clamp in watchlist.clamps for i in clamp.policies]
-        self._sampling = [i for i, p in enumerate(watchlist.policies) if p.sample < 1]
-        self._width = max(len(watchlist.policies), len(self._rules.terms.trace))
-        self._slot: dict[str, int] = {}
-        self._free = list(range(slots))[::-1]
         block, columns = (0, 0) if prefix_store is None else (prefix_store.block, watchlist.columns)
-        self._together = block or CELLS
-        self._empty = make_state(self._rules, 1, block=block, columns=columns)
-        self._state = blank(self._empty, slots)
+        self._slots = Slots(rules, slots, block, columns)
+        self._reads: Reads | None = None
+        self._scratch = make_scratch(rules.tables, rules.longest)
+        self._hits = make_hits(rules.tables)
 
     def __contains__(self, request_id: str) -> bool:
         """Return whether the request is in flight."""
-        return request_id in self._slot
+        return request_id in self._slots
 
     def __len__(self) -> int:
         """Return the number of requests in flight."""
-        return len(self._slot)
+        return len(self._slots)
 
     def admit(
         self,
@@ -91,21 +90,13 @@ class Ledger:
         Raises:
             ValueError: roles are needed and missing, or their number is not that of the tokens.
         """
-        if not self._free:
-            slots = len(self._state.next)
-            self._state = grown(self._state, blank(self._empty, slots))
-            self._free = list(range(slots, 2 * slots))[::-1]
-        slot = self._slot[request_id] = self._free.pop()
+        slot = self._slots.take(request_id, prompt_tokens, roles)
         if self._prefixes is not None:
             self._prefixes.admit(slot, keys)
-        s = self._state
-        write_slot(s, slot, self._empty)
-        s.prompt[slot] = prompt_tokens
-        if self._rules.by_role:
-            s.roles[slot] = of_prompt(roles, prompt_tokens)
-        s.enforced[slot] = self._enforced if enforced is None else enforced
-        for i in self._sampling:
-            s.sampled[slot, i] = is_sampled(self.watchlist.policies[i], request_id)
+        policies = self._slots.state.policies[slot]
+        policies["enforced"] = self._enforced if enforced is None else enforced
+        for i in self._rules.sampled:
+            policies[i]["sampled"] = is_sampled(self.watchlist.policies[i], request_id)
 
     def ingest(
         self, forward_pass: ForwardPass, valid: np.ndarray, entering: Container[str] | None = None
@@ -125,87 +116,77 @@ class Ledger:
         self.unwatched_passes += not forward_pass.ran
         if self._prefixes is not None:
             self._prefixes.store()
-        slots = self._slots(forward_pass)
-        starts = forward_pass.query_start[:-1]
-        positions = forward_pass.positions[starts]
-        known = (slots >= 0) & (valid > 0)
-        together = known & (valid == 1) & (positions == self._state.next[slots])
-        alone = np.flatnonzero(known & ~together)
-        read = self.watchlist.read(forward_pass.f, ran=forward_pass.ran)
-        block = Tokens(forward_pass.positions, read.shares, forward_pass.eligible, *read[1:])
-        hits: list[Hit] = []
-        which = np.flatnonzero(together)
-        if len(which):
-            rows = starts[which][:, None]
-            tokens = block.take(rows)
-            ids = [forward_pass.request_ids[i] for i in which]
-            hits += self._advance(ids, slots[which], tokens)
-            self._record(slots[which], tokens, forward_pass.f[rows], ran=forward_pass.ran)
-            self._mark_edited(slots[which], forward_pass.acted, rows)
+        ids = forward_pass.request_ids
+        slots = self._slots.of(ids)
+        hits, late = self._advance(forward_pass, slots, valid)
+        if not late.any():
+            return hits
+        first = forward_pass.positions[forward_pass.query_start[:-1]].tolist()
         # In order of position: a request can read a prefix that another one computes in this pass.
-        for i in alone[np.argsort(positions[alone], kind="stable")]:
-            request_id, slot, start = forward_pass.request_ids[i], int(slots[i]), int(starts[i])
-            expected = int(self._state.next[slot])
-            if positions[i] > expected:
-                enters = expected == 0 if entering is None else request_id in entering
-                hits += self._pass_over(request_id, slot, int(positions[i]), enters=enters)
-            rows = np.arange(start, start + int(valid[i]))
-            hits += self._ingest_alone(forward_pass, block, request_id, slot, rows)
+        for i in sorted(np.flatnonzero(late).tolist(), key=first.__getitem__):
+            expected = self.next_position(ids[i])
+            enters = expected == 0 if entering is None else ids[i] in entering
+            hits += self._pass_over(ids[i], int(slots[i]), first[i], enters=enters)
+            alone = np.full_like(slots, -1)
+            alone[i] = slots[i]
+            hits += self._advance(forward_pass, alone, valid)[0]
         return hits
 
-    def ingest_all(self, passes: Sequence[ValidPass]) -> list[Hit]:
-        """Advance every request by several forward passes, in order.
-
-        Passes in which the same requests bring their next token are evaluated as one block, which
-        costs little more than one of them.
-        """
-        hits: list[Hit] = []
-        i = 0
-        while i < len(passes):
-            cells = len(passes[i][0].request_ids) * self._width
-            most = min(self._together, max(1, CELLS // max(1, cells)))
-            run = in_step(passes[i : i + most])
-            hits += self._ingest_run(passes[i : i + run]) if run > 1 else self.ingest(*passes[i])
-            i += run
-        return hits
-
-    def _ingest_run(self, passes: Sequence[ValidPass]) -> list[Hit]:
-        """Advance requests by passes that bring one token of each request."""
-        run = [forward_pass for forward_pass, _, _ in passes]
-        slots, expected = self._slots(run[0]), run[0].positions
-        if (slots < 0).any() or (self._state.next[slots] != expected).any():
-            return [hit for one in passes for hit in self.ingest(*one)]
-        f = np.stack([forward_pass.f for forward_pass in run], axis=1)
-        read = self.watchlist.read(f.reshape(-1, f.shape[-1]))
-        block = Tokens(
-            expected[:, None] + np.arange(len(run)),
-            read.shares.reshape(*f.shape[:2], -1),
-            np.stack([forward_pass.eligible for forward_pass in run], axis=1),
-            read.finite.reshape(f.shape[:2]),
-            read.massive.reshape(f.shape[:2]),
-        )
-        hits = self._advance(run[0].request_ids, slots, block)
-        self._record(slots, block, f, ran=True)
-        for forward_pass in run:
-            self._mark_edited(slots, forward_pass.acted, np.arange(len(slots))[:, None])
-        return hits
-
-    def _ingest_alone(
-        self, forward_pass: ForwardPass, block: Tokens, request_id: str, slot: int, rows: np.ndarray
-    ) -> list[Hit]:
-        """Advance one request by those of its consecutive rows that were not evaluated before.
+    def _advance(
+        self, forward_pass: ForwardPass, slots: np.ndarray, valid: np.ndarray
+    ) -> tuple[list[Hit], np.ndarray]:
+        """Advance requests by the valid rows of a pass that were not evaluated before.
 
         Tokens that are computed again after a preemption are recorded again, since the prefix store
         may have dropped them with the cache's block.
+
+        Returns:
+            The hits; and which requests were passed over, since their first row is not their next
+            token: [requests] bool, or empty if there are none.
         """
-        position, at = block.position[rows], np.array([slot])
-        fresh = rows[position >= self._state.next[slot]]
-        hits = self._advance([request_id], at, block.take(fresh[None])) if len(fresh) else []
+        if self.readings is not None:
+            self._take(self.readings, forward_pass, slots, valid)
+        hits, n = self._run(forward_pass, slots, valid)
+        late = np.empty(0, bool)
+        if n:
+            first = forward_pass.positions[forward_pass.query_start[:-1]]
+            late = (slots >= 0) & (valid > 0) & (first > self._slots.state.requests["next"][slots])
+            slots = np.where(late, -1, slots)
         if self._prefixes is not None:
-            given = (position, forward_pass.f[rows], block.eligible[rows])
-            self._prefixes.record_run(self._state, slot, *given, ran=forward_pass.ran)
-        self._mark_edited(at, forward_pass.acted, rows[None])
-        return hits
+            self._prefixes.record_pass(self._slots.recent, forward_pass, slots, valid)
+        if forward_pass.acted is not None and self._clamped:
+            for slot, start, rows in zip(
+                slots.tolist(), forward_pass.query_start.tolist(), valid.tolist(), strict=False
+            ):
+                edited = forward_pass.acted[start : start + rows].any(axis=0)
+                if slot >= 0 and edited.any():
+                    self._slots.state.policies[slot]["acted"][self._clamped] |= edited
+        return hits, late
+
+    def _run(
+        self, forward_pass: ForwardPass, slots: np.ndarray, valid: np.ndarray
+    ) -> tuple[list[Hit], int]:
+        """Run the compiled rules over the rows of a pass; see `ingest_rows`."""
+        f = as_given(forward_pass.f, np.float32)
+        if self._reads is None or len(self._reads.starts) != f.shape[1] + 1:
+            self._reads = reads_of(self.watchlist, f.shape[1])
+        given = (
+            slots,
+            as_given(forward_pass.query_start, np.int64),
+            as_given(valid, np.int64),
+            as_given(forward_pass.positions, np.int64),
+            self._slots.roles_of(forward_pass, slots, valid),
+            as_given(forward_pass.eligible, bool),
+            f,
+            forward_pass.ran,
+        )
+        ids, hits, late, done = forward_pass.request_ids, list[Hit](), 0, False
+        reads, rules, state = self._reads, self._rules.tables, self._slots.state
+        while not done:
+            found, late, done = ingest_rows(reads, rules, state, self._scratch, *given, self._hits)
+            for i, p, t, error in self._hits[:found].tolist() if found else ():
+                hits.append(Hit(ids[i], p, t, bool(error)))
+        return hits, late
 
     def finish(self, request_id: str, tokens: int, *, forget: bool = True) -> Verdicts:
         """Return one verdict per policy for a request of `tokens` tokens.
@@ -215,62 +196,38 @@ class Ledger:
             tokens: prompt and output tokens; those never forwarded count as not evaluated.
             forget: end the request; if False, return its verdicts so far.
         """
-        verdicts = verdicts_of(self._rules, self._state, self._slot[request_id], tokens)
+        state, slot = self._slots.state, self._slots[request_id]
+        verdicts = verdicts_of(self._rules, state, slot, self._slots.roles.get(slot), tokens)
         if forget:
             self.forget(request_id)
         return verdicts
 
     def forget(self, request_id: str) -> None:
         """End a request; store its full blocks whose block hash is known."""
-        slot = self._slot.pop(request_id)
+        slot = self._slots.free(request_id)
         if self._prefixes is not None:
             self._prefixes.store()
             self._prefixes.forget(slot)
-        self._free.append(slot)
-
-    def coverage(self, request_id: str, tokens: int) -> Coverage:
-        """Return the coverage of all tokens of a request, whatever the policies' scopes."""
-        return whole_coverage(self._state, self._slot[request_id], tokens)
 
     def next_position(self, request_id: str) -> int:
         """Return a request's first position that was neither evaluated nor skipped yet."""
-        return int(self._state.next[self._slot[request_id]])
+        return int(self._slots.state.requests[self._slots[request_id]]["next"])
 
     def enforces(self, request_id: str, policy: int) -> bool:
         """Return whether a policy's action is to be taken for a request."""
-        slot = self._slot[request_id]
-        return bool(self._state.enforced[slot, policy] and self._state.sampled[slot, policy])
+        mine = self._slots.state.policies[self._slots[request_id], policy]
+        return bool(mine["enforced"] and mine["sampled"])
 
-    def save(self, request_id: str) -> State:
+    def save(self, request_id: str) -> Saved:
         """Return a copy of a request's state, for `restore`."""
-        return copy_slot(self._state, self._slot[request_id])
+        return self._slots.save(request_id)
 
-    def restore(self, request_id: str, saved: State) -> None:
+    def restore(self, request_id: str, saved: Saved) -> None:
         """Set a request's state back to what `save` returned."""
-        slot = self._slot[request_id]
-        write_slot(self._state, slot, saved)
+        self._slots.restore(request_id, saved)
         if self._prefixes is not None:
-            self._prefixes.take_back(slot, int(saved.next[0]))
-
-    def _slots(self, forward_pass: ForwardPass) -> np.ndarray:
-        return np.array([self._slot.get(r, -1) for r in forward_pass.request_ids], np.int64)
-
-    def _advance(self, ids: Sequence[str], slots: np.ndarray, tokens: Tokens) -> list[Hit]:
-        if self.readings is not None:
-            self.readings.take(ids, tokens)
-        with np.errstate(invalid="ignore", over="ignore"):
-            first = advance(self._rules, self._state, slots, tokens)
-        wanted = self._stops_on_error
-        return matched(ids, first) + unread(self._rules, self._state, slots, ids, tokens, wanted)
-
-    def _record(self, slots: np.ndarray, tokens: Tokens, f: np.ndarray, *, ran: bool) -> None:
-        if self._prefixes is not None:
-            self._prefixes.record(self._state, slots, tokens.position, f, tokens.eligible, ran=ran)
-
-    def _mark_edited(self, slots: np.ndarray, acted: np.ndarray | None, rows: np.ndarray) -> None:
-        """Mark the clamps that edited `rows` [requests, tokens] of a pass."""
-        if acted is not None and self._clamped:
-            self._state.acted[np.ix_(slots, np.asarray(self._clamped))] |= acted[rows].any(axis=1)
+            slot = self._slots[request_id]
+            self._prefixes.take_back(slot, int(saved.state.requests[0]["next"]))
 
     def _pass_over(self, request_id: str, slot: int, position: int, *, enters: bool) -> list[Hit]:
         """Evaluate or skip the tokens before `position`, which this pass did not compute.
@@ -280,15 +237,39 @@ class Ledger:
         """
         hits, store = list[Hit](), self.prefix_store
         if enters and self._prefixes is not None and store is not None:
-            first = int(self._state.next[slot])
+            first = self.next_position(request_id)
             while first // store.block < position // store.block:
                 end, found = self._prefixes.recall(slot, first, position)
                 if found is None:
-                    skip(self._rules, self._state, slot, end, CACHED)
+                    self._slots.skip(slot, end, CACHED)
                 else:
-                    read = self.watchlist.read(found[0])
-                    tokens = Tokens(np.arange(first, end), read.shares, found[1], *read[1:])
-                    hits += self._advance([request_id], np.array([slot]), tokens.take(None))
+                    hits += self._recall(request_id, slot, first, *found)
                 first = end
-        skip(self._rules, self._state, slot, position, CACHED if enters else UNTRACKED)
+        self._slots.skip(slot, position, CACHED if enters else UNTRACKED)
         return hits
+
+    def _recall(
+        self, request_id: str, slot: int, first: int, f: np.ndarray, eligible: np.ndarray
+    ) -> list[Hit]:
+        """Advance one request by cached tokens whose activations are stored."""
+        n = len(f)
+        recalled = ForwardPass(
+            request_ids=[request_id],
+            query_start=np.array([0, n]),
+            positions=np.arange(first, first + n),
+            eligible=eligible,
+            f=f,
+            acted=None,
+            ran=True,
+            watchlist="",
+        )
+        slots, valid = np.array([slot]), np.array([n])
+        if self.readings is not None:
+            self._take(self.readings, recalled, slots, valid)
+        return self._run(recalled, slots, valid)[0]
+
+    def _take(
+        self, readings: Readings, forward_pass: ForwardPass, slots: np.ndarray, valid: np.ndarray
+    ) -> None:
+        read = self.watchlist.read(forward_pass.f, ran=forward_pass.ran)
+        readings.take_pass(forward_pass, read, np.where(slots < 0, 0, valid), self.next_position)

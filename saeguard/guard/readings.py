@@ -7,12 +7,14 @@ the command. `saeguard.guard.judge` judges the values of one text, whichever eng
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from saeguard.guard.evaluate import ERROR, EVALUATED, MASSIVE, SPECIAL, Tokens
+from saeguard.guard.forward_pass import ForwardPass
+from saeguard.guard.tables import ERROR, EVALUATED, MASSIVE, SPECIAL
+from saeguard.guard.watchlist import ReadRows
 
 CELLS = 2**26
 """Most values of texts that are read or wait to be judged at a time: 256 MiB."""
@@ -24,7 +26,7 @@ class Reading(NamedTuple):
     values: np.ndarray
     """[tokens, features] float32; NaN at tokens that could not be read."""
     state: np.ndarray
-    """[tokens] uint8: `EVALUATED`, `SPECIAL`, `MASSIVE` or `ERROR` of `saeguard.guard.evaluate`."""
+    """[tokens] uint8: `EVALUATED`, `SPECIAL`, `MASSIVE` or `ERROR` of `saeguard.guard.tables`."""
 
     @property
     def evaluable(self) -> np.ndarray:
@@ -70,13 +72,37 @@ class Readings:
         """Start to collect a request's values."""
         self._parts[request_id] = []
 
-    def take(self, request_ids: Sequence[str], tokens: Tokens) -> None:
-        """Add a block of tokens that the ledger advances; other requests are passed over."""
-        for i, request_id in enumerate(request_ids):
-            parts = self._parts.get(request_id)
-            if parts is not None:
-                read = reading_of(*(part[i] for part in tokens[1:]))
-                parts.append((int(tokens.position[i, 0]), read))
+    def take(self, request_id: str, position: int, read: Reading) -> None:
+        """Add consecutive tokens from `position` on; other requests are passed over."""
+        parts = self._parts.get(request_id)
+        if parts is not None:
+            parts.append((position, read))
+
+    def take_pass(
+        self,
+        forward_pass: ForwardPass,
+        read: ReadRows,
+        valid: np.ndarray,
+        next_position: Callable[[str], int],
+    ) -> None:
+        """Add the rows of a forward pass that follow what was evaluated, and were not themselves.
+
+        Args:
+            forward_pass: of the requests.
+            read: of its rows.
+            valid: [requests] leading rows that count; 0 for a request to pass over.
+            next_position: returns a request's first position that was not evaluated yet.
+        """
+        for i in np.flatnonzero(valid).tolist():
+            request_id, start = forward_pass.request_ids[i], int(forward_pass.query_start[i])
+            first = int(forward_pass.positions[start])
+            fresh = next_position(request_id) - first
+            if fresh < 0:
+                continue
+            rows = slice(start + fresh, start + int(valid[i]))
+            eligible = forward_pass.eligible[rows]
+            part = reading_of(read.shares[rows], eligible, read.finite[rows], read.massive[rows])
+            self.take(request_id, first + fresh, part)
 
     def pop(self, request_id: str, tokens: int) -> Reading | None:
         """End a request, and return the reading of its first `tokens` tokens.

@@ -53,3 +53,32 @@ def of_prompt(roles: np.ndarray | None, prompt_tokens: int) -> np.ndarray:
             f"token, got {found}"
         )
     return roles.astype(np.uint8)
+
+
+def roles_between(prompt: int, roles: np.ndarray | None, first: int, end: int) -> np.ndarray:
+    """Return the roles of the positions `first` to `end - 1`, uint8 indices into `ROLES`.
+
+    Args:
+        prompt: tokens of the prompt.
+        roles: [prompt tokens] of each; None if no policy needs them: then all are `template`.
+        first: the first position.
+        end: the position after the last.
+    """
+    out = np.full(max(0, end - first), OUTPUT, np.uint8)
+    if first < prompt:
+        out[: prompt - first] = TEMPLATE if roles is None else roles[first:end]
+    return out
+
+
+def count_roles(prompt: int, roles: np.ndarray | None, first: int, end: int) -> list[int]:
+    """Return the number of tokens of each role among what `roles_between` returns."""
+    counts = [0] * len(ROLES)
+    if first >= end:
+        return counts
+    asked = max(0, min(end, prompt) - first)
+    if roles is None:
+        counts[TEMPLATE] = asked
+    elif asked:
+        counts = np.bincount(roles[first : first + asked], minlength=len(ROLES)).tolist()
+    counts[OUTPUT] = end - first - asked
+    return counts

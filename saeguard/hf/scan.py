@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from saeguard.guard.compiled_rules import Rules
-from saeguard.guard.evaluate import Scored
-from saeguard.guard.judge import judge_text, score_text
+from saeguard.guard.judge import Scored, judge_text, score_text
 from saeguard.guard.request_verdicts import Verdicts
 from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
 from saeguard.guard.roles.chat_template import role_marks_of

@@ -121,8 +121,10 @@ def _explained(
     [policy] = rules.policies
     given = (rules, shares, evaluable, prompt_tokens, roles, massive)
     scored = score_text(*given)
-    terms = dict(zip(policy.detect, rules.terms.of_policy(0), strict=True))
-    score = scored.score[0, :, 0]
+    traces = dict(
+        zip(policy.detect, rules.tables.terms[list(rules.terms[0])]["trace"], strict=True)
+    )
+    score = scored.score[:, 0]
     if policy.window.last:
         seen = np.flatnonzero(score > -np.inf)
         score = np.where(np.isin(np.arange(len(score)), seen[-1:]), score, -np.inf)
@@ -131,12 +133,9 @@ def _explained(
         policy=policy,
         verdict=judge_text(*given)[0],
         prompt_tokens=prompt_tokens,
-        looked=scored.looked[0, :, rules.scope[0]],
-        values={
-            name: scored.values[0, :, rules.terms.trace[term]].astype(np.float64)
-            for name, term in terms.items()
-        },
-        evidence=scored.evidence[0, :, 0],
+        looked=scored.looked[:, rules.scope[0]],
+        values={name: scored.values[:, trace] for name, trace in traces.items()},
+        evidence=scored.evidence[:, 0],
         score=score,
         match=match,
         on=on_tokens(match, policy.keep),

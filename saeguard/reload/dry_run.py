@@ -1,4 +1,4 @@
-"""Judge an invented text with a new watch list before it judges requests."""
+"""Judge an invented text with a watch list before it judges requests."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def rehearse(watchlist: WatchList) -> None:
     finite = all(np.isfinite(weight).all() for _, weight in watchlist.mix)
     if not finite or not (watchlist.span > 0).all():
         raise RehearsalError("the features' weights or ranges are not finite")
+    warm_up(watchlist)
+
+
+def warm_up(watchlist: WatchList) -> None:
+    """Run a watch list's rules once, so that the first request does not wait for their compilation.
+
+    Raises:
+        RehearsalError: the coverage does not add up.
+    """
     ledger = Ledger(watchlist, slots=1)
     ledger.admit("rehearsal", len(PROMPT_ROLES), roles=PROMPT_ROLES)
     for first, end in ((0, TOKENS - 1), (TOKENS - 1, TOKENS)):  # a prompt, then one token

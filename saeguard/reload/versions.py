@@ -8,7 +8,7 @@ retired when the last of its requests has ended.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
@@ -16,8 +16,7 @@ from weakref import WeakSet
 import numpy as np
 
 from saeguard.guard.forward_pass import ForwardPass
-from saeguard.guard.hits import Hit
-from saeguard.guard.ledger import Ledger, ValidPass
+from saeguard.guard.ledger import Hit, Ledger
 from saeguard.guard.prefix.store import PrefixStore, PrefixView
 from saeguard.guard.readings import Readings
 from saeguard.guard.watchlist import WatchList, clamps_digest
@@ -144,44 +143,12 @@ class Versions:
         this pass.
         """
         self.unwatched_passes += not forward_pass.ran
+        if len(self.live) == 1:
+            only = self.live[0]
+            return only.ledger.ingest(_as_read_by(only, forward_pass), valid, entering)
         hits: list[Hit] = []
         for version in self.live:
             mine = np.where([r in version.ledger for r in forward_pass.request_ids], valid, 0)
             if mine.any():
                 hits += version.ledger.ingest(_as_read_by(version, forward_pass), mine, entering)
         return hits
-
-    def ingest_all(
-        self, passes: Sequence[tuple[ForwardPass, np.ndarray, Collection[str]]]
-    ) -> list[Hit]:
-        """Advance every request by several forward passes, in order; see `Ledger.ingest_all`."""
-        hits: list[Hit] = []
-        at = 0
-        while at < len(passes):
-            if len(self.live) > 1 and passes[at][2]:
-                hits += self.ingest(*passes[at])
-                at += 1
-                continue
-            # Only requests that enter a pass read prefixes that others compute. So each version
-            # takes a whole run of passes into which no request enters.
-            end = at + 1
-            while end < len(passes) and (len(self.live) == 1 or not passes[end][2]):
-                end += 1
-            run = passes[at:end]
-            self.unwatched_passes += sum(not forward_pass.ran for forward_pass, _, _ in run)
-            for version in self.live:
-                hits += version.ledger.ingest_all(self._of_version(version, run))
-            at = end
-        return hits
-
-    def _of_version(self, version: Version, passes: Sequence[ValidPass]) -> list[ValidPass]:
-        """Return the parts of forward passes that belong to the requests of one version."""
-        if len(self.live) == 1:
-            return [(_as_read_by(version, p), valid, entering) for p, valid, entering in passes]
-        mine: list[ValidPass] = []
-        for forward_pass, valid, entering in passes:
-            which = [i for i, r in enumerate(forward_pass.request_ids) if r in version.ledger]
-            if which:
-                part = _as_read_by(version, forward_pass.of_requests(which))
-                mine.append((part, valid[which], entering))
-        return mine

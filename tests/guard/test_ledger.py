@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ from hypothesis import strategies as st
 
 from saeguard.events.metrics import Counts
 from saeguard.events.records import coverage_record
-from saeguard.guard import ledger as module
 from saeguard.guard.compiled_rules import is_sampled
-from saeguard.guard.evaluate import advance
 from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.judge import judge_text
 from saeguard.guard.ledger import Ledger
@@ -33,7 +30,6 @@ from tests.guard.watchlists import (
     make_hook,
     make_policy,
     make_watchlist,
-    random_activations,
     random_policy,
     random_roles,
     random_rows,
@@ -147,14 +143,14 @@ def schedule(
 def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple[Text, Ledger]]:
     """Bring several texts to one ledger in random passes, until each is done or aborted.
 
-    Passes wait for others and are judged together. Steady requests bring one token in each.
+    Steady requests bring one token in each.
     """
     ledger = Ledger(watchlist, slots=rng.choice([1, 2, 8]))
     texts = [random_text(rng, f"r{i}", faults=faults) for i in range(rng.randint(1, 5))]
     for text in texts:
         ledger.admit(text.name, text.prompt, roles=coded(text.roles))
     active = list(texts)
-    steady, waiting = rng.random() < 0.5, []
+    steady = rng.random() < 0.5
     while active:
         if not steady:
             rng.shuffle(active)
@@ -165,17 +161,14 @@ def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple
         ran = not (faults and rng.random() < 0.08)
         if not lost:
             seen = forward_pass([r for r, _ in rows], ran=ran)
-            waiting.append((seen, np.array([n for _, n in rows]), None))
+            for name, i, position, _ in ledger.ingest(seen, np.array([n for _, n in rows])):
+                text = next(t for t in texts if t.name == name)
+                assert i not in text.first, "a first match is told once"
+                text.first[i] = position
             for (text, start, _), counted in rows:
                 text.account(start, counted, ran=ran)
         stays = [t for t in active if not t.done and not (faults and rng.random() < 0.03)]
         active = stays
-        if rng.random() < 0.15 or not active:
-            for name, i, position, _ in ledger.ingest_all(waiting):
-                text = next(t for t in texts if t.name == name)
-                assert i not in text.first, "a first match is told once"
-                text.first[i] = position
-            waiting = []
     return [(text, ledger) for text in texts]
 
 
@@ -194,7 +187,7 @@ def check_whole(seed: int) -> None:
             coded(text.roles),
             massive := text.f[:seen, FEATURES] > BOUND,
         )
-        own = ledger.coverage(text.name, len(text.f))
+        own = ledger.finish(text.name, len(text.f), forget=False).coverage
         assert balanced(own)
         assert own.evaluated == int((~text.excluded[:seen] & ~massive).sum())
         for i, (expected, found) in enumerate(
@@ -222,7 +215,7 @@ def check_faults(seed: int) -> None:
             expected = plain.judge(policy, columns(shares), status, text.prompt, text.roles)
             assert_same(expected, verdict, policy)
             assert balanced(verdict.coverage)
-        own = ledger.coverage(text.name, text.known)
+        own = ledger.finish(text.name, text.known, forget=False).coverage
         assert balanced(own)
         assert {k: v for k, v in own.skipped.items() if v} == {
             why: status.count(why) for why in set(status) - {"evaluated"}
@@ -391,41 +384,6 @@ def test_a_clamp_acted_only_where_it_edited() -> None:
         ledger.ingest(seen, np.array([2]))
 
         assert ledger.finish("r", 3)[0].acted == ("clamp" if acted else None)
-
-
-def test_passes_in_step_are_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen tokens of each of two requests are advanced once, and say the same."""
-    lengths = []
-
-    def counted(rules: Any, state: Any, at: Any, tokens: Any) -> Any:
-        lengths.append(tokens.position.shape)
-        return advance(rules, state, at, tokens)
-
-    monkeypatch.setattr(module, "advance", counted)
-    rng = seeded(3)
-    policies = [replace(random_policy(rng, f"p{i}"), scope="both") for i in range(6)]
-    watchlist = make_watchlist(policies)
-    texts = [Text(n, random_activations(rng, 17), np.zeros(17, bool), 1) for n in ("a", "b")]
-    verdicts = []
-    for together in (False, True):
-        book = Ledger(watchlist)
-        for text in texts:
-            book.admit(text.name, 1)
-        passes = [
-            (forward_pass([(text, t, text.f[t : t + 1]) for text in texts]), np.array([1, 1]), None)
-            for t in range(16)
-        ]
-        if together:
-            book.ingest_all(passes)
-        else:
-            for one in passes:
-                book.ingest(*one)
-        verdicts.append([book.finish(text.name, 17) for text in texts])
-
-    assert lengths == [(2, 1)] * 16 + [(2, 16)]
-    for one, other in zip(*verdicts, strict=True):
-        for policy, a, b in zip(watchlist.policies, one, other, strict=True):
-            assert_same(said(a), b, policy)
 
 
 def test_a_request_outside_the_sample_is_not_evaluated() -> None:

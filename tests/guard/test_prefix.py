@@ -183,7 +183,7 @@ def test_a_prefix_hit_does_not_show_in_any_verdict(seed: int) -> None:
             coded(text.roles),
             massive := text.f[:seen, FEATURES] > BOUND,
         )
-        own = engine.ledger.coverage(text.name, len(text.f))
+        own = engine.ledger.finish(text.name, len(text.f), forget=False).coverage
         assert balanced(own)
         assert "prefix_cached" not in own.skipped
         sinks = int((massive & ~text.excluded[:seen]).sum())
@@ -220,7 +220,7 @@ def test_what_is_not_remembered_is_counted(lost: bool) -> None:
     ledger.admit("r", 13, keys=keys)
     ledger.ingest(forward_pass([(text, 12, text.f[12:13])]), np.array([1]))
 
-    covered = ledger.coverage("r", 14)
+    covered = ledger.finish("r", 14, forget=False).coverage
     assert covered.evaluated == (9 if lost else 13)
     assert covered.skipped == {"not_forwarded": 1, **({"prefix_cached": 4} if lost else {})}
 
@@ -255,4 +255,4 @@ def test_what_is_computed_again_is_remembered_again() -> None:
     ledger.ingest(forward_pass([(text, 6, text.f[6:13])]), np.array([7]))
 
     assert kept.holds(keys)
-    assert ledger.coverage("r", 14).evaluated == 13
+    assert ledger.finish("r", 14, forget=False).coverage.evaluated == 13

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from saeguard.guard.evaluate import ERROR, EVALUATED, SPECIAL, Tokens
-from saeguard.guard.readings import Readings, most_tokens, reading_of
+from saeguard.guard.readings import Reading, Readings, most_tokens, reading_of
+from saeguard.guard.tables import ERROR, EVALUATED, SPECIAL
 
 
-def block(first: int, values: list[float], *, eligible: bool = True, finite: bool = True) -> Tokens:
+def block(values: list[float], *, eligible: bool = True, finite: bool = True) -> Reading:
     """Return consecutive tokens of one request with one feature."""
     n = len(values)
-    return Tokens(
-        np.arange(first, first + n)[None],
-        np.array(values, np.float32)[None, :, None],
-        np.full((1, n), eligible),
-        np.full((1, n), finite),
-        np.zeros((1, n), bool),
-    )
+    parts = np.full(n, eligible), np.full(n, finite), np.zeros(n, bool)
+    return reading_of(np.array(values, np.float32)[:, None], *parts)
 
 
 def test_blocks_add_up_to_the_text() -> None:
     """Chunks of a prompt, with a special token and one that could not be read."""
     readings = Readings()
     readings.admit("a")
-    readings.take(["a"], block(0, [9.0], eligible=False))
-    readings.take(["a"], block(1, [1.0, 2.0]))
-    readings.take(["a"], block(3, [7.0], finite=False))
-    readings.take(["a"], block(4, [4.0, 5.0]))
+    readings.take("a", 0, block([9.0], eligible=False))
+    readings.take("a", 1, block([1.0, 2.0]))
+    readings.take("a", 3, block([7.0], finite=False))
+    readings.take("a", 4, block([4.0, 5.0]))
     read = readings.pop("a", 5)
     assert read is not None
     assert read.state.tolist() == [SPECIAL, EVALUATED, EVALUATED, ERROR, EVALUATED]
@@ -39,8 +34,8 @@ def test_a_gap_ends_the_reading() -> None:
     """Tokens after one that was not read are not taken for its neighbours."""
     readings = Readings()
     readings.admit("a")
-    readings.take(["a"], block(0, [1.0]))
-    readings.take(["a"], block(2, [3.0]))
+    readings.take("a", 0, block([1.0]))
+    readings.take("a", 2, block([3.0]))
     read = readings.pop("a", 3)
     assert read is not None
     assert read.values.tolist() == [[1.0]]
@@ -49,11 +44,11 @@ def test_a_gap_ends_the_reading() -> None:
 def test_other_requests_leave_nothing() -> None:
     """The self-test's requests, and rows of a request that has ended."""
     readings = Readings()
-    readings.take(["b"], block(0, [1.0]))
+    readings.take("b", 0, block([1.0]))
     assert readings.pop("b", 1) is None
     readings.admit("a")
     assert readings.pop("a", 1) is None
-    readings.take(["a"], block(0, [1.0]))
+    readings.take("a", 0, block([1.0]))
     assert readings.pop("a", 1) is None
 
 

@@ -12,6 +12,7 @@ from saeguard.features.types import Feature, Term
 from saeguard.features.value import shares_of
 from saeguard.guard import compiled_rules
 from saeguard.guard.clamp.build import _edit
+from saeguard.guard.clamp.condition_program import compile_program
 from saeguard.guard.compiled_rules import RulesError, compile_rules
 from saeguard.guard.watchlist import ClampRows, WatchListError
 from saeguard.policy.types import Clamp, Edit, Name, Or, Selection
@@ -85,15 +86,18 @@ def test_shares_agree_to_the_last_bit() -> None:
 
 
 def test_equal_parts_of_conditions_are_one_node() -> None:
-    """Two policies of one condition cost what one does."""
+    """On the device, two clamps of one condition cost what one does; terms are shared, too."""
     condition = Or((Name("a"), Name("b")))
     detect = {"a": Selection("f0", 0.5), "b": Selection("f1", 0.5)}
     column = {"tiny/f0": 0, "tiny/f1": 1}
     one = compile_rules([make_policy("p", condition, detect)], column)
     two = compile_rules([make_policy(n, condition, detect) for n in ("p", "q")], column)
 
-    assert one.program.size == two.program.size == 3
-    assert len(one.terms.trace) == len(two.terms.trace) == 2
+    assert len(one.tables.terms) == len(two.tables.terms) == 2
+    assert len(one.tables.traces) == len(two.tables.traces) == 2
+    names = {"a": 0, "b": 1}
+    assert compile_program([(condition, names)]).size == 3
+    assert compile_program([(condition, names), (condition, names)]).size == 3
 
 
 def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,9 @@ def make_watchlist(
         mix=((np.arange(FEATURES), np.ones(FEATURES, np.float32)),),
         low=LOW,
         span=SPAN,
-        rules=compile_rules(policies, {name: j for j, name in enumerate(features)}),
+        rules=compile_rules(
+            policies, {name: j for j, name in enumerate(features)}, rest=-LOW / SPAN
+        ),
         exclude_tokens=(1,),
         models=(),
         digest="0" * 64,

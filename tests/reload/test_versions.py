@@ -165,7 +165,7 @@ def test_taps_that_were_not_told_saw_nothing() -> None:
     assert all(
         v.coverage.skipped.get("error") is None for v in lists["old"].ledger.finish("old", 2)
     )
-    wrong = lists["new"].ledger.coverage("new", 2)
+    wrong = lists["new"].ledger.finish("new", 2, forget=False).coverage
     assert (wrong.evaluated, wrong.skipped) == (0, {"error": 2})
 
 
@@ -185,7 +185,7 @@ def test_what_another_list_saw_of_a_cached_prefix() -> None:
         name = f"r{number}"
         start(lists, name, 9, keys)
         lists.ingest(forward_pass({name: (8, f[:1])}), np.array([1]))
-        covered = lists[name].ledger.coverage(name, 9)
+        covered = lists[name].ledger.finish(name, 9, forget=False).coverage
         sinks = covered.skipped.get("massive_norm", 0)
         assert covered.evaluated + sinks == evaluated, number
         if evaluated == 9:

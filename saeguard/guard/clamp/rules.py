@@ -20,8 +20,8 @@ import torch
 
 from saeguard.features.value import shares_of
 from saeguard.guard.clamp import ring
+from saeguard.guard.clamp.condition_program import evidence
 from saeguard.guard.clamp.state import Clamp
-from saeguard.guard.condition_program import evidence
 from saeguard.guard.forward_pass import Rows
 from saeguard.guard.host_arrays import array_of
 from saeguard.guard.verdict import THRESHOLD
@@ -120,7 +120,7 @@ def _evidence(clamp: Clamp, f: Any, at: ring.Here, looked: Any) -> Any:
 
 
 def _aggregate(clamp: Clamp, shares: Any, at: ring.Here, looked: Any) -> Any:
-    """Return [rows, aggregates] float64; `saeguard.guard.aggregates` does the same on the host."""
+    """Return [rows, aggregates] float64; `saeguard.guard.aggregates` does it token by token."""
     xp, over = ring.module_of(shares), clamp.rules.aggregates
     x = xp.where(looked[:, clamp.owned], shares[:, clamp.feature], clamp.missing)
     windowed = clamp.past.shape[2]

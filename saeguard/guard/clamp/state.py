@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from saeguard.features.value import Mix
-from saeguard.guard.compiled_rules import Rules, compile_rules
-from saeguard.guard.condition_program import Program, on_device
+from saeguard.guard.clamp.arrays import ClampArrays, clamp_arrays
+from saeguard.guard.clamp.condition_program import Program, on_device
 from saeguard.guard.scopes import MEMBERS, SCOPES
 from saeguard.guard.watchlist import ClampRows, Hook, WatchList
 
@@ -26,7 +26,7 @@ class Clamp:
 
     policies: tuple[int, ...]
     """Indices into the watch list's policies."""
-    rules: Rules
+    rules: ClampArrays
     """Compiled from these policies only."""
     program: Program
     mix: Mix
@@ -95,7 +95,7 @@ def make_clamp(
     clamps = [p.clamp for p in policies if p.clamp is not None]
     wanted = {f"{p.feature_set}/{s.feature}" for p in policies for s in p.detect.values()}
     features = [i for i, name in enumerate(watchlist.features) if name in wanted]
-    rules = compile_rules(policies, {watchlist.features[i]: j for j, i in enumerate(features)})
+    rules = clamp_arrays(policies, {watchlist.features[i]: j for j, i in enumerate(features)})
     over = rules.aggregates
     windowed = max((which.stop for *_, which in over.windows), default=0)
     count, levels = len(policies), len(over.feature) - windowed
@@ -134,9 +134,7 @@ def make_clamp(
         ),
         always=torch.tensor([c.when == "always" for c in clamps], device=device),
         in_request=torch.tensor(counts, device=device),
-        groups=tuple(
-            (k, n, move(rules.windowed.policy[which])) for k, n, which in rules.windowed.groups
-        ),
+        groups=tuple((k, n, move(which)) for k, n, which in rules.windowed.groups),
         feature=move(over.feature),
         owned=torch.tensor(
             [scopes.index(SCOPES[a]) for a in over.scope.tolist()],

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saeguard.guard.forward_pass import ForwardPass
 from saeguard.guard.prefix.store import PrefixStore, PrefixView
-from saeguard.guard.state import State
 
 RECALLED_ROWS = 4096
 """Most cached tokens recalled at once, which bounds the memory for a long prompt."""
@@ -24,6 +24,30 @@ class FullBlock(NamedTuple):
     """[block, columns] float32."""
     eligible: np.ndarray
     """[block] bool."""
+
+
+class Recent(NamedTuple):
+    """The rows of unfinished blocks, by slot."""
+
+    recorded: np.ndarray
+    """[slots] the position after the last row that was recorded."""
+    whole_from: np.ndarray
+    """[slots] the position from which on every row before `recorded` was read."""
+    f: np.ndarray
+    """[slots, block, columns] float32 activations of the unfinished block, by
+    `position % block`."""
+    eligible: np.ndarray
+    """[slots, block] bool."""
+
+
+def make_recent(slots: int, block: int, columns: int) -> Recent:
+    """Return the rows of `slots` requests of which none is recorded."""
+    return Recent(
+        np.zeros(slots, np.int64),
+        np.zeros(slots, np.int64),
+        np.zeros((slots, block, columns), np.float32),
+        np.zeros((slots, block), bool),
+    )
 
 
 class PrefixBlocks:
@@ -79,71 +103,61 @@ class PrefixBlocks:
         )
         return (i + len(found)) * block, (f, eligible)
 
-    def record(
-        self,
-        s: State,
-        slots: np.ndarray,
-        position: np.ndarray,
-        f: np.ndarray,
-        eligible: np.ndarray,
-        *,
-        ran: bool,
+    def record_pass(
+        self, recent: Recent, forward_pass: ForwardPass, slots: np.ndarray, valid: np.ndarray
     ) -> None:
-        """Record consecutive rows of each of several slots, at most one block per slot.
-
-        Args:
-            s: the state.
-            slots: [requests].
-            position: [requests, tokens].
-            f: [requests, tokens, columns].
-            eligible: [requests, tokens].
-            ran: whether the activations were read.
-        """
-        block = self.prefix_store.block
-        first, end = position[:, 0], position[:, -1] + 1
-        jumped = first != s.recorded[slots]
-        s.whole_from[slots[jumped]] = first[jumped]
-        s.recorded[slots] = end
-        if not ran:
-            s.whole_from[slots] = end
-            return
-        inside = position % (2 * block)
-        s.recent[slots[:, None], inside] = f
-        s.recent_eligible[slots[:, None], inside] = eligible
-        for r, j in np.argwhere(position % block == block - 1):
-            self._complete(s, int(slots[r]), int(position[r, j]) // block)
+        """Record the valid rows of a forward pass, of the requests whose slot is not -1."""
+        which = np.flatnonzero((slots >= 0) & (valid == 1))
+        rows = forward_pass.query_start[which]
+        if len(which):
+            self._record_one_each(recent, slots[which], forward_pass, rows)
+        for i in np.flatnonzero((slots >= 0) & (valid > 1)).tolist():
+            start = int(forward_pass.query_start[i])
+            self._record_run(
+                recent, int(slots[i]), forward_pass, slice(start, start + int(valid[i]))
+            )
         self.store()
 
-    def record_run(
-        self,
-        s: State,
-        slot: int,
-        position: np.ndarray,
-        f: np.ndarray,
-        eligible: np.ndarray,
-        *,
-        ran: bool,
+    def _record_one_each(
+        self, recent: Recent, slots: np.ndarray, forward_pass: ForwardPass, rows: np.ndarray
     ) -> None:
-        """Record consecutive rows of one slot; rows of an unfinished block wait in the state."""
-        block = self.prefix_store.block
-        first, end = int(position[0]), int(position[-1]) + 1
-        if first != s.recorded[slot]:
-            s.whole_from[slot] = first
-        s.recorded[slot] = end
-        if not ran:
-            s.whole_from[slot] = end
+        """Record one row of each of several slots."""
+        block, position = self.prefix_store.block, forward_pass.positions[rows]
+        jumped = position != recent.recorded[slots]
+        recent.whole_from[slots[jumped]] = position[jumped]
+        recent.recorded[slots] = position + 1
+        if not forward_pass.ran:
+            recent.whole_from[slots] = position + 1
             return
+        recent.f[slots, position % block] = forward_pass.f[rows]
+        recent.eligible[slots, position % block] = forward_pass.eligible[rows]
+        for r in np.flatnonzero(position % block == block - 1).tolist():
+            self._complete(recent, int(slots[r]), int(position[r]) // block)
+
+    def _record_run(
+        self, recent: Recent, slot: int, forward_pass: ForwardPass, rows: slice
+    ) -> None:
+        """Record consecutive rows of one slot; rows of an unfinished block wait."""
+        block, position = self.prefix_store.block, forward_pass.positions[rows]
+        first, end = int(position[0]), int(position[-1]) + 1
+        if first != recent.recorded[slot]:
+            recent.whole_from[slot] = first
+        recent.recorded[slot] = end
+        if not forward_pass.ran:
+            recent.whole_from[slot] = end
+            return
+        f, eligible = forward_pass.f[rows], forward_pass.eligible[rows]
         start = min(end, -(-first // block) * block)  # of the first full block, if there is one
         stop = max(start, end // block * block)
-        self._keep(s, slot, position[: start - first], f, eligible)
-        if start > first and start % block == 0:
-            self._complete(s, slot, start // block - 1)
+        for part in (slice(0, start - first), slice(stop - first, None)):
+            inside = position[part] % block
+            recent.f[slot, inside] = f[part]
+            recent.eligible[slot, inside] = eligible[part]
+            if part.start == 0 and start > first and start % block == 0:
+                self._complete(recent, slot, start // block - 1)
         for o in range(start - first, stop - first, block):
-            rows = slice(o, o + block)
-            self._unkeyed.append(FullBlock(slot, (first + o) // block, f[rows], eligible[rows]))
-        rest = slice(stop - first, None)
-        self._keep(s, slot, position[rest], f[rest], eligible[rest])
-        self.store()
+            here = slice(o, o + block)
+            self._unkeyed.append(FullBlock(slot, (first + o) // block, f[here], eligible[here]))
 
     def store(self) -> None:
         """Move the full blocks that have a block hash by now to the prefix store.
@@ -163,17 +177,8 @@ class PrefixBlocks:
                 np.stack([full.eligible for full in ready]),
             )
 
-    def _keep(
-        self, s: State, slot: int, position: np.ndarray, f: np.ndarray, eligible: np.ndarray
-    ) -> None:
-        inside = position % (2 * self.prefix_store.block)
-        s.recent[slot, inside] = f[: len(inside)]
-        s.recent_eligible[slot, inside] = eligible[: len(inside)]
-
-    def _complete(self, s: State, slot: int, index: int) -> None:
+    def _complete(self, recent: Recent, slot: int, index: int) -> None:
         """Add a block whose last row was just recorded, if all of its rows were read."""
-        block = self.prefix_store.block
-        if s.whole_from[slot] <= index * block:
-            rows = slice(index % 2 * block, (index % 2 + 1) * block)
-            f, eligible = s.recent[slot, rows].copy(), s.recent_eligible[slot, rows].copy()
+        if recent.whole_from[slot] <= index * self.prefix_store.block:
+            f, eligible = recent.f[slot].copy(), recent.eligible[slot].copy()
             self._unkeyed.append(FullBlock(slot, index, f, eligible))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from saeguard.events.records import coverage_record
+from saeguard.guard.compiled import warn_if_slow
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.readings import Readings
 from saeguard.guard.request_verdicts import Verdicts
@@ -16,6 +17,7 @@ from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
 from saeguard.guard.scopes import USER
 from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
+from saeguard.reload.dry_run import warm_up
 from saeguard.reload.reloader import Reloader
 from saeguard.reload.versions import Versions, make_version
 from saeguard.reload.worker_updates import Admitted, UpdateQueue, WorkerUpdate
@@ -66,7 +68,7 @@ class EngineGuard:
         marks: RoleMarks | str = "its chat template was not read",
         engine: int = 0,
     ) -> None:
-        """Start with no request in flight; open the event log if one is configured.
+        """Start with no request in flight; compile the rules, open the event log if there is one.
 
         Args:
             started: the first watch list.
@@ -80,6 +82,8 @@ class EngineGuard:
             RolesError: a policy's scope is a role, and the template does not delimit roles.
         """
         check_roles(started.watchlist, marks)
+        warn_if_slow()
+        warm_up(started.watchlist)
         self.marks = marks
         self.settings = settings
         self.model = model
@@ -207,7 +211,6 @@ class EngineGuard:
         store = self.versions[request.request_id].ledger.prefix_store
         if store is None or cached_tokens % store.block:  # records are of whole blocks
             return True
-        self.passes.catch_up()
         return not store.holds(request.block_hashes[: cached_tokens // store.block])
 
     # --- a request ends -------------------------------------------------------------------------
@@ -251,7 +254,6 @@ class EngineGuard:
         request = self.requests.get(request_id)
         if request is None:
             return None
-        self.passes.catch_up()
         admission = self.admitted[request_id]
         verdicts = self._verdicts(request, admission, forget=False)
         coverage = coverage_record(verdicts.coverage)
@@ -265,10 +267,7 @@ class EngineGuard:
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget departed requests; no forward pass with them is under way any more."""
-        gone = [r for r in request_ids if r in self.departed]
-        if gone:
-            self.passes.catch_up()
-        for request_id in gone:
+        for request_id in [r for r in request_ids if r in self.departed]:
             del self.departed[request_id]
             self.versions[request_id].ledger.forget(request_id)
 

@@ -1,4 +1,4 @@
-"""Queue the forward passes of an engine core, judge them, and mark requests that must stop."""
+"""Judge the forward pass of each step, and mark the requests that must stop."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import numpy as np
 
 from saeguard.errors import CannotRunError
 from saeguard.guard.forward_pass import ForwardPass
-from saeguard.guard.hits import Hit
-from saeguard.guard.state import State
+from saeguard.guard.ledger import Hit
+from saeguard.guard.slots import Saved
 from saeguard.reload.versions import Versions
 from saeguard.vllm.messages import SELF_TEST
-
-PASSES = 16
-"""Most forward passes that are judged together."""
 
 
 class ForwardPassError(CannotRunError):
@@ -32,12 +29,10 @@ class Stop(NamedTuple):
 
 
 class PendingPasses:
-    """Brings forward passes to the rules, in order, and marks the requests that must stop.
+    """Brings each step's forward pass to the rules, and marks the requests that must stop.
 
-    Without a policy that stops, no action needs a verdict in the step that made it, because clamps
-    decide on the device. So several forward passes wait and are judged together, while the rules'
-    code and state are in the processor's caches. That costs a fraction of returning to them after
-    every step.
+    If a policy may stop a request, the pass is judged before vLLM updates its requests, so that the
+    stop is part of the update. Else it is judged after the update, which says where drafts end.
     """
 
     def __init__(self, versions: Versions, requests: Mapping[str, Any], first: str) -> None:
@@ -55,9 +50,9 @@ class PendingPasses:
         """Requests that must stop, until the scheduler has stopped them."""
         self.lost = 0
         """Number of forward passes that did not arrive with their step."""
-        self._waiting: list[tuple[ForwardPass, np.ndarray, frozenset[str]]] = []
-        """Forward passes not judged yet, with the rows that count and the requests that enter."""
-        self._saved: list[tuple[int, State]] = []
+        self._pending: tuple[ForwardPass, np.ndarray, frozenset[str]] | None = None
+        """This step's forward pass until it is judged, the rows that count, and who enters."""
+        self._saved: list[tuple[int, Saved]] = []
         """Index and earlier state of each request that has drafts in this step."""
         self._at_once = False
         """Whether this step's forward pass must be judged before the scheduler reads its output."""
@@ -69,7 +64,7 @@ class PendingPasses:
         entering: frozenset[str],
         drafted: Collection[str],
     ) -> None:
-        """Queue a step's forward pass; judge it at once if any policy may stop a request.
+        """Take a step's forward pass; judge it at once if any policy may stop a request.
 
         Args:
             forward_pass: what the taps read.
@@ -85,7 +80,7 @@ class PendingPasses:
                 f"saeguard: the worker watches {forward_pass.watchlist[:12]}, the engine core "
                 f"{self.first[:12]}: policy files changed during start-up; start again"
             )
-        self._waiting.append((forward_pass, valid, entering))
+        self._pending = forward_pass, valid, entering
         self._at_once = any(version.can_stop for version in self.versions.live)
         if self._at_once:
             ids = forward_pass.request_ids
@@ -99,7 +94,7 @@ class PendingPasses:
     def roll_back(self, forward_pass: ForwardPass) -> None:
         """Drop the rows after the end of each request that ended within its drafts.
 
-        If enough forward passes wait by then, they are judged.
+        Then the forward pass is judged, if it was not before.
         """
         firsts = forward_pass.positions[forward_pass.query_start[:-1]]
         if self._at_once:
@@ -116,21 +111,21 @@ class PendingPasses:
                     self.versions.ingest(forward_pass, again, ())
             self._saved = []
             return
-        if not self._waiting:  # a request ended in error during vLLM's update and was judged
+        if self._pending is None:  # a request ended in error during vLLM's update and was judged
             return
-        valid = self._waiting[-1][1]
+        valid = self._pending[1]
         for i in np.flatnonzero(valid > 1):
             request = self.requests.get(forward_pass.request_ids[i])
             if request is not None:
                 valid[i] = min(valid[i], max(0, request.num_tokens - int(firsts[i])))
-        if len(self._waiting) >= PASSES:
-            self.catch_up()
+        self.catch_up()
 
     def catch_up(self) -> None:
-        """Judge the queued forward passes."""
-        waiting, self._waiting = self._waiting, []
-        for hit in self.versions.ingest_all(waiting):
-            self._consider(hit)
+        """Judge this step's forward pass, if it was not judged yet."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            for hit in self.versions.ingest(*pending):
+                self._consider(hit)
 
     def lose(self, request_ids: Iterable[str]) -> None:
         """Count a forward pass that did not arrive; `on_error: stop` ends its requests."""

@@ -162,6 +162,5 @@ def reset_prefix_cache(original: Original, manager: Any) -> Any:
     done = original()
     guard = ENGINE_GUARD.get(manager)
     if guard is not None and guard.prefix_store is not None and done:
-        guard.passes.catch_up()
         guard.prefix_store.clear()
     return done
