@@ -44,27 +44,31 @@ def aggregate(rules: Tables, s: Any, slot: int, trace: int, t: int, value: float
 def of_window(rules: Tables, s: Any, slot: int, trace: int, t: int, value: float) -> float:
     """Return the mean or maximum of the last `n` tokens, this one included.
 
-    Tokens are added up oldest first, whatever they came in: so the sum rounds the same.
+    Only values that count are kept: no 0 of a mean, no share at rest of a maximum. They are added
+    up oldest first, whatever they came in: so the sum rounds the same.
     """
     rule = rules.traces[trace]
     mine = s.aggregates[slot, rule["aggregate"]]
     kind, n, first, rest = rule["kind"], rule["n"], rule["first_kept"], rule["rest"]
-    kept = s.kept[slot, first + mine["kept"] % n]
-    kept["at"] = t
-    kept["value"] = value
-    mine["kept"] += 1
     if value != (0.0 if kind == MEAN else rest):
+        kept = s.kept[slot, first + mine["kept"] % n]
+        kept["at"] = t
+        kept["value"] = value
+        mine["kept"] += 1
         mine["restless"] = t + n - 1
-    total, most, inside = 0.0, -np.inf, 0
-    held = min(n, mine["kept"])
-    at = (mine["kept"] - held) % n
-    for _ in range(held):
+    inside, at = 0, mine["kept"] % n
+    for _ in range(min(n, mine["kept"])):
+        at = at - 1 if at > 0 else n - 1
+        if s.kept[slot, first + at]["at"] <= t - n:
+            break
+        inside += 1
+    total, most = 0.0, -np.inf
+    at = (mine["kept"] - inside) % n
+    for _ in range(inside):
         kept = s.kept[slot, first + at]
         at = at + 1 if at + 1 < n else 0
-        if kept["at"] > t - n:
-            total += kept["value"]
-            most = max(most, kept["value"])
-            inside += 1
+        total += kept["value"]
+        most = max(most, kept["value"])
     if kind == MEAN:
         return total / n
     if looked_since(s, slot, rule["scope"], t - n) >= inside:  # some token was at rest
