@@ -123,7 +123,19 @@ def test_match(tmp_path: Path) -> None:
     sizes = ("--policies", "10", "--latents", "100", "--batches", "2", "--rounds", "1")
     result = measured("match", tmp_path / "match.json", *sizes, "--steps", "1", "--tiny")
     (cell,) = result["cells"]
-    positive(cell, "step_ms", "at_once_us", "together_us", "finish_us")
+    positive(cell, "step_ms", "rules_us", "share", "finish_us")
+
+
+def test_rules(tmp_path: Path) -> None:
+    """A pass is timed with warm and with cold caches, of this revision and of another worktree."""
+    here = str(Path(__file__).resolve().parent.parent)
+    arguments = ("--quick", "--repeats", "2", "--against", here)
+    result = measured("rules", tmp_path / "rules.json", *arguments)
+    assert len(result["cells"]) == 4
+    assert set(result["revisions"]) == {"this", "other"}
+    for cell in result["cells"]:
+        positive(cell["this"], "warm", "cold", "finish")
+        positive(cell["other"], "warm", "cold", "finish")
 
 
 def test_ending() -> None:

@@ -20,7 +20,7 @@ interpreter the kernel itself runs.
 """
 
 
-@pytest.mark.parametrize("at_once", [False, True], ids=["judged-together", "judged-at-once"])
+@pytest.mark.parametrize("at_once", [False, True], ids=["judged-after", "judged-before"])
 def test_rejected_drafts_never_count(tmp_path: Path, at_once: bool) -> None:
     """With n-gram drafts, verdicts are the reference's and every ledger balances.
 
