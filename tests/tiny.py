@@ -38,8 +38,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return out
 
 
-def chat_by_hand(messages: Sequence[tuple[str, str]]) -> Chat:
-    """Return a chat's prompt as `TEMPLATE` has it, put together piece by piece."""
+def chat_by_hand(messages: Sequence[tuple[str, str]], continued: str = "") -> Chat:
+    """Return a chat's prompt as `TEMPLATE` has it, put together piece by piece.
+
+    Args:
+        messages: role and content of each.
+        continued: what the request has the model continue.
+    """
     read = tokenizer()
     ids, roles = [read.bos_token_id], ["template"]
     for role, content in [*messages, ("assistant", None)]:
@@ -48,7 +53,8 @@ def chat_by_hand(messages: Sequence[tuple[str, str]]) -> Chat:
                 piece = read(text, add_special_tokens=False)["input_ids"]
                 ids += piece
                 roles += [place] * len(piece)
-    return ids, roles
+    piece = read(continued, add_special_tokens=False)["input_ids"]
+    return ids + piece, roles + ["continued"] * len(piece)
 
 
 def _model(family: str) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from saeguard.errors import InputError
 from saeguard.guard.conditions import Nodes, Op
 from saeguard.guard.evidence import rest_evidence
-from saeguard.guard.scopes import BY_ROLE, MEMBERS, SCOPES
+from saeguard.guard.scopes import BY_ROLE, MEMBERS, OF_OUTPUT, SCOPES
 from saeguard.guard.tables import (
     AVERAGE,
     COUNT,
@@ -87,6 +87,8 @@ class Rules(NamedTuple):
     """[P] whether the policy reads a latent by a fixed threshold that replaces its rank."""
     by_role: bool
     """Whether some policy needs the role of each prompt token."""
+    of_output: bool
+    """Whether some policy looks at the output, and so at the part of it that a prompt holds."""
 
 
 def compile_rules(
@@ -174,6 +176,7 @@ def compile_rules(
             any(f"{p.feature_set}/{name}" in approximate for name in _read_by(p)) for p in policies
         ),
         by_role=any(p.scope in BY_ROLE for p in policies),
+        of_output=any(p.scope in OF_OUTPUT for p in policies),
     )
 
 

@@ -151,7 +151,8 @@ class _Text:
         roles: np.ndarray | None,
         massive: np.ndarray | None,
     ) -> None:
-        given = of_prompt(roles, prompt_tokens) if rules.by_role else None
+        needed = rules.by_role or roles is not None
+        given = of_prompt(roles, prompt_tokens) if needed else None
         self.rules = rules
         self.shares = np.ascontiguousarray(shares, np.float64)
         self.roles = roles_between(prompt_tokens, given, 0, len(shares))

@@ -1,7 +1,9 @@
 """The role that wrote each token, and the scopes that look at a role.
 
 All output has the role `output`: the model cannot leave its scope by writing another role's marks.
-Tokens that the chat template wrote around the prompt's messages have the role `template`.
+Tokens that the chat template wrote around the prompt's messages have the role `template`. The part
+of an answer that a request has the model continue has the role `continued`. It is in the prompt,
+and in the output's scope too: else an answer that is asked for in pieces would not be looked at.
 """
 
 from __future__ import annotations
@@ -13,22 +15,25 @@ import numpy as np
 
 from saeguard.policy.types import Scope
 
-Role: TypeAlias = Literal["template", "system", "user", "assistant", "tool", "output"]
+Role: TypeAlias = Literal["template", "system", "user", "assistant", "tool", "output", "continued"]
 ROLES: tuple[Role, ...] = get_args(Role)
-TEMPLATE, SYSTEM, USER, ASSISTANT, TOOL, OUTPUT = range(len(ROLES))
+TEMPLATE, SYSTEM, USER, ASSISTANT, TOOL, OUTPUT, CONTINUED = range(len(ROLES))
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 LOOKS: Mapping[Scope, tuple[Role, ...]] = {
-    "prompt": ("template", "system", "user", "assistant", "tool"),
-    "output": ("output",),
+    "prompt": ("template", "system", "user", "assistant", "tool", "continued"),
+    "output": ("output", "continued"),
     "both": ROLES,
-    "assistant": ("assistant", "output"),
+    "assistant": ("assistant", "output", "continued"),
     "user": ("user",),
     "system": ("system",),
     "tool": ("tool",),
 }
 BY_ROLE: frozenset[Scope] = frozenset({"assistant", "user", "system", "tool"})
 """Scopes for which the role of each prompt token is needed."""
+OF_OUTPUT: frozenset[Scope] = frozenset({"output"})
+"""Scopes for which it matters whether the prompt ends with a part of the answer, where the chat
+template identifies roles."""
 
 MEMBERS = np.array([[role in LOOKS[scope] for scope in SCOPES] for role in ROLES])
 """[roles, scopes] bool: whether the scope looks at the role."""

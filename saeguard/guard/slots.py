@@ -75,7 +75,8 @@ class Slots:
         Raises:
             ValueError: roles are needed and missing, or their number is not that of the tokens.
         """
-        given = of_prompt(roles, prompt_tokens) if self._by_role else None
+        needed = self._by_role or roles is not None
+        given = of_prompt(roles, prompt_tokens) if needed else None
         if not self._free:
             slots = len(self.state.requests)
             self.state = grown(self.state, blank(self._empty, slots))

@@ -85,15 +85,18 @@ def scan(
 def role_marks_for(tokenizer: Any, watchlist: WatchList) -> RoleMarks | None:
     """Return the role marks of the model's chat template; None if no policy needs roles.
 
+    Policies on the output do without: marks only say whether a prompt ends with a part of the
+    answer, which is in their scope.
+
     Raises:
         RolesError: a policy's scope is a role that the chat template does not identify.
     """
-    if not watchlist.rules.by_role:
+    rules = watchlist.rules
+    if not (rules.by_role or rules.of_output):
         return None
     marks = role_marks_of(tokenizer)
     check_roles(watchlist, marks)
-    assert isinstance(marks, RoleMarks)
-    return marks
+    return marks if isinstance(marks, RoleMarks) else None
 
 
 def activations(watchlist: WatchList, residuals: Mapping[int, torch.Tensor]) -> np.ndarray:

@@ -221,13 +221,20 @@ def _dates(policy: Policy, today: date) -> Iterator[Finding]:
 
 
 def _forgeable(policy: Policy) -> Iterator[Finding]:
-    """Yield a note if an enforced policy looks at the user's messages only."""
+    """Yield a note if the caller of the API can move a text out of an enforced policy's scope."""
     if policy.mode == "enforce" and policy.scope == "user":
         message = (
             "the caller of the API can forge the end of the user's message, and the policy does "
             "not see what follows; if evasion matters, use scope: prompt"
         )
         yield _at(policy, "forgeable-turn", message, ("scope",), level="note")
+    if policy.mode == "enforce" and policy.scope == "output":
+        message = (
+            "the caller of the API can ask for a text in pieces and send what was written back "
+            "within a finished message or a plain prompt, where the policy does not look; if "
+            "evasion matters, use scope: both"
+        )
+        yield _at(policy, "text-in-pieces", message, ("scope",), level="note")
 
 
 def _at(policy: Policy, code: Code, message: str, loc: Loc, *, level: Level = "error") -> Finding:

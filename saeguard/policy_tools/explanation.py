@@ -10,7 +10,7 @@ import numpy as np
 from saeguard.features.schema import FeatureSetFile
 from saeguard.guard.compiled_rules import Rules, compile_rules
 from saeguard.guard.judge import alone, judge_text, on_tokens, score_text
-from saeguard.guard.scopes import BY_ROLE
+from saeguard.guard.scopes import BY_ROLE, OF_OUTPUT
 from saeguard.guard.verdict import THRESHOLD, Verdict
 from saeguard.policy.types import Policy
 from saeguard.policy_tools.recording import Recording
@@ -145,6 +145,8 @@ def _explained(
 def _roles(rules: Rules, recording: Recording, text: int) -> np.ndarray | None:
     """Return the role of each token of a text's prompt, None if no policy needs it."""
     asks = next((policy for policy in rules.policies if policy.scope in BY_ROLE), None)
+    if asks is None and recording.roles is not None:
+        asks = next((policy for policy in rules.policies if policy.scope in OF_OUTPUT), None)
     return None if asks is None else recording.roles_of_prompt(text, asks)
 
 

@@ -17,7 +17,7 @@ from saeguard.policy.schema import (
 from saeguard.policy_tools.traces import MAX_TOKENS
 from saeguard.yaml_files.section import Section
 
-_RUN = "[1-9][0-9]{0,4} (template|system|user|assistant|tool)"
+_RUN = "[1-9][0-9]{0,4} (template|system|user|assistant|tool|continued)"
 ROLES = f"^{_RUN}(, {_RUN})*$"
 Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 

@@ -65,6 +65,7 @@ Code: TypeAlias = Literal[
     "exception-expired",
     "review-due",
     "forgeable-turn",
+    "text-in-pieces",
     # what it refers to
     "unknown-feature-set",
     "unknown-feature",

@@ -75,7 +75,8 @@ class ClampedReference(engines.Reference):
     def generate(self, chat: Chat, scope: str | None, looks_at: Sequence[str] = ()) -> list[int]:
         """Continue greedily under the clamp of a scope, as if it looked at other places."""
         prompt, roles = chat
-        places = looks_at or {"assistant": ("assistant", "output")}.get(str(scope), (scope,))
+        answers = {"assistant": ("assistant", "output", "continued")}
+        places = looks_at or answers.get(str(scope), (scope,))
         text = list(prompt)
         for _ in range(TOKENS):
             by_place = [*roles, *["output"] * (len(text) - len(prompt))]
@@ -87,16 +88,24 @@ class ClampedReference(engines.Reference):
 
 
 def make_chats(tokenizer: Any) -> list[Chat]:
-    """Return prompts by hand, which Transformers must render alike, and one without a template."""
+    """Return prompts by hand, which Transformers must render alike, and one without a template.
+
+    Every sixth ends with a part of the answer, which the model is to continue.
+    """
     rng = np.random.default_rng(0)
     chats = []
     for i in range(24):
         turns = ["system"] * (i % 2) + ["user", "assistant", "tool", "user"][: 1 + i % 4]
-        chats.append(chat_by_hand([(r, str(rng.choice(CONTENTS))) for r in turns]))
+        part = "so far" if i % 6 == 5 else ""
+        chats.append(chat_by_hand([(r, str(rng.choice(CONTENTS))) for r in turns], part))
         messages = [{"role": r, "content": "x"} for r in turns]
+        how = {"add_generation_prompt": True}
+        if part:
+            messages.append({"role": "assistant", "content": part})
+            how = {"continue_final_message": True}
         assert (
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            == chat_by_hand([(r, "x") for r in turns])[0]
+            tokenizer.apply_chat_template(messages, return_dict=False, **how)
+            == chat_by_hand([(r, "x") for r in turns], part)[0]
         )
     return [*chats, (PLAIN, ["user"] * len(PLAIN))]
 
@@ -225,6 +234,18 @@ def test_a_plain_completion_is_the_users(run: Run) -> None:
             assert events[f"test.{absent}"]["verdict"] == "not_evaluated"
 
 
+def test_a_part_of_the_answer_is_output(run: Run) -> None:
+    """It counts for policies on the output, whoever else looks at it."""
+    parts = [(c, r) for c, r in zip(run.chats, run.plain, strict=False) if "continued" in c[1]]
+    assert len(parts) == 4
+    for (ids, roles), result in parts:
+        events = run.events[result["id"]]
+        tokens = {s: events[f"test.{s}"]["coverage"]["tokens"] for s in SCOPES}
+        assert tokens["output"] == roles.count("continued") + len(result["output"])
+        assert tokens["prompt"] == len(ids)
+        assert tokens["both"] == len(ids) + len(result["output"])
+
+
 def test_every_choice_has_its_prompts_roles(run: Run) -> None:
     """With `n=3` each choice is judged by the turns of the prompt that they share."""
     chats = [chat for chat in run.chats for _ in range(CHOICES)]
@@ -249,7 +270,7 @@ def test_a_clamp_edits_the_turns_of_its_role(scope: str, run: Run) -> None:
             assert event["mode"] == "enforce"
             assert (event["acted"] == "clamp") == (event["verdict"] == "match")
         changed += expected != run.plain[i]["output"][:TOKENS]
-        everywhere = ("template", "system", "user", "assistant", "tool", "output")
+        everywhere = ("template", "system", "user", "assistant", "tool", "output", "continued")
         by_role += expected != run.reference.generate(chat, scope, everywhere)
     assert changed > 1, "the clamp must be seen to change texts"
     assert by_role > 1, "and to change them otherwise than one that looks everywhere"

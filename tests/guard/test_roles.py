@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from saeguard.guard.judge import judge
-from saeguard.guard.roles.assign import RoleMarks, RolesError, check_roles, roles_of
+from saeguard.guard.roles.assign import RoleMarks, RolesError, check_roles, has_continued, roles_of
 from saeguard.guard.roles.chat_template import TemplateError, read_template
 from saeguard.guard.scopes import ROLES
 from saeguard.guard.verdict import balanced
-from saeguard.policy.types import Name, Policy, Selection
+from saeguard.policy.types import Name, Policy, Selection, Window
 from tests import tiny
 from tests.fixture import words
 from tests.guard.watchlists import coded, make_policy, make_watchlist
@@ -142,6 +142,49 @@ def test_text_without_a_template_is_the_users() -> None:
     found = told(marks, tokenizer.encode(text))
     assert set(found) == {"template", "user"}
     assert found.count("template") == 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@given(seed=SEEDS)
+@settings(derandomize=True, deadline=None, max_examples=30)
+def test_an_answer_to_continue_is_output(name: str, seed: int) -> None:
+    """As Transformers renders it: all that follows the conversation, and nothing before."""
+    rng, tokenizer, marks = random.Random(seed), TOKENIZERS[name], MARKS[name]  # noqa: S311
+    messages = chat(rng, name)
+    part = rng.choice(["so", "here", "I will"])
+    ids: Any = tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": part}],
+        continue_final_message=True,
+        return_dict=False,
+    )
+    found = told(marks, ids)
+    first = found.index("continued")
+    assert set(found[first:]) == {"continued"}
+    assert part in tokenizer.decode(ids[first:]).strip()
+    assert name in OWN or tokenizer.decode(ids[first:]).strip() == part
+    assert has_continued(marks, np.array(ids))
+    asked: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert "continued" not in told(marks, asked)
+    assert not has_continued(marks, np.array(asked))
+    ended: Any = tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": part}], return_dict=False
+    )
+    assert has_continued(marks, np.array(ended)) == ("continued" in told(marks, ended))
+
+
+def test_pieces_have_one_verdict() -> None:
+    """A window over the output reaches back into the part that the request brings along."""
+    policy = make_policy(
+        "p", Name("a"), {"a": Selection("f0", 0.5)}, scope="output", window=Window(3, 4)
+    )
+    f0 = np.array([0, 0, 1, 1, 1.0])
+    for continued, outcome in ((2, "match"), (1, "no_match"), (0, "no_match")):
+        roles = coded(["user"] * (4 - continued) + ["continued"] * continued)
+        verdict = judge(policy, {"f0": f0}, 4, roles)
+        assert (verdict.outcome, verdict.coverage.tokens) == (outcome, 1 + continued)
+    assert judge(policy, {"f0": f0}, 4).coverage.tokens == 1
 
 
 def test_a_turn_that_somebody_writes_is_one() -> None:

@@ -102,11 +102,12 @@ def test_dates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["shadow", "enforce"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_forgeable_turns(scope: str, mode: str, tmp_path: Path) -> None:
-    """Only where the policy acts, and looks at the user's messages alone."""
+    """Only where the policy acts, and looks at the user's messages or the output alone."""
     changes = ("mode: shadow", f"mode: {mode}"), ("scope: output", f"scope: {scope}")
     found = resolve([policy(tmp_path, *changes)], SETS, today=EARLY)
 
-    noted = [("forgeable-turn", "note", 9)] if (scope, mode) == ("user", "enforce") else []
+    codes = {"user": "forgeable-turn", "output": "text-in-pieces"}
+    noted = [(codes[scope], "note", 9)] if mode == "enforce" and scope in codes else []
     assert [(f.code, f.level, f.line) for f in found] == noted
 
 

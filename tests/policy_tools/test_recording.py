@@ -65,7 +65,7 @@ def test_written_and_read(tmp_path: Path, pieces: tuple[str, ...] | None) -> Non
         ({"values": MADE.values[:, :1]}, r"values: found shape \[5, 1\], expected \[5, 2\]"),
         ({"pieces": ("a",)}, "pieces: found shape"),
         ({"roles": np.zeros(4, np.uint8)}, r"roles: found shape \[4\], expected \[5\]"),
-        ({"roles": np.full(5, 6, np.uint8)}, "a token's role is 6, 5 is the last"),
+        ({"roles": np.full(5, 7, np.uint8)}, "a token's role is 7, 6 is the last"),
     ],
 )
 def test_parts_that_do_not_fit(tmp_path: Path, change: dict[str, Any], says: str) -> None:

@@ -2,7 +2,9 @@
 
 A message reaches from its start mark to the next one. Text before the first start mark, or in a
 prompt without any, is the user's, so text that bypasses the chat template stays in scope. Text
-between an end mark and the next start mark belongs to the message before it.
+between an end mark and the next start mark belongs to the message before it. What stands after the
+assistant's last start mark, at the end of the prompt and without an end mark, is an answer that the
+model is to continue.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from saeguard.errors import InputError
-from saeguard.guard.scopes import BY_ROLE, ROLES, TEMPLATE, USER
+from saeguard.guard.scopes import ASSISTANT, BY_ROLE, CONTINUED, ROLES, TEMPLATE, USER
 
 if TYPE_CHECKING:
     from saeguard.guard.watchlist import WatchList  # imports torch, which policy tests do without
@@ -42,6 +44,9 @@ class RoleMarks(NamedTuple):
     starts: tuple[StartMark, ...]
     ends: tuple[tuple[int, ...], ...]
     """Token ids that the template writes before a start mark, or at the end of the text."""
+    openings: tuple[tuple[int, ...], ...] = ()
+    """Token ids that the template writes behind a start mark when it opens an answer, the longest
+    first: an empty thought, for example."""
 
     @property
     def roles(self) -> frozenset[int]:
@@ -86,15 +91,36 @@ def roles_of(marks: RoleMarks, tokens: np.ndarray) -> np.ndarray:
     np.maximum.at(steps, end, np.arange(1, len(end) + 1))
     latest = np.maximum.accumulate(steps)[: len(ids)]
     out = np.concatenate([[USER], role])[latest]
+    if out[-1] == ASSISTANT and len(ids) not in end:  # there, nothing of the answer is there yet
+        first = int(np.searchsorted(latest, latest[-1]))
+        part = tuple(ids[first:].tolist())
+        opening = next((o for o in marks.openings if part[: len(o)] == o), ())
+        out[first : first + len(opening)] = TEMPLATE
+        out[first + len(opening) :] = CONTINUED
     # Tokens of the template: a start mark with the end mark before it, and an end mark at the end.
     at, end = np.append(at, len(ids)), np.append(end, len(ids))
     begins = np.min([at, *(_behind(ids, at, end_mark) for end_mark in marks.ends)], axis=0)
+    if begins[-1] < len(ids):  # the last message is finished
+        out[out == CONTINUED] = ASSISTANT
     edges = np.zeros(len(ids) + 1, np.int64)
     np.add.at(edges, begins, 1)
     np.add.at(edges, end, -1)
     out = np.where(edges.cumsum()[: len(ids)] > 0, TEMPLATE, out)
     roles: np.ndarray = out[1:].astype(np.uint8)
     return roles
+
+
+def has_continued(marks: RoleMarks, tokens: np.ndarray) -> bool:
+    """Return whether a prompt ends with a part of the answer, which the model is to continue."""
+    ids = [START, *np.asarray(tokens)[-max(map(len, map(_whole, marks.starts)), default=0) :]]
+    answers = (_whole(mark) for mark in marks.starts if mark.role == ASSISTANT)
+    if any(tuple(ids[-len(whole) :]) == whole for whole in answers):
+        return False  # most chats: the template opens an answer, and nothing follows
+    return bool((roles_of(marks, tokens)[-1:] == CONTINUED).any())
+
+
+def _whole(mark: StartMark) -> tuple[int, ...]:
+    return (*mark.core, *mark.rest)
 
 
 def _find_starts(marks: RoleMarks, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from saeguard.guard.roles.assign import START, RoleMarks, roles_of
 from saeguard.guard.roles.find_marks import Part, TemplateError, find_marks
-from saeguard.guard.scopes import ASSISTANT, ROLES, TEMPLATE
+from saeguard.guard.scopes import ASSISTANT, CONTINUED, ROLES, TEMPLATE
 
 SHAPES = (
     ("user",),
@@ -112,9 +112,20 @@ def _read(tokenizer: Any, shapes: Sequence[tuple[str, ...]]) -> RoleMarks:
         [part for r in rendered for part in _parts(r)],
         {START, *tokenizer.added_tokens_decoder},
     )
+    marks = marks._replace(openings=_openings(marks, rendered))
     for one in rendered:
         _check(tokenizer, marks, one)
     return marks
+
+
+def _openings(marks: RoleMarks, rendered: Sequence[Rendered]) -> tuple[tuple[int, ...], ...]:
+    """Return what the template writes behind the start mark of an answer that it opens."""
+    found = set()
+    for one in rendered:
+        if len(one.roles) > one.owner.max() + 1:
+            behind = int((roles_of(marks, np.array(one.ids)) == CONTINUED).sum())
+            found.add(one.ids[len(one.ids) - behind :])
+    return tuple(sorted(found - {()}, key=len, reverse=True))
 
 
 # --- conversations as tokens --------------------------------------------------------------------
@@ -211,6 +222,9 @@ def _check(tokenizer: Any, marks: RoleMarks, rendered: Rendered) -> None:
         if len(at):
             following[: at[0]] = i
             allowed[at, rendered.roles[i]] = True
+    # At the end of a text an answer without an end mark is one that the model is to continue.
+    if rendered.roles[-1] == ASSISTANT and len(rendered.roles) == messages:
+        allowed[following >= messages - 1, CONTINUED] = True
     written = rendered.owner < 0
     allowed[written, TEMPLATE] = True
     # A template's own text may count to the message that follows; before the first message, to any

@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import structlog
 
 from saeguard.events.records import coverage_record
 from saeguard.guard.compiled import warn_if_slow
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.readings import Readings
 from saeguard.guard.request_verdicts import Verdicts
-from saeguard.guard.roles.assign import RoleMarks, check_roles, roles_of
+from saeguard.guard.roles.assign import RoleMarks, check_roles, has_continued, roles_of
 from saeguard.guard.scopes import USER
 from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
@@ -30,6 +31,8 @@ from saeguard.vllm.messages import ENFORCE, SELF_TEST, STOP_REASON, TENANT
 from saeguard.vllm.patches import reads
 from saeguard.vllm.settings import Settings, access_of
 from saeguard.vllm.startup import Started
+
+log = structlog.get_logger("saeguard")
 
 EARLY = frozenset({"abort", "error"})
 """Reasons to end a request while forward passes with it may still be under way."""
@@ -82,6 +85,8 @@ class EngineGuard:
             RolesError: a policy's scope is a role, and the template does not delimit roles.
         """
         check_roles(started.watchlist, marks)
+        if isinstance(marks, str) and started.watchlist.rules.of_output:
+            log.info("saeguard sees an answer that a request has continued as prompt", reason=marks)
         warn_if_slow()
         warm_up(started.watchlist)
         self.marks = marks
@@ -171,21 +176,26 @@ class EngineGuard:
         )
 
     def _roles_of(self, request: Any, watchlist: WatchList) -> np.ndarray | None:
-        """Return the role of each prompt token, [tokens]; None if no policy's scope is a role.
+        """Return the role of each prompt token, [tokens]; None if none matters to a policy.
+
+        For policies on the output, roles matter if the prompt ends with a part of the answer.
 
         A prompt of embeddings has no chat template. All of it is the user's, as is any text that
         bypasses the template. Embeddings within a message are of the message's role.
         """
-        if not watchlist.rules.by_role:
-            return None
-        assert isinstance(self.marks, RoleMarks)  # checked before the watch list was accepted
+        rules = watchlist.rules
+        if isinstance(self.marks, str) or not (rules.by_role or rules.of_output):
+            return None  # a policy whose scope is a role is refused without marks
         if request.prompt_token_ids is None:
             return np.full(request.num_prompt_tokens, USER, np.uint8)
         ids = np.asarray(request.prompt_token_ids)
         embedded = embedded_positions(request)
         if embedded is not None:
             ids = np.where(embedded, NO_TOKEN, ids)
-        return roles_of(self.marks, np.where(ids < 0, NO_TOKEN, ids))
+        ids = np.where(ids < 0, NO_TOKEN, ids)
+        if not rules.by_role and not has_continued(self.marks, ids):
+            return None
+        return roles_of(self.marks, ids)
 
     def worker_update(self, new_requests: Iterable[str]) -> WorkerUpdate:
         """Return the worker update for the step that was just scheduled."""
