@@ -230,9 +230,9 @@ def _forgeable(policy: Policy) -> Iterator[Finding]:
         yield _at(policy, "forgeable-turn", message, ("scope",), level="note")
     if policy.mode == "enforce" and policy.scope == "output":
         message = (
-            "the caller of the API can ask for a text in pieces and send what was written back "
-            "within a finished message or a plain prompt, where the policy does not look; if "
-            "evasion matters, use scope: both"
+            "the caller of the API can send what was written back, as a finished message or a "
+            "plain prompt, for more of it; the policy does not look there; if evasion matters, "
+            "use scope: both"
         )
         yield _at(policy, "text-in-pieces", message, ("scope",), level="note")
 

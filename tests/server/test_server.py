@@ -50,6 +50,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         condition="a",
         **{"for": "2 of 3 tokens"},
     )
+    models.write_policy(
+        guarded.policies / "long.yaml",
+        id="test.long",
+        mode="shadow",
+        scope="output",
+        detect={"a": {"feature": "f4", "above": 0.1}},
+        condition="a",
+        **{"for": "3 of 64 tokens"},
+    )
     allowed = ("--request-may-enforce", "test.hidden", "--request-may-enforce", "test.stop")
     with serving(root, guarded, *allowed, "--max-model-len", "4096") as running:
         yield running
@@ -81,6 +90,17 @@ def test_a_response_says_what_was_not_judged(server: Server) -> None:
     both = server.chat(n=2, max_tokens=1, temperature=1.0).saeguard
     assert both["not_evaluated"] == 2 * said["not_evaluated"]
     assert all(server.request_lines(id_) for id_ in both["request_id"])
+
+
+def test_an_answer_in_pieces_is_judged_whole(server: Server) -> None:
+    """What a request has continued is output: its tokens count as if the model had just written."""
+    asked = [{"role": "user", "content": "hello"}]
+    begun = [*asked, {"role": "assistant", "content": "so far so good, and so on and on"}]
+    going_on = {"continue_final_message": True, "add_generation_prompt": False}
+    for messages, how, matches in ((asked, {}, False), (begun, going_on, True), (begun, {}, False)):
+        answer = server.chat(max_tokens=2, messages=messages, extra_body=how)
+        found = {e["policy"] for e in server.told(answer.saeguard["request_id"])}
+        assert ("test.long" in found) == matches, how
 
 
 def test_a_start_ends_in_a_box(server: Server) -> None:
