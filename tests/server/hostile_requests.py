@@ -20,7 +20,7 @@ WORDS = (
     "é",
     "🙂",
 )
-"""Prompts are made of these; none holds a word that the model can emit."""
+"""Prompts are made of these; none holds a word that the model emits."""
 TOOL = {
     "type": "function",
     "function": {
