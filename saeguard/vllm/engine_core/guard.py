@@ -14,17 +14,16 @@ from saeguard.guard.compiled import warn_if_slow
 from saeguard.guard.prefix.store import PrefixStore
 from saeguard.guard.readings import Readings
 from saeguard.guard.request_verdicts import Verdicts
-from saeguard.guard.roles.assign import RoleMarks, check_roles, has_continued, roles_of
-from saeguard.guard.scopes import USER
+from saeguard.guard.roles.assign import RoleMarks, check_roles
 from saeguard.guard.verdict import Coverage
 from saeguard.guard.watchlist import WatchList
 from saeguard.reload.dry_run import warm_up
 from saeguard.reload.reloader import Reloader
 from saeguard.reload.versions import Versions, make_version
 from saeguard.reload.worker_updates import Admitted, UpdateQueue, WorkerUpdate
-from saeguard.vllm.embedded import NO_TOKEN, embedded_positions
 from saeguard.vllm.engine_core.admission import Admission, admission_of
 from saeguard.vllm.engine_core.pending_passes import PendingPasses
+from saeguard.vllm.engine_core.prompt_roles import prompt_roles
 from saeguard.vllm.engine_core.response import reading_response, response
 from saeguard.vllm.engine_core.telemetry import Telemetry
 from saeguard.vllm.messages import ENFORCE, SELF_TEST, STOP_REASON, TENANT
@@ -42,7 +41,6 @@ reads(
     "request_id",
     "sampling_params",
     "lora_request",
-    "prompt_token_ids",
     "num_tokens",
     "num_prompt_tokens",
     "num_computed_tokens",
@@ -164,7 +162,7 @@ class EngineGuard:
         self.admitted[request_id] = admission
         if self.readings is not None:
             self.readings.admit(request_id)
-        roles = self._roles_of(request, admission.pin.version.watchlist)
+        roles = prompt_roles(request, self.marks, admission.pin.version.watchlist.rules)
         if roles is not None and admission.enforced:
             self._roles[request_id] = roles
         admission.pin.version.ledger.admit(
@@ -174,28 +172,6 @@ class EngineGuard:
             enforced=admission.decision.enforced,
             roles=roles,
         )
-
-    def _roles_of(self, request: Any, watchlist: WatchList) -> np.ndarray | None:
-        """Return the role of each prompt token, [tokens]; None if none matters to a policy.
-
-        For policies on the output, roles matter if the prompt ends with a part of the answer.
-
-        A prompt of embeddings has no chat template. All of it is the user's, as is any text that
-        bypasses the template. Embeddings within a message are of the message's role.
-        """
-        rules = watchlist.rules
-        if isinstance(self.marks, str) or not (rules.by_role or rules.of_output):
-            return None  # a policy whose scope is a role is refused without marks
-        if request.prompt_token_ids is None:
-            return np.full(request.num_prompt_tokens, USER, np.uint8)
-        ids = np.asarray(request.prompt_token_ids)
-        embedded = embedded_positions(request)
-        if embedded is not None:
-            ids = np.where(embedded, NO_TOKEN, ids)
-        ids = np.where(ids < 0, NO_TOKEN, ids)
-        if not rules.by_role and not has_continued(self.marks, ids):
-            return None
-        return roles_of(self.marks, ids)
 
     def worker_update(self, new_requests: Iterable[str]) -> WorkerUpdate:
         """Return the worker update for the step that was just scheduled."""
