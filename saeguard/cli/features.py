@@ -173,6 +173,7 @@ def calibrate(
         sha256=weights_sha256(lm.path),
         dtype=dtype,
         quantization=quantization_of(lm.model.config),
+        drift=(),  # of the thresholds before
     )
     features = replace(
         features,

@@ -19,12 +19,21 @@ from saeguard.features.schema import (
     SCHEMA,
     FeaturePart,
     FeatureSetFile,
+    ModelPart,
     NormsPart,
     SaePart,
     layers_read,
 )
 from saeguard.features.topk_thresholds import approximation, as_plain
-from saeguard.features.types import Feature, FeatureSet, ModelRef, ProbeRef, SaeRef, Term
+from saeguard.features.types import (
+    Feature,
+    FeatureSet,
+    MeasuredDrift,
+    ModelRef,
+    ProbeRef,
+    SaeRef,
+    Term,
+)
 from saeguard.real_path import real_path
 from saeguard.sae import SaeError, Stated
 from saeguard.sae.hub import HubRef, commit_of, fetch, named
@@ -54,7 +63,7 @@ def load_feature_set(
     features = FeatureSet(
         id=content.id,
         path=file,
-        model=ModelRef(**content.model.model_dump()),
+        model=_model(content.model),
         sae=_sae(file, content, document, reach=verify),
         features={
             name: _feature(file, name, part, content.sae) for name, part in content.features.items()
@@ -154,6 +163,14 @@ def hub_ref(part: SaePart) -> HubRef:
     return HubRef(part.repo, part.folder or "", tuple(part.files), part.revision or "main")
 
 
+def _model(part: ModelPart) -> ModelRef:
+    drift = (part.drift or {}).items()
+    return ModelRef(
+        **part.model_dump(exclude={"drift"}),
+        drift=tuple((served, MeasuredDrift(**found.model_dump())) for served, found in drift),
+    )
+
+
 def _norms(parts: Mapping[int, NormsPart] | None) -> dict[int, MeasuredNorms]:
     return {layer: MeasuredNorms(**part.model_dump()) for layer, part in (parts or {}).items()}
 
@@ -195,6 +212,7 @@ def _digest(content: FeatureSetFile) -> str:
         (plain, "norms_measured"),
         (plain["model"], "dtype"),
         (plain["model"], "quantization"),
+        (plain["model"], "drift"),
     ):
         if part[key] is None:
             del part[key]
@@ -264,6 +282,7 @@ def _plain(features: FeatureSet, folder: Path) -> dict[str, Any]:
                 for key in ("sha256", "dtype", "quantization")
                 if (value := getattr(model, key)) is not None
             },
+            **({"drift": {how: d._asdict() for how, d in model.drift}} if model.drift else {}),
         },
         **({} if features.sae is None else {"sae": checkpoint(features.sae)}),
         "exclude_tokens": list(features.exclude_tokens),

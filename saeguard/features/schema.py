@@ -35,6 +35,17 @@ Weight = Annotated[float, Field(description="Factor of the latent's activation."
 Name = Annotated[str, Field(pattern=NAME, max_length=100)]
 
 
+class DriftPart(Section):
+    """What `saeguard features drift` measured; not to be written by hand."""
+
+    tokens: int = Field(gt=0, description="Tokens compared, of the same texts.")
+    p99: float = Field(ge=0, description="99 % of any feature's shares moved by less.")
+    highest: float = Field(ge=0, description="The share that moved most, moved by this much.")
+    fired: int = Field(ge=0, description="Shares above their feature's threshold before.")
+    lost: int = Field(ge=0, description="Of these, those not above it afterwards.")
+    gained: int = Field(ge=0, description="Shares above it afterwards only.")
+
+
 class ModelPart(Section):
     """The model the features hold for."""
 
@@ -47,6 +58,10 @@ class ModelPart(Section):
     )
     quantization: str | None = Field(
         default=None, max_length=100, description="Of these weights, as in the model's config.json."
+    )
+    drift: dict[str, DriftPart] | None = Field(
+        default=None,
+        description="How far features move, by the arithmetic of serving, such as float32.",
     )
 
 

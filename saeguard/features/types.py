@@ -6,12 +6,38 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from saeguard.features.massive import MeasuredNorms
 from saeguard.features.topk_thresholds import Approximation
 from saeguard.sae import SaeInfo, Stated, inspect
 from saeguard.sae.checkpoint_info import thresholds_for_ranks
+
+
+class MeasuredDrift(NamedTuple):
+    """How far a set's features move under other arithmetic than that of its calibration."""
+
+    tokens: int
+    """Tokens compared, of the same texts."""
+    p99: float
+    """99 % of any feature's shares moved by less."""
+    highest: float
+    """How far the share that moved most has moved."""
+    fired: int
+    """Shares above their feature's threshold under the arithmetic of the calibration."""
+    lost: int
+    """Of these, those not above it under the other."""
+    gained: int
+    """Shares above it under the other only."""
+
+    @property
+    def in_words(self) -> str:
+        """Return what moved, for a log."""
+        return (
+            f"of {self.tokens} tokens, 99 % of any feature's shares moved by less than "
+            f"{self.p99:.2g}, one by {self.highest:.2g}; of {self.fired} above their threshold "
+            f"{self.lost} fell below, and {self.gained} rose above"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +53,8 @@ class ModelRef:
     """Type of the weights that the ranges and thresholds were measured under; None if unknown."""
     quantization: str | None = None
     """How these weights were quantised, in the words of the model's configuration."""
+    drift: tuple[tuple[str, MeasuredDrift], ...] = ()
+    """By other `arithmetic`: what it changes, as far as that was measured."""
 
     @property
     def arithmetic(self) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from saeguard.features.schema import FeatureSetFile
+from saeguard.features.types import MeasuredDrift
 from saeguard.policy_tools.recording import Recording, RecordingError
 
 
@@ -77,3 +78,22 @@ def measure_drift(
             int((before & ~after).sum()),
             int((after & ~before).sum()),
         )
+
+
+def of_set(found: Iterable[Drift], set_: str) -> MeasuredDrift:
+    """Return the drift of a set: that of the feature that moved most, and the sums of crossings.
+
+    Raises:
+        RecordingError: the recordings hold no feature of the set.
+    """
+    mine = [drift for drift in found if drift.feature.rpartition("/")[0] == set_]
+    if not mine:
+        raise RecordingError(f"the recordings hold no feature of the set {set_}")
+    return MeasuredDrift(
+        max(drift.tokens for drift in mine),
+        max(drift.p99 for drift in mine),
+        max(drift.highest for drift in mine),
+        sum(drift.fired for drift in mine),
+        sum(drift.lost for drift in mine),
+        sum(drift.gained for drift in mine),
+    )

@@ -29,7 +29,7 @@ def check_models(config: Any, models: Iterable[ModelRef]) -> ModelShape:
     """Return the shape of the served model, after checking that the feature sets were made for it.
 
     If the model is served with another type or quantisation than a set was calibrated with, or the
-    set does not record it, the log warns.
+    set does not record it, the log warns; it only says so if the set records what that changes.
 
     Args:
         config: vLLM's `ModelConfig`.
@@ -52,7 +52,17 @@ def check_models(config: Any, models: Iterable[ModelRef]) -> ModelShape:
         served = replace(
             model, dtype=str(config.dtype).removeprefix("torch."), quantization=config.quantization
         )
-        if served != model:
+        measured = dict(model.drift).get(served.arithmetic)
+        if served != model and measured is not None:
+            log.info(
+                "saeguard: the features were calibrated under other arithmetic, and what that "
+                "changes was measured",
+                model=model.name,
+                calibrated=model.arithmetic,
+                served=served.arithmetic,
+                drift=measured.in_words,
+            )
+        elif served != model:
             log.warning(
                 "saeguard: the features were calibrated under other arithmetic than the model is "
                 "served with; `saeguard features drift` measures what that changes",

@@ -19,6 +19,7 @@ from saeguard.features.files import FeatureSetError
 from saeguard.features.load import load_feature_set
 from saeguard.features.model_fit import ModelFitError, check_fit, read_shape
 from saeguard.features.model_identity import INDEX, WEIGHTS, quantization_of, weights_sha256
+from saeguard.features.types import MeasuredDrift
 from saeguard.policy_tools.recording import read_recording, write_recording
 from saeguard.reload.policy_source import Source, load
 from saeguard.vllm.model_fit import check_models
@@ -183,6 +184,15 @@ def test_serving_under_other_arithmetic(
     check_models(config, [ref])
     printed = capsys.readouterr()
     assert "an unknown type" in printed.out + printed.err
+    if warned:
+        known = replace(ref, dtype="float32")
+        how = replace(known, dtype=str(dtype)[6:], quantization=quantization).arithmetic
+        drift = ((how, MeasuredDrift(900, 0.01, 0.125, 70, 3, 2)),)
+        check_models(config, [replace(known, drift=drift)])
+        printed = capsys.readouterr()
+        told = printed.out + printed.err
+        assert "[warning" not in told
+        assert "one by 0.12; of 70 above their threshold 3 fell below, and 2 rose above" in told
 
 
 def test_drift(guarded: models.Guarded, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +217,16 @@ def test_drift(guarded: models.Guarded, tmp_path: Path, capsys: pytest.CaptureFi
     crossed = (values[:, 0] > 0.5) & (recording.values[:, 0] <= 0.5) & recording.evaluable
     assert (found[0]["gained"], found[0]["lost"]) == (int(crossed.sum()), 0)
     assert {d["highest"] for d in found[1:]} == {0.0}
+    set_ = copy(guarded, tmp_path / "copy").feature_sets / "tiny.yaml"
+    before = load_feature_set(set_)
+    assert run(*drift, second, "--set", set_, "--served", "float32") == 0
+    after = load_feature_set(set_)
+    [(how, kept)] = after.model.drift
+    assert (how, kept.highest) == ("float32", pytest.approx(found[0]["highest"]))
+    assert kept.gained == sum(d["gained"] for d in found)
+    assert after.digest != before.digest
+    assert run(*drift, second, "--set", set_) == 2
+    assert "--set and --served: expected both or none" in capsys.readouterr().err
     write_recording(replace(recording, ids=("x", *recording.ids[1:])), second)
     assert run(*drift, second) == 2
     assert "expected the texts of" in capsys.readouterr().err
