@@ -28,6 +28,8 @@ MAX_ENUMERATED = 10
 MAX_POINTS = 100
 
 NAME = r"[a-z][a-z0-9_]*"
+SIGNS = {"&": "and", "|": "or", "!": "not", "~": "not"}
+"""What other languages write for our words."""
 RESERVED = frozenset({"and", "or", "not", "of", "any", "all", "points", "for"})
 _TOKEN = re.compile(r"[A-Za-z0-9_]+|[(),]|\S")
 
@@ -143,6 +145,8 @@ class _Parser:
     def unexpected(self, found: str, offset: int, allowed: str) -> ConditionError:
         what = f"found {show(found)}" if found else "the condition ends here"
         hint = did_you_mean(found.lower(), RESERVED) if found.isalpha() else ""
+        if found in SIGNS:
+            hint = f'write "{SIGNS[found]}"; '
         return ConditionError("condition-syntax", f"{what}; {hint}expected {allowed}", offset)
 
     def condition(self, depth: int) -> Expr:

@@ -179,11 +179,13 @@ def _to_do(policy: Policy) -> Iterator[Finding]:
 def _features(policy: Policy, feature_sets: Mapping[str, Features]) -> Iterator[Finding]:
     found = feature_sets.get(policy.feature_set)
     if found is None:
-        hint = did_you_mean(policy.feature_set, feature_sets)
+        name = policy.feature_set
+        last = name.removesuffix(".yaml").rpartition("/")[2]  # of a path
+        hint = did_you_mean(name, feature_sets) or did_you_mean(last, feature_sets)
         known = (
             f"there are: {', '.join(sorted(feature_sets))}" if feature_sets else "none was found"
         )
-        message = f"there is no feature set {show(policy.feature_set)}; {hint}{known}"
+        message = f"there is no feature set {show(name)}; {hint}{known}"
         yield _at(policy, "unknown-feature-set", message, ("feature_set",))
         return
     wanted: list[tuple[str, Loc]] = [

@@ -134,3 +134,12 @@ def test_never_holds(expr: Expr) -> None:
     combinations = [{n for i, n in enumerate(NAMES) if bits >> i & 1} for bits in range(16)]
 
     assert never_holds(parse(written(expr))) == (not any(holds(expr, on) for on in combinations))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("a && b", "and"), ("a | b", "or"), ("!a and b", "not"), ("a or ~b", "not")]
+)
+def test_signs_of_other_languages(text: str, word: str) -> None:
+    """The message says which word to write."""
+    with pytest.raises(ConditionError, match=f'write "{word}"'):
+        parse(text)

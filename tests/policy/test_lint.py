@@ -60,6 +60,14 @@ def test_no_feature_sets(tmp_path: Path) -> None:
     assert finding.message == 'there is no feature set "demo/unsafe-code"; none was found'
 
 
+def test_a_path_for_a_feature_set(tmp_path: Path) -> None:
+    """It is named by its id; the message says which one was meant."""
+    [known] = SETS
+    written = policy(tmp_path, (f"feature_set: {known}", f"feature_set: feature_sets/{known}"))
+    [finding] = resolve([written], SETS, today=EARLY)
+    assert f'did you mean "{known}"?' in finding.message
+
+
 def test_unknown_feature(tmp_path: Path) -> None:
     """The nearest feature is suggested, at the place where it is named."""
     [finding] = resolve([policy(tmp_path, ("shell_exec", "shel_exec"))], SETS, today=EARLY)
