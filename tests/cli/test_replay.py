@@ -109,9 +109,13 @@ def test_recording_agrees_with_the_log(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_bad_log(capsys: pytest.CaptureFixture[str]) -> None:
-    """A broken line is told by number and field; one cut off at the end is not yet a line."""
+    """A broken line is told by number and field; one cut off at the end is not yet a line.
+
+    A line of another kind of event, as a later version may write, says nothing of a request.
+    """
     changed()
-    Path("log.jsonl").write_text(Path("log.jsonl").read_text() + '{"event": "ver')
+    lines = Path("log.jsonl").read_text()
+    Path("log.jsonl").write_text('{"event": "later"}\n' + lines + '{"event": "ver')
     assert run("policy", "replay", "log.jsonl", "--policies", "new", "--was", "policies") == 0
     capsys.readouterr()
 
