@@ -8,6 +8,7 @@ cache, and prompts are computed in chunks.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -197,7 +198,7 @@ def cut(project: Project, texts: Path, prelude: str, said: str) -> None:
 def test_a_token_that_is_not_read_ends_the_command(project: Project) -> None:
     """No row is missing in silence."""
     cut(project, project.texts(60), LOSES, "expected all of them")
-    (project.root / "cut.jsonl.part").unlink()
+    shutil.rmtree(project.root / "cut.jsonl.part")
 
 
 def test_an_engine_that_dies_ends_the_command_and_a_later_run_goes_on(project: Project) -> None:
