@@ -89,9 +89,9 @@ def in_scope(policy: Policy, t: int, prompt_tokens: int, roles: Sequence[str] = 
         case "prompt":
             return in_prompt
         case "output":
-            return not in_prompt
+            return not in_prompt or (len(roles) > 0 and roles[t] == "continued")
         case "assistant":
-            return not in_prompt or roles[t] == "assistant"
+            return not in_prompt or roles[t] in {"assistant", "continued"}
         case role:
             return in_prompt and roles[t] == role
 

@@ -156,7 +156,7 @@ def random_roles(rng: random.Random, prompt: int) -> list[str]:
     """Return whose turn each token of a prompt is in: short turns, of one token sometimes."""
     roles: list[str] = []
     while len(roles) < prompt:
-        role = rng.choice(ROLES[:-1])
+        role = rng.choice([role for role in ROLES if role != "output"])
         roles += [role] * rng.randint(1, 4)
     return roles[:prompt]
 
