@@ -11,6 +11,9 @@ from saeguard.features.schema import FeatureSetFile
 from saeguard.features.types import MeasuredDrift
 from saeguard.policy_tools.recording import Recording, RecordingError
 
+DIGITS = 4
+"""Decimals of what a feature set records."""
+
 
 class Drift(NamedTuple):
     """How far one feature moved between two recordings of the same texts."""
@@ -91,8 +94,8 @@ def of_set(found: Iterable[Drift], set_: str) -> MeasuredDrift:
         raise RecordingError(f"the recordings hold no feature of the set {set_}")
     return MeasuredDrift(
         max(drift.tokens for drift in mine),
-        max(drift.p99 for drift in mine),
-        max(drift.highest for drift in mine),
+        round(max(drift.p99 for drift in mine), DIGITS),
+        round(max(drift.highest for drift in mine), DIGITS),
         sum(drift.fired for drift in mine),
         sum(drift.lost for drift in mine),
         sum(drift.gained for drift in mine),
