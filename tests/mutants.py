@@ -294,7 +294,8 @@ def main(words: Sequence[str], page: Path) -> None:
 
 
 def cell(text: str) -> str:
-    """Return the start of a text as a cell of the table."""
+    """Return the start of a text as a cell of the table, without paths of this machine."""
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}[^\s']*", "…", text)
     return text.replace("|", "/").replace("`", "'")[:90]
 
 
