@@ -53,21 +53,16 @@ def check_models(config: Any, models: Iterable[ModelRef]) -> ModelShape:
             model, dtype=str(config.dtype).removeprefix("torch."), quantization=config.quantization
         )
         measured = dict(model.drift).get(served.arithmetic)
-        if served != model and measured is not None:
-            log.info(
-                "saeguard: the features were calibrated under other arithmetic, and what that "
-                "changes was measured",
-                model=model.name,
-                calibrated=model.arithmetic,
-                served=served.arithmetic,
-                drift=measured.in_words,
-            )
-        elif served != model:
-            log.warning(
+        if served != model:
+            report = log.warning if measured is None else log.info
+            report(
                 "saeguard: the features were calibrated under other arithmetic than the model is "
-                "served with; `saeguard features drift` measures what that changes",
+                "served with",
                 model=model.name,
                 calibrated=model.arithmetic,
                 served=served.arithmetic,
+                drift="not measured; `saeguard features drift` measures it"
+                if measured is None
+                else measured.in_words,
             )
     return shape

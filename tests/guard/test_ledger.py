@@ -163,7 +163,7 @@ def run(rng: random.Random, watchlist: WatchList, *, faults: bool) -> list[tuple
             seen = forward_pass([r for r, _ in rows], ran=ran)
             for name, i, position, _ in ledger.ingest(seen, np.array([n for _, n in rows])):
                 text = next(t for t in texts if t.name == name)
-                assert i not in text.first, "a first match is told once"
+                assert i not in text.first, "a first match is reported once"
                 text.first[i] = position
             for (text, start, _), counted in rows:
                 text.account(start, counted, ran=ran)

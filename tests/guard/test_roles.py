@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from saeguard.guard.judge import judge
-from saeguard.guard.roles.assign import RoleMarks, RolesError, check_roles, has_continued, roles_of
+from saeguard.guard.roles.assign import (
+    RoleMarks,
+    RolesError,
+    check_roles,
+    continued_roles,
+    roles_of,
+)
 from saeguard.guard.roles.chat_template import TemplateError, read_template
 from saeguard.guard.scopes import ROLES
 from saeguard.guard.verdict import balanced
@@ -162,16 +168,17 @@ def test_an_answer_to_continue_is_output(name: str, seed: int) -> None:
     assert set(found[first:]) == {"continued"}
     assert part in tokenizer.decode(ids[first:]).strip()
     assert name in OWN or tokenizer.decode(ids[first:]).strip() == part
-    assert has_continued(marks, np.array(ids))
+    assert continued_roles(marks, np.array(ids)) is not None
     asked: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )
     assert "continued" not in told(marks, asked)
-    assert not has_continued(marks, np.array(asked))
+    assert continued_roles(marks, np.array(asked)) is None
     ended: Any = tokenizer.apply_chat_template(
         [*messages, {"role": "assistant", "content": part}], return_dict=False
     )
-    assert has_continued(marks, np.array(ended)) == ("continued" in told(marks, ended))
+    found_again = continued_roles(marks, np.array(ended)) is not None
+    assert found_again == ("continued" in told(marks, ended))
 
 
 def test_pieces_have_one_verdict() -> None:

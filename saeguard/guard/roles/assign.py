@@ -110,13 +110,15 @@ def roles_of(marks: RoleMarks, tokens: np.ndarray) -> np.ndarray:
     return roles
 
 
-def has_continued(marks: RoleMarks, tokens: np.ndarray) -> bool:
-    """Return whether a prompt ends with a part of the answer, which the model is to continue."""
-    ids = [START, *np.asarray(tokens)[-max(map(len, map(_whole, marks.starts)), default=0) :]]
-    answers = (_whole(mark) for mark in marks.starts if mark.role == ASSISTANT)
-    if any(tuple(ids[-len(whole) :]) == whole for whole in answers):
-        return False  # most chats: the template opens an answer, and nothing follows
-    return bool((roles_of(marks, tokens)[-1:] == CONTINUED).any())
+def continued_roles(marks: RoleMarks, tokens: np.ndarray) -> np.ndarray | None:
+    """Return the role of each token of a prompt that ends with a part of the answer, else None."""
+    answers = [_whole(mark) for mark in marks.starts if mark.role == ASSISTANT]
+    ends = [answer + opening for answer in answers for opening in ((), *marks.openings)]
+    ids = (START, *np.asarray(tokens)[-max(map(len, ends), default=1) :].tolist())
+    if any(ids[-len(end) :] == end for end in ends):
+        return None  # nearly every chat: the template opens an answer, and nothing follows
+    roles = roles_of(marks, tokens)
+    return roles if len(roles) and roles[-1] == CONTINUED else None
 
 
 def _whole(mark: StartMark) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from saeguard.guard.compiled_rules import Rules
-from saeguard.guard.roles.assign import RoleMarks, has_continued, roles_of
+from saeguard.guard.roles.assign import RoleMarks, continued_roles, roles_of
 from saeguard.guard.scopes import USER
 from saeguard.vllm.embedded import NO_TOKEN, embedded_positions
 from saeguard.vllm.patches import reads
@@ -42,6 +42,4 @@ def prompt_roles(request: Any, marks: RoleMarks | str, rules: Rules) -> np.ndarr
     if embedded is not None:
         ids = np.where(embedded, NO_TOKEN, ids)
     ids = np.where(ids < 0, NO_TOKEN, ids)
-    if not rules.by_role and not has_continued(marks, ids):
-        return None
-    return roles_of(marks, ids)
+    return roles_of(marks, ids) if rules.by_role else continued_roles(marks, ids)
